@@ -1,0 +1,21 @@
+# Only wraps: python -m venv, pip install, dvc repro, pytest. README shows the plain commands.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: repro test
+repro: .venv/installed
+	dvc repro
+	@python -m pipeline.report --show
+
+test: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; assert (3, 11) <= v < (3, 13), f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade -c requirements.lock pip
+	.venv/bin/pip install -c requirements.lock -e '.[test]'
+	touch $@
