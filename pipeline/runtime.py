@@ -1,0 +1,160 @@
+"""What every stage shares: devices, named generators, progress, whole-or-nothing outputs, one writer at a time.
+
+Nothing here knows the method. A stage's `main()` is decorated with `stage`, which pins determinism, turns a `UserError`
+into a message and exit status 1, ties the process to its parent's life and notes time and memory in a side file.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+# Wall clock and memory differ between runs, so they never stand in an output that DVC hashes.
+TIMINGS = Path("metrics/timings.jsonl")
+
+
+class UserError(Exception):
+    """Something a user can mend: the message says what was found, where, and what to do."""
+
+
+def stage(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a stage's `main()`."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        _die_with_parent()
+        start = time.monotonic()
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written; run `dvc repro` to go on", file=sys.stderr)
+            sys.exit(130)
+        _note_timing(time.monotonic() - start)
+
+    return run
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when DVC dies: a killed `dvc repro` must leave no second writer behind."""
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _note_timing(seconds: float) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = {
+        "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])),
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": max(u.ru_maxrss for u in usage) // 1024,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    TIMINGS.parent.mkdir(parents=True, exist_ok=True)
+    with TIMINGS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def device():
+    """The torch device to compute on (the first GPU where there is one), with deterministic kernels asked for."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def generator(*purpose: str | int):
+    """A CPU `torch.Generator` that is a pure function of its purpose, e.g. `generator(seed, "noise", step, sample)`.
+
+    CPU generators give the same numbers whatever device computes with them.
+    """
+    import torch
+
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar and an ETA; in a log file a line every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    yield from tqdm(items, desc=what, total=total, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+
+
+@contextmanager
+def whole(*outputs: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield temporary neighbours of `outputs`; rename them into place when the block ends well, remove them otherwise.
+
+    What stands under an output's name is therefore always complete. Raises UserError where another process is
+    already writing one of them.
+    """
+    partial = tuple(path.with_name(f".{path.name}.partial") for path in outputs)
+    with _only_writer(outputs[0]):
+        for path in partial:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(path)
+        try:
+            yield partial
+            for path, final in zip(partial, outputs, strict=True):
+                if not path.exists():
+                    raise FileNotFoundError(f"{final}: the stage ended without writing it")
+        except BaseException:
+            for path in partial:
+                remove(path)
+            raise
+        for path, final in zip(partial, outputs, strict=True):
+            remove(final)
+            path.rename(final)
+
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Hold the lock of an output; the operating system gives it back when the process ends, however it ends."""
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{output} is being written by {file.read().strip() or 'another process'} (lock file {path}). "
+                "Wait for it, or stop it, then run again."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}")
+        file.flush()
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
