@@ -1,0 +1,69 @@
+"""Noising and its target, and the random draws of one step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.diva.condition import TokenRule, draw_positions
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in one noising of B images: timestep [B], noise [B, C, h, w], token positions [B, K] or None."""
+
+    timestep_B: torch.Tensor
+    noise_BChw: torch.Tensor
+    positions_BK: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Draw":
+        positions = None if self.positions_BK is None else self.positions_BK.to(device)
+        return Draw(self.timestep_B.to(device), self.noise_BChw.to(device), positions)
+
+
+def draw(
+    latent_shape: torch.Size,
+    patches: int,
+    rule: TokenRule,
+    timesteps: tuple[int, int],
+    generators: list[torch.Generator],
+) -> Draw:
+    """One draw with a generator an image, so that it does not depend on how images are spread over processes.
+
+    latent_shape: [C, h, w]; timesteps: uniform in low..high-1.
+    """
+    return Draw(
+        timestep_B=torch.stack([torch.randint(*timesteps, (), generator=g) for g in generators]),
+        noise_BChw=torch.stack([torch.randn(latent_shape, generator=g) for g in generators]),
+        positions_BK=draw_positions(rule, patches, generators),
+    )
+
+
+def add_noise(
+    latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep_B: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """sqrt(a_t) latent + sqrt(1 - a_t) noise."""
+    signal, sigma = _coefficients(timestep_B, alphas_cumprod)
+    return signal * latent_BChw + sigma * noise_BChw
+
+
+def target(
+    latent_BChw: torch.Tensor,
+    noise_BChw: torch.Tensor,
+    timestep_B: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: Prediction,
+) -> torch.Tensor:
+    """What the denoiser should predict: the noise, or the velocity sqrt(a_t) noise - sqrt(1 - a_t) latent."""
+    if prediction_type == "epsilon":
+        return noise_BChw
+    signal, sigma = _coefficients(timestep_B, alphas_cumprod)
+    return signal * noise_BChw - sigma * latent_BChw
+
+
+def _coefficients(timestep_B: torch.Tensor, alphas_cumprod: torch.Tensor) -> Sequence[torch.Tensor]:
+    alpha = alphas_cumprod[timestep_B][:, None, None, None]
+    return alpha.sqrt(), (1 - alpha).sqrt()

@@ -1,0 +1,80 @@
+"""Which pixels the generator and the image tower are given, as in the published data path (FACTS: runner's transforms).
+
+Shape suffixes here and in the rest of `diva`: B images, C channels, H W pixels, N patch tokens of the tower,
+T tokens of the condition, L tokens of the text, D width, K draws of tokens, P pairs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation per colour, for pixels in 0..1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return (pixels_BCHW - self._column(self.mean, pixels_BCHW)) / self._column(self.std, pixels_BCHW)
+
+    def undo(self, normalised_BCHW: torch.Tensor) -> torch.Tensor:
+        return normalised_BCHW * self._column(self.std, normalised_BCHW) + self._column(self.mean, normalised_BCHW)
+
+    @staticmethod
+    def _column(values: tuple[float, float, float], like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+OPENAI = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def tower_pixels(pixels_BCHW: torch.Tensor, statistics: Statistics, size: int, antialias: bool) -> torch.Tensor:
+    """Pixels in 0..1, normalised and then resized to `size` x `size`, bilinear.
+
+    As published: OpenAI statistics for every family, no antialiasing (torchvision 0.15's default for tensors).
+    """
+    normalised = statistics.apply(pixels_BCHW)
+    if normalised.shape[-2:] == (size, size):
+        return normalised
+    return F.interpolate(normalised, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def generator_pixels(pixels_BCHW: torch.Tensor, normalised_by: Statistics, undone_by: Statistics) -> torch.Tensor:
+    """Pixels in 0..1 to the VAE's range, nominally -1..1.
+
+    As published they are normalised with OpenAI's statistics and brought back with ImageNet's, so that black..white
+    becomes about -0.86..0.82. With twice the same statistics this is 2x - 1.
+    """
+    return 2 * undone_by.undo(normalised_by.apply(pixels_BCHW)) - 1
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """A random crop (left, top, right, bottom): share of the area in `scale`, aspect ratio log-uniform in `ratio`.
+
+    The rule is that of torchvision's RandomResizedCrop, which draws from the global state and takes no generator:
+    ten tries, then the largest centred crop of an allowed ratio.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    def integer(limit: int) -> int:
+        return int(torch.randint(limit + 1, (), generator=generator))
+
+    for _ in range(10):
+        area, aspect = width * height * uniform(*scale), math.exp(uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = integer(width - w), integer(height - h)
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
