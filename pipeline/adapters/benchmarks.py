@@ -1,0 +1,132 @@
+"""Benchmarks: MMVP-VLM's folder; sets in clip-benchmark's wds/ layout, scored by its own functions; a linear probe."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import webdataset
+from clip_benchmark.datasets.builder import build_dataset
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
+
+from pipeline.runtime import UserError, progress
+
+
+@dataclass(frozen=True)
+class Question:
+    """One statement of MMVP-VLM and its image; questions 2n-1 and 2n are a pair."""
+
+    id: int
+    type: str
+    statement: str
+    path: Path
+
+    def image(self) -> Image.Image:
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
+
+
+def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
+    """The questions in the order of their ids. Folder names may spell spaces as underscores, as published copies do.
+
+    Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected.
+    """
+    file = folder / "Questions.csv"
+    hint = "Run `dvc repro --force mmvp_vlm`."
+    if not file.is_file():
+        raise UserError(f"{file}: no such file. {hint}")
+    table = pd.read_csv(file)
+    columns = ["Question ID", "Type", "Statement"]
+    if list(table.columns) != columns:
+        raise UserError(f"{file}: columns are {list(table.columns)}, wanted {columns}. {hint}")
+    counts = table.groupby("Type", sort=False).size()
+    if (
+        len(counts) != 9
+        or (counts != 2 * pairs_per_pattern).any()
+        or list(table[columns[0]]) != list(range(1, len(table) + 1))
+    ):
+        raise UserError(
+            f"{file}: {len(table)} statements ({', '.join(f'{k} {v}' for k, v in counts.items())}); wanted ids "
+            f"1..{18 * pairs_per_pattern} and {2 * pairs_per_pattern} statements for each of nine types. {hint}"
+        )
+    folders = {path.name.replace("_", " "): path for path in folder.glob("*/*") if path.is_dir()}
+    questions = []
+    for number, kind, statement in table.itertuples(index=False):
+        path = folders.get(kind.replace("_", " "), folder / kind) / f"{number}.jpg"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but {file} names it. {hint}")
+        questions.append(Question(number, kind, statement, path))
+    return questions
+
+
+def write_split(root: Path, split: str, kind: str, samples: Iterable[dict[str, Any]]) -> None:
+    """Write one split as a single shard whose bytes depend on the samples alone."""
+    (root / split).mkdir(parents=True)
+    (root / "dataset_type.txt").write_text(kind + "\n")
+    (root / split / "nshards.txt").write_text("1\n")
+    with webdataset.TarWriter(str(root / split / "0.tar"), mtime=0, user="", group="") as tar:
+        for sample in samples:
+            tar.write(sample)
+
+
+def kinds(root: Path) -> dict[str, str]:
+    """The sets below `root`/wds and their kind: classification, retrieval or probe."""
+    names = sorted((root / "wds").glob("*/dataset_type.txt"))
+    if not names:
+        raise UserError(f"{root}: no sets (wds/<name>/dataset_type.txt). Run `dvc repro zeroshot_sets`.")
+    return {path.parent.name: path.read_text().strip() for path in names}
+
+
+def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> float:
+    """Zero-shot top-1 accuracy in %."""
+    dataset, loader = _load(backbone, root, name, "zeroshot_classification", batch)
+    metrics = zeroshot_classification.evaluate(
+        backbone, loader, backbone.tokenizer, dataset.classes, dataset.templates, device.type, amp=False
+    )
+    return 100 * metrics["acc1"]
+
+
+def retrieval(backbone, root: Path, name: str, batch: int, recall: int, device: torch.device) -> dict[str, float]:
+    """Recall@`recall` in %, image to text and text to image."""
+    _, loader = _load(backbone, root, name, "zeroshot_retrieval", batch)
+    metrics = zeroshot_retrieval.evaluate(
+        backbone, loader, backbone.tokenizer, device.type, amp=False, recall_k_list=[recall]
+    )
+    return {
+        "image_to_text": 100 * metrics[f"text_retrieval_recall@{recall}"],
+        "text_to_image": 100 * metrics[f"image_retrieval_recall@{recall}"],
+    }
+
+
+def _load(backbone, root: Path, name: str, task: str, batch: int):
+    dataset = build_dataset(f"wds/{name}", root=str(root / "wds" / name), transform=backbone.preprocess, task=task)
+    return dataset, DataLoader(dataset.batched(batch), batch_size=None, num_workers=0)
+
+
+def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: str, batch: int) -> dict[str, float]:
+    """Accuracy in % of a linear classifier from frozen image embeddings to each attribute of the set's pictures."""
+    (train_x, train_y), (test_x, test_y) = (_embedded(embed, root / "wds" / name / s, batch) for s in ("train", "test"))
+    scores = {}
+    for attribute in progress(train_y, "linear probe"):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        classifier.fit(train_x, train_y[attribute])
+        scores[attribute] = 100 * float(np.mean(classifier.predict(test_x) == test_y[attribute]))
+    return scores
+
+
+def _embedded(
+    embed: Callable[[list[Image.Image]], torch.Tensor], split: Path, batch: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    dataset = webdataset.WebDataset(str(split / "0.tar"), shardshuffle=False).decode("pil").to_tuple("png", "json")
+    samples = list(dataset)
+    features = [embed([image for image, _ in samples[i : i + batch]]) for i in range(0, len(samples), batch)]
+    labels = {key: np.array([attributes[key] for _, attributes in samples]) for key in samples[0][1]}
+    return torch.cat(features).double().cpu().numpy(), labels

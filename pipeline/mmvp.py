@@ -1,0 +1,104 @@
+"""Stage mmvp@<backbone>-<weights>: score the image pairs under both read-outs and in both directions.
+
+metrics/<profile>/mmvp/<backbone>-<weights>.json    averages and patterns in %, ties, spread over evaluation draws
+metrics/<profile>/mmvp/<backbone>-<weights>.csv     one row a pair and read-out: share of draws that were right
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pipeline import params
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
+from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, draw_positions, read_out
+from pipeline.diva.pairs import PairScores, score_pairs
+from pipeline.params import Mmvp, ReadOutSection
+from pipeline.runtime import device, generator, progress, stage, whole, write_json
+
+PROMPT = "a photo of "
+DIRECTIONS = ("statement_to_image", "image_to_statement")
+
+
+@torch.no_grad()
+def tokens(
+    backbone: Backbone, questions: list[Question], batch: int, compute: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """(pooled [Q, D], patches [Q, N, D]) of the questions' images under the backbone's own preprocessing."""
+    parts = []
+    for start in progress(range(0, len(questions), batch), "images of the pairs"):
+        images = [backbone.preprocess(question.image()) for question in questions[start : start + batch]]
+        parts.append(backbone.image_tokens(torch.stack(images).to(compute)))
+    return torch.cat([pooled for pooled, _ in parts]), torch.cat([patches for _, patches in parts])
+
+
+@torch.no_grad()
+def logits(
+    backbone: Backbone, questions: list[Question], pooled: torch.Tensor, patches: torch.Tensor, rule: ReadOut,
+    seed: int, draw: int,
+) -> torch.Tensor:  # fmt: skip
+    """[pair, statement, image]. Where the read-out draws tokens, every statement draws its own (as published)."""
+    ids = backbone.tokenizer([PROMPT + question.statement for question in questions]).to(pooled.device)
+    text = torch.nn.functional.normalize(backbone.encode_text(ids), dim=-1).unflatten(0, (-1, 2))
+    per_statement = []
+    for statement in range(2):
+        draws = [generator(seed, "read-out", draw, statement, question.id) for question in questions]
+        positions = draw_positions(rule.tokens, patches.shape[1], draws)
+        images = read_out(pooled, patches, rule, positions).unflatten(0, (-1, 2))
+        per_statement.append(torch.einsum("pd,pid->pi", text[:, statement], images))
+    return backbone.logit_scale * torch.stack(per_statement, 1)
+
+
+def score(backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device):
+    """(summary for the JSON file, a table of pairs)."""
+    pooled, patches = tokens(backbone, questions, p.batch, compute)
+    summary: dict = {"pairs": len(questions) // 2}
+    tables = []
+    for name, rule in (("plain", PLAIN), ("published", published)):
+        draws = p.draws if rule.tokens.positions(patches.shape[1]) else 1
+        scores: dict[str, list[PairScores]] = {direction: [] for direction in DIRECTIONS}
+        for draw in range(draws):
+            asked = logits(backbone, questions, pooled, patches, rule, p.seed, draw).cpu()
+            scores["statement_to_image"].append(score_pairs(asked))
+            scores["image_to_statement"].append(score_pairs(asked.transpose(1, 2)))
+        table = pd.DataFrame({"pair": range(1, len(questions) // 2 + 1), "pattern": [q.type for q in questions[::2]]})
+        table["read_out"] = name
+        summary[name] = {}
+        for direction, results in scores.items():
+            right = torch.stack([result.right_P for result in results]).double()  # [draws, pairs]
+            table[direction] = right.mean(0).numpy()
+            patterns = 100 * table.groupby("pattern", sort=False)[direction].mean()
+            by_draw = [100 * pd.Series(row.numpy()).groupby(table["pattern"]).mean().mean() for row in right]
+            summary[name][direction] = {
+                "average": round(float(patterns.mean()), 3),
+                "sd_over_draws": round(float(pd.Series(by_draw).std(ddof=1)), 3) if draws > 1 else 0.0,
+                "draws": draws,
+                "ties": sum(result.ties for result in results),
+                "patterns": {pattern: round(float(value), 3) for pattern, value in patterns.items()},
+            }
+        tables.append(table)
+    return summary, pd.concat(tables)
+
+
+def read_out_of(section: ReadOutSection) -> ReadOut:
+    return ReadOut(TokenRule(**section.tokens.model_dump()), section.unit_tokens, section.unit_sum)
+
+
+@stage
+def main() -> None:
+    p, (name, weights), compute = params.load(), sys.argv[1:3], device()
+    profile = p.run.profile
+    stem = Path("metrics", profile, "mmvp", f"{name}-{weights}")
+    with whole(stem.with_suffix(".json"), stem.with_suffix(".csv")) as (summary_file, table_file):
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+        backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
+        published = read_out_of(p.backbones[name].published_read_out)
+        summary, table = score(backbone, questions, published, p.profile.mmvp, compute)
+        write_json(summary_file, summary)
+        table.to_csv(table_file, index=False, float_format="%.4f")
+
+
+if __name__ == "__main__":
+    main()

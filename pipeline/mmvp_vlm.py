@@ -1,0 +1,39 @@
+"""Stage mmvp_vlm: the benchmark of image pairs, in the folder format of the hub's MMVP-VLM.
+
+data/<profile>/mmvp_vlm/Questions.csv                       Question ID,Type,Statement
+data/<profile>/mmvp_vlm/MLLM_VLM Images/<Type>/<id>.jpg     ids 1.., the two of a pair one after the other
+"""
+
+import csv
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline import params
+from pipeline.mini import world
+from pipeline.runtime import progress, stage, whole
+
+
+def render(folder: Path, pairs_per_pattern: int) -> None:
+    """Draw the pairs of the mini world: two pictures of one scene that differ in one detail."""
+    rows: list[tuple[int, str, str]] = []
+    for pattern, name in enumerate(progress(world.PATTERNS, "pairs")):
+        images = folder / "MLLM_VLM Images" / name
+        images.mkdir(parents=True)
+        for index in range(pairs_per_pattern):
+            for pixels, scene in zip(*world.pair(pattern, index), strict=True):
+                rows.append((len(rows) + 1, name, world.caption(scene, [pattern]).removeprefix(world.PROMPT)))
+                Image.fromarray(pixels).save(images / f"{len(rows)}.jpg", quality=95)
+    with (folder / "Questions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
+
+
+@stage
+def main() -> None:
+    p = params.load()
+    with whole(Path("data", p.run.profile, "mmvp_vlm")) as (folder,):
+        render(folder, p.profile.mmvp_vlm.pairs_per_pattern)
+
+
+if __name__ == "__main__":
+    main()

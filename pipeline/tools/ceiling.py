@@ -1,0 +1,39 @@
+"""How much room a mini backbone has: its score if its image tower had been trained on captions with every detail.
+
+    python -m pipeline.tools.ceiling mini       after `dvc repro`; writes metrics/<profile>/ceiling/<backbone>.json
+
+The text tower stays frozen. Were this score low, the text tower itself could not tell details apart, and no feedback
+through the image could gain anything.
+"""
+
+import sys
+from pathlib import Path
+
+from pipeline import mmvp, params, zeroshot
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.mini import pretrain
+from pipeline.report import headline
+from pipeline.runtime import device, stage, whole, write_json
+
+
+@stage
+def main() -> None:
+    p, name, compute = params.load(), sys.argv[1], device()
+    profile, entry = p.run.profile, p.backbones[name]
+    with whole(Path("metrics", profile, "ceiling", f"{name}.json")) as (file,):
+        backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+        image_tower, tok = entry.source.image_tower, pretrain.tokenizer()
+        steps, preprocessing = image_tower.ceiling_steps, entry.source.preprocessing
+        pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, pretrain.any_details)
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+        published = mmvp.read_out_of(entry.published_read_out)
+        pairs, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
+        sets = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
+        result = headline(pairs, sets)
+        write_json(file, result)
+        print(f"ceiling of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+
+
+if __name__ == "__main__":
+    main()
