@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.runtime import UserError
 
@@ -90,6 +90,20 @@ class Crop(Section):
     scale: list[PositiveFloat] = Field(min_length=2, max_length=2)
     ratio: list[PositiveFloat] = Field(min_length=2, max_length=2)
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ascending(cls, value: list[float]) -> list[float]:
+        if value[0] > value[1]:
+            raise ValueError(f"found {value}, wanted [low, high] with low <= high")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _share_of_the_picture(cls, value: list[float]) -> list[float]:
+        if value[1] > 1:
+            raise ValueError(f"found {value}: a crop's share of the area is at most 1")
+        return value
+
 
 class Pixels(Section):
     tower_statistics: Literal["openai", "own"]
@@ -118,12 +132,13 @@ class Train(Section):
     precision: Literal["float32", "bfloat16"]
     max_undecodable: Share
 
-    @model_validator(mode="after")
-    def _timesteps(self) -> "Train":
-        low, high = self.timesteps
+    @field_validator("timesteps")
+    @classmethod
+    def _timesteps(cls, timesteps: list[int]) -> list[int]:
+        low, high = timesteps
         if not 0 <= low < high:
-            raise ValueError(f"timesteps must be [low, high) with 0 <= low < high, found [{low}, {high}]")
-        return self
+            raise ValueError(f"found {timesteps}, wanted [low, high) with 0 <= low < high")
+        return timesteps
 
 
 class Mmvp(Section):
@@ -145,6 +160,13 @@ class Profile(Section):
     train: Train
     mmvp: Mmvp
     zeroshot: Zeroshot
+
+    @model_validator(mode="after")
+    def _timesteps_exist(self) -> "Profile":
+        found, most = self.train.timesteps[1], self.denoiser.scheduler.num_train_timesteps
+        if found > most:
+            raise ValueError(f"train.timesteps ends at {found}, but denoiser.scheduler.num_train_timesteps is {most}")
+        return self
 
 
 class TextTower(Section):
@@ -235,8 +257,10 @@ def load(path: Path = PARAMS_FILE) -> Params:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Run from the folder that holds params.yaml.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found {content!r}, wanted sections such as run, profiles and backbones.")
     try:
         return Params.model_validate(content)
     except ValidationError as error:

@@ -116,7 +116,7 @@ def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: 
     (train_x, train_y), (test_x, test_y) = (_embedded(embed, root / "wds" / name / s, batch) for s in ("train", "test"))
     scores = {}
     for attribute in progress(train_y, "linear probe"):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
         classifier.fit(train_x, train_y[attribute])
         scores[attribute] = 100 * float(np.mean(classifier.predict(test_x) == test_y[attribute]))
     return scores

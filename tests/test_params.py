@@ -1,0 +1,139 @@
+"""params.yaml as committed, and what a user is told about a wrong one."""
+
+import re
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.utils.serialize import modify_yaml
+
+from pipeline import params
+from pipeline.runtime import UserError
+
+COMMITTED = Path(__file__).parents[1] / "params.yaml"
+TRAIN, MINI = "profiles.mini.train", "backbones.mini"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(COMMITTED.read_text())
+    return path
+
+
+def change(file: Path, key: str, value: Any) -> None:
+    """Set a dotted key; Ellipsis removes it."""
+    content = yaml.safe_load(file.read_text())
+    *parents, last = key.split(".")
+    section = reduce(dict.__getitem__, parents, content)
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    file.write_text(yaml.safe_dump(content))
+
+
+def message(file: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        params.load(file)
+    return str(caught.value)
+
+
+def test_the_committed_file_loads() -> None:
+    loaded = params.load(COMMITTED)
+    content = yaml.safe_load(COMMITTED.read_text())
+    assert loaded.profile is loaded.profiles[content["run"]["profile"]]
+    assert loaded.model_dump(exclude_defaults=True)["profiles"].keys() == content["profiles"].keys()
+    assert loaded.profile.train.lr == content["profiles"]["mini"]["train"]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        # mistyped values
+        (f"{TRAIN}.steps", "many", "'many'"),
+        (f"{TRAIN}.steps", 1.5, "1.5"),
+        (f"{TRAIN}.steps", "200", "'200'"),
+        (f"{TRAIN}.draws", True, "True"),
+        (f"{TRAIN}.lr", "fast", "'fast'"),
+        (f"{TRAIN}.lr", float("inf"), "inf"),
+        (f"{TRAIN}.pixels.tower_antialias", "no way", "'no way'"),
+        (f"{TRAIN}.prompt", 7, "7"),
+        (f"{TRAIN}.crop.scale", [0.9], "[0.9]"),
+        ("seed", None, "None"),
+        # out of range
+        (f"{TRAIN}.steps", 0, "0"),
+        (f"{TRAIN}.lr", -0.1, "-0.1"),
+        (f"{TRAIN}.momentum", 1.5, "1.5"),
+        (f"{TRAIN}.precision", "float16", "'float16'"),
+        ("run.backbones", [], "[]"),
+        ("seed", -1, "-1"),
+        # values that do not go together
+        (f"{TRAIN}.timesteps", [500, 500], "[500, 500]"),
+        (f"{TRAIN}.timesteps", [-1, 10], "[-1, 10]"),
+        (f"{MINI}.condition.tokens", {"kind": "all", "number": 3}, "'all' with number 3"),
+        (f"{MINI}.condition.tokens", {"kind": "random"}, "'random' with number 0"),
+        (f"{MINI}.published_read_out.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
+        ("run.backbones", ["openai"], "'openai'"),
+        ("run.profile", "papr", "'papr'"),
+        # unknown keys
+        (f"{TRAIN}.learning_rate", 0.1, "unknown key (found 0.1)"),
+        ("run.backbone", "mini", "unknown key (found 'mini')"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(file: Path, key: str, value: Any, found: str) -> None:
+    change(file, key, value)
+    text = message(file)
+    assert text.startswith(f"{file}:\n")
+    named = [line for line in text.splitlines()[1:] if re.match(rf"  (run: )?{re.escape(key)}\b", line)]
+    assert len(named) == 1, text
+    assert found in named[0]
+
+
+@pytest.mark.parametrize("key", ["seed", "run", f"{TRAIN}.lr", f"{TRAIN}.crop.ratio", f"{MINI}.condition.text"])
+def test_a_missing_key_is_named(file: Path, key: str) -> None:
+    change(file, key, ...)
+    assert f"\n  {key}: missing" in message(file)
+
+
+def test_every_wrong_key_is_named_at_once(file: Path) -> None:
+    change(file, f"{TRAIN}.steps", "many")
+    change(file, f"{TRAIN}.draws", ...)
+    assert {line.split(":")[0].strip() for line in message(file).splitlines()[1:]} == {
+        f"{TRAIN}.steps",
+        f"{TRAIN}.draws",
+    }
+
+
+def test_a_backbone_of_another_profile_is_refused(file: Path) -> None:
+    change(file, f"{MINI}.profile", "paper")
+    text = message(file)
+    assert "run.backbones names 'mini', which belongs to profile 'paper'" in text
+    assert "run.profile is 'mini'" in text
+
+
+def test_a_small_rate_as_dvc_writes_it_is_a_number(file: Path) -> None:
+    """DVC's YAML writer leaves out the dot, and YAML 1.1 then reads a string."""
+    with modify_yaml(str(file)) as content:
+        content["profiles"]["mini"]["train"]["lr"] = 0.00005
+    assert re.search(r"^ +lr: 5e-05\b", file.read_text(), re.MULTILINE)
+    assert yaml.safe_load("5e-05") == "5e-05"
+    assert params.load(file).profile.train.lr == 5e-05
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/absent.yaml: no such file" in message(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", [b"run: [mini", b"run:\n\t- mini", b"\xff\xfe\x00\x81"])
+def test_content_that_is_not_yaml_is_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert message(file).startswith(f"{file}: not YAML: ")
+
+
+@pytest.mark.parametrize(("content", "found"), [("", "None"), ("- a", "['a']"), ("hello", "'hello'")])
+def test_content_without_sections_is_refused(file: Path, content: str, found: str) -> None:
+    file.write_text(content)
+    assert message(file).startswith(f"{file}: found {found}, wanted sections")
