@@ -42,7 +42,7 @@ def make(p: DenoiserSection, folder: Path, compute: torch.device) -> tuple[dict,
         "unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()),
     }
     denoiser.save(folder, scheduler)
-    return metrics, _strip(held_out[:12], restored[:12])
+    return metrics, _strip(held_out[:8], restored[:8])
 
 
 @torch.no_grad()

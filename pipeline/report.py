@@ -34,7 +34,7 @@ COLUMNS = {
     "image_to_statement_plain": "image to statement, plain",
     "image_to_statement_published": "image to statement, published",
     "zeroshot": "object zero-shot",
-    "retrieval": "retrieval",
+    "retrieval": "retrieval, recall@k",
     "probe": "detail probe",
 }
 READ_OUTS = ("plain", "published")
@@ -67,11 +67,11 @@ def won_and_lost(before: pd.DataFrame, after: pd.DataFrame, read_out: str) -> tu
 
 
 def verdict(backbone: str, gain: dict[str, float], won: int, lost: int, pairs: int) -> str:
-    """What the figures say, without more; a single seed carries no interval over seeds."""
+    """What the figures say, and no more."""
     moved = [f"{COLUMNS[column]} {value:+.1f}" for column, value in gain.items()]
     return (
-        f"{backbone}: change by feedback training, in points, one seed: {'; '.join(moved)}. "
-        f"Of {pairs} pairs {won} were won and {lost} lost (plain read-out)."
+        f"{backbone}: change by feedback training, in points: {'; '.join(moved)}. Of {pairs} pairs {won} were won and "
+        f"{lost} lost (plain read-out). This is one seed without an interval."
     )
 
 
@@ -101,8 +101,9 @@ def pattern_figure(tables: dict[str, pd.DataFrame]):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, read_out in zip(axes, READ_OUTS, strict=True):
         shares = pd.DataFrame({w: 100 * by_pattern(table, read_out) for w, table in tables.items()})
-        shares.iloc[::-1].plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
+        shares.plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
         axis.set(title=f"{read_out} read-out", xlabel="pairs right, %", ylabel="", xlim=(0, 100))
+    axes[0].invert_yaxis()  # shared by both: patterns in their order, pretrained above diva
     return figure
 
 
@@ -128,7 +129,8 @@ def probe_figure(zeroshot: dict[str, dict]):
         return None
     table = pd.DataFrame(probes).drop(["kind", "average"]).astype(float)
     figure, axis = plt.subplots(figsize=(11, 3.6), layout="constrained")
-    table.iloc[::-1].plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
+    table.plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
+    axis.invert_yaxis()
     axis.set(title="what a linear probe reads off the embedding", xlabel="accuracy, %", xlim=(0, 100))
     return figure
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -40,7 +41,6 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         _die_with_parent()
-        start = time.monotonic()
         try:
             main()
         except UserError as error:
@@ -49,7 +49,7 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("interrupted: nothing was written; run `dvc repro` to go on", file=sys.stderr)
             sys.exit(130)
-        _note_timing(time.monotonic() - start)
+        _note_timing()
 
     return run
 
@@ -61,7 +61,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _note_timing(seconds: float) -> None:
+def _note_timing() -> None:
+    seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {
         "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])),

@@ -1,5 +1,6 @@
 """Benchmarks: MMVP-VLM's folder; sets in clip-benchmark's wds/ layout, scored by its own functions; a linear probe."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,9 @@ def retrieval(backbone, root: Path, name: str, batch: int, recall: int, device: 
 
 
 def _load(backbone, root: Path, name: str, task: str, batch: int):
-    dataset = build_dataset(f"wds/{name}", root=str(root / "wds" / name), transform=backbone.preprocess, task=task)
+    with warnings.catch_warnings():  # clip_benchmark leaves webdataset's shard shuffling at its default, which is off
+        warnings.filterwarnings("ignore", message=".*shardshuffle.*")
+        dataset = build_dataset(f"wds/{name}", root=str(root / "wds" / name), transform=backbone.preprocess, task=task)
     return dataset, DataLoader(dataset.batched(batch), batch_size=None, num_workers=0)
 
 

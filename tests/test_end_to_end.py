@@ -1,0 +1,215 @@
+"""The whole pipeline through DVC, on a mini world shrunk further, in temporary clones of this repository.
+
+A clone holds copies of the files that git tracks or would track, and runs the virtual environment's own `dvc`.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[1]
+LOSS_CURVE = "metrics/mini/train/mini/plots/metrics/tower/loss.tsv"
+SMALLER: dict[str, dict[str, dict]] = {
+    "profiles": {
+        "images": {"count": 24, "shard_size": 12, "processes": 1, "threads": 4},
+        "mmvp_vlm": {"pairs_per_pattern": 2},
+        "zeroshot_sets": {"classification": 20, "retrieval": 10, "probe_train": 80, "probe_test": 20},
+        "denoiser": {"pictures": 100, "held_out": 16, "steps": 3, "batch": 8},
+        "train": {"micro_batch": 4, "accumulation": 1, "steps": 3, "projection_steps": 2},
+        "mmvp": {"draws": 2},
+    },
+    "source": {
+        "text_tower": {"steps": 2, "batch": 8},
+        "image_tower": {"pictures": 32, "steps": 2, "batch": 8},
+    },
+}
+
+
+@dataclass
+class Clone:
+    root: Path
+    output: str = ""  # of the `dvc repro` that filled it
+
+    @classmethod
+    def make(cls, root: Path) -> "Clone":
+        """The repository with smaller parameters and nothing made yet, committed."""
+        listed = subprocess.check_output(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True
+        )
+        for name in listed.split("\0"):
+            if (REPOSITORY / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPOSITORY / name, root / name)
+        content = yaml.safe_load((root / "params.yaml").read_text())
+        for sections, smaller in (
+            (content["profiles"]["mini"], SMALLER["profiles"]),
+            (content["backbones"]["mini"]["source"], SMALLER["source"]),
+        ):
+            for section, values in smaller.items():
+                sections[section] |= values
+        (root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        clone = cls(root.resolve())
+        clone.run("git", "init", "--quiet")
+        clone.commit("as published")
+        return clone
+
+    def copy(self, root: Path) -> "Clone":
+        shutil.copytree(self.root, root)
+        return Clone(root.resolve(), self.output)
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in a process group of its own."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GIT_"))}
+        environment |= {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site"),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            **{f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+        }
+        return subprocess.Popen(
+            command, cwd=self.root, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, *command: str, status: int = 0) -> str:
+        """Run a command that ends with `status`; returns what it printed."""
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == status, output
+        return output
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", message)
+
+    def contents(self, *names: str) -> dict[str, bytes]:
+        """The bytes of every file under these names, timings left out; a name that does not exist yields nothing."""
+        paths = [path for name in names for path in (self.root / name, *(self.root / name).rglob("*"))]
+        return {
+            str(path.relative_to(self.root)): path.read_bytes()
+            for path in paths
+            if path.is_file() and path.name != "timings.jsonl" and not path.name.startswith(".")
+        }
+
+    def outputs(self) -> list[str]:
+        lock = yaml.safe_load((self.root / "dvc.lock").read_text())
+        return [out["path"] for stage in lock["stages"].values() for out in stage["outs"]]
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that works in this clone."""
+        return [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(self.root)]
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"^Running stage '(.+)':$", output, re.MULTILINE)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone after one `dvc repro`; tests that change it copy it first."""
+    clone = Clone.make(tmp_path_factory.mktemp("undisturbed"))
+    clone.output = clone.run("dvc", "repro")
+    return clone
+
+
+def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed: Clone) -> None:
+    imported = undisturbed.run("python", "-c", "import pipeline; print(pipeline.__file__)")
+    assert Path(imported.strip()) == undisturbed.root / "pipeline" / "__init__.py"
+    everything = [
+        "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini", "mmvp@mini-pretrained",
+        "mmvp@mini-diva", "zeroshot@mini-pretrained", "zeroshot@mini-diva", "report",
+    ]  # fmt: skip
+    assert sorted(stages_run(undisturbed.output)) == sorted(everything)
+    assert all((undisturbed.root / output).exists() for output in undisturbed.outputs())
+    _, table = undisturbed.output.split("Running stage 'report':")
+    assert "What feedback gained, and what it cost" in table
+    assert undisturbed.run("git", "status", "--porcelain").split() == ["??", "dvc.lock", "??", "metrics/"]
+
+
+def test_a_second_repro_runs_nothing_within_five_seconds(undisturbed: Clone) -> None:
+    assert undisturbed.run("dvc", "status").strip() == "Data and pipelines are up to date."
+    start = time.monotonic()
+    assert stages_run(undisturbed.run("dvc", "repro")) == []
+    assert time.monotonic() - start < 5
+
+
+def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(undisturbed: Clone, tmp_path: Path) -> None:
+    clone, expected = Clone.make(tmp_path), undisturbed.contents(*undisturbed.outputs())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would pass on "ignore"
+
+    def stop_once_written(partial: str, stop: Callable[[subprocess.Popen[str]], None]) -> str:
+        dvc = clone.start("dvc", "repro")
+        wait_until((clone.root / partial).exists, 60)
+        stop(dvc)
+        wait_until(lambda: not clone.processes(), 5)  # the stage, and what it started, ended with DVC
+        output, _ = dvc.communicate()
+        assert dvc.returncode != 0, output
+        assert clone.contents(*undisturbed.outputs()).items() <= expected.items()
+        return output
+
+    def refuse_a_second_writer_then_kill_dvc(dvc: subprocess.Popen[str]) -> None:
+        os.killpg(dvc.pid, signal.SIGSTOP)
+        refused = clone.run("python", "-m", "pipeline.images", status=1)
+        assert re.search(r"data/mini/images is being written by process \d+ on .*pipeline/images.py", refused)
+        assert f"(PID {dvc.pid}): " in clone.run("dvc", "repro", status=255)
+        dvc.kill()
+
+    stop_once_written("data/mini/.images.partial", refuse_a_second_writer_then_kill_dvc)
+    output = stop_once_written("models/mini/.denoiser.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGINT))
+    assert "interrupted: nothing was written" in output
+    stop_once_written("metrics/mini/train/.mini.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
+    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
+    assert clone.contents("dvc.lock", "metrics") == undisturbed.contents("dvc.lock", "metrics")
+    assert clone.contents(*clone.outputs()) == expected
+
+
+def test_an_experiment_runs_what_depends_on_it_and_is_compared(undisturbed: Clone, tmp_path: Path) -> None:
+    clone = undisturbed.copy(tmp_path / "clone")
+    clone.commit("before")
+    before = clone.contents("metrics")
+    # DVC writes this rate as 5e-05, which YAML 1.1 reads as a string.
+    output = clone.run("dvc", "exp", "run", "--set-param", "seed=3", "-S", "profiles.mini.train.lr=0.00005")
+    assert stages_run(output)[0] == "train@mini"
+    assert sorted(stages_run(output)[1:]) == ["mmvp@mini-diva", "report", "zeroshot@mini-diva"]
+    made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
+    assert (made["seed"], made["recipe"]["lr"]) == (3, 5e-05)
+    first_losses = [files[LOSS_CURVE].splitlines()[1] for files in (before, clone.contents("metrics"))]
+    assert first_losses[0] != first_losses[1]  # the rate has no part in them yet, the seed has
+
+    assert re.search(r"^metrics/mini/train/mini/metrics.json +loss_first_tenth +\S+ +\S+ +\S+$",
+                     clone.run("dvc", "metrics", "diff"), re.MULTILINE)  # fmt: skip
+    assert "mini.gain.pairs_plain" in clone.run("dvc", "metrics", "diff", "--all")
+    table = clone.run("dvc", "exp", "show", "--csv").splitlines()
+    assert {"mini.gain.pairs_plain", "loss_last_tenth"} <= set(re.split(r"[,:]", table[0]))
+
+    clone.run("dvc", "plots", "show", "--out", "plots")
+    page = (clone.root / "plots" / "index.html").read_text()
+    assert LOSS_CURVE.removeprefix("metrics/mini/") in page
+    assert all(f"{weights}: Camera Perspective" in page for weights in ("pretrained", "diva"))
+
+    clone.commit("after")
+    between = json.loads(clone.run("dvc", "metrics", "diff", "--json", "HEAD~1", "HEAD"))
+    change = between["metrics/mini/train/mini/metrics.json"]["loss_first_tenth"]
+    assert change["diff"] == pytest.approx(change["new"] - change["old"]) != 0

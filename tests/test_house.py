@@ -1,0 +1,191 @@
+"""Who may import whom, and whether dvc.yaml, params.yaml, the lock and the README tell all of it."""
+
+import ast
+import re
+import sys
+import tomllib
+from functools import cache, reduce
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py") if path.stat().st_size)
+TOOLS = {
+    "clip", "clip_benchmark", "diffusers", "img2dataset", "open_clip", "sklearn", "timm", "tokenizers", "transformers",
+    "webdataset",
+}  # fmt: skip
+BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
+    "pipeline/denoiser.py": {"diffusers"},
+    "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
+}
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
+
+
+def module(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts)
+
+
+def defines_main(file: Path) -> bool:
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree(file).body)
+
+
+STAGES = [file for file in FILES if file.parent == Path("pipeline") and defines_main(file)]
+
+
+@cache
+def imports(file: Path) -> frozenset[str]:
+    """Full names of the modules that a file imports, inside its functions too."""
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    ours = {module(f) for f in FILES}  # `from pipeline.x import y` imports the module x.y, or y of the module x
+    return frozenset(
+        name if name in ours or not name.startswith("pipeline.") else name.rpartition(".")[0] for name in found
+    )
+
+
+def of_house(file: Path) -> set[str]:
+    return {name for name in imports(file) if name.split(".")[0] == "pipeline"}
+
+
+def packages(file: Path) -> set[str]:
+    """Top-level names of what a file imports from elsewhere."""
+    return {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names) - {"pipeline"}
+
+
+def may_import(file: Path, name: str) -> bool:
+    """The layering, downwards only: tools, stages, mini, adapters and diva, params and runtime."""
+    room, target = file.parts[1], name.split(".")[1]
+    rooms = {
+        "runtime.py": set(),
+        "params.py": {"runtime"},
+        "diva": {"diva"},
+        "adapters": {"params", "runtime", "adapters"},
+        "mini": {"params", "runtime", "adapters", "mini"},
+        "tools": {"params", "runtime", "adapters", "diva", "mini", *(stage.stem for stage in STAGES)},
+    }
+    return target in rooms.get(room, {"params", "runtime", "adapters", "diva", "mini"})
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_go_down(file: Path) -> None:
+    assert [name for name in of_house(file) if not may_import(file, name)] == []
+
+
+def test_every_file_at_the_top_is_a_stage_or_params_or_runtime() -> None:
+    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, "params", "runtime"}
+    assert {file.stem for file in STAGES} == set(DVC)
+
+
+def test_the_method_needs_torch_alone() -> None:
+    diva = [file for file in FILES if file.parts[1] == "diva"]
+    assert diva
+    assert set().union(*map(packages, diva)) == {"torch"}
+
+
+def test_models_and_tools_enter_through_adapters() -> None:
+    found = {str(file): packages(file) & TOOLS for file in FILES if file.parts[1] != "adapters"}
+    assert {file: names for file, names in found.items() if names} == BUILDERS
+    assert set().union(*(packages(file) for file in FILES)) >= TOOLS  # each is used: the list is not out of date
+
+
+# dvc.yaml
+
+
+def closure(file: Path) -> set[str]:
+    """The files of pipeline/ that a file needs, itself included."""
+    found, ahead = set(), {file}
+    while ahead:
+        found |= (new := ahead - found)
+        ahead = {Path(*name.split(".")).with_suffix(".py") for f in new for name in of_house(f)} - found
+    return {str(f) for f in found}
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_dependencies_are_the_import_closure(stage: str) -> None:
+    deps = [dep for dep in DVC[stage]["deps"] if dep.startswith("pipeline/")]
+    code = [dep for dep in deps if dep.endswith(".py")]
+    assert len(code) == len(set(code))
+    assert set(code) == closure(Path("pipeline", f"{stage}.py"))
+    assert all((ROOT / dep).is_file() for dep in deps)
+
+
+def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
+    texts = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.jinja")}
+    assert texts == {dep for stage in DVC.values() for dep in stage["deps"] if dep.endswith(".jinja")}
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_a_stage_runs_its_own_file(stage: str) -> None:
+    command, matrix = DVC[stage]["cmd"].split(), DVC[stage].get("matrix", {})
+    assert command == ["python", "-m", f"pipeline.{stage}", *(f"${{item.{axis}}}" for axis in matrix)]
+    assert all(values == f"${{run.{axis}s}}" or axis == "weights" for axis, values in matrix.items())
+
+
+@pytest.mark.parametrize("stage", DVC)
+@pytest.mark.parametrize("backbone", PARAMS["run"]["backbones"])
+def test_declared_params_exist(stage: str, backbone: str) -> None:
+    for declared in DVC[stage]["params"]:
+        key = declared.replace("${run.profile}", PARAMS["run"]["profile"]).replace("${item.backbone}", backbone)
+        assert "$" not in key
+        reduce(dict.__getitem__, key.split("."), PARAMS)
+
+
+def read_params(file: Path) -> set[str]:
+    """The sections that a stage reads from `p`, where p is all of params.yaml: in main(), and where annotated so."""
+    found = set()
+    for function in (node for node in tree(file).body if isinstance(node, ast.FunctionDef)):
+        annotated = any(ast.unparse(a.annotation) == "params.Params" for a in function.args.args if a.annotation)
+        if function.name != "main" and not annotated:
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                found.add(ast.unparse(node))
+    patterns = {
+        r"p\.seed": "seed",
+        r"p\.profile\.(\w+)": r"profiles.${run.profile}.\1",
+        r"p\.backbones\[name\]\.(\w+)": r"backbones.${item.backbone}.\1",
+        r"p\.run\.(?!profile)\w+": "run",  # the profile is in the paths of every stage, so DVC sees it
+    }
+    return {re.sub(a, b, text) for text in found for a, b in patterns.items() if re.fullmatch(a, text)}
+
+
+@pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)
+def test_a_stage_declares_the_params_that_it_reads(file: Path) -> None:
+    assert read_params(file) == set(DVC[file.stem]["params"])
+
+
+# The lock and the README
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_lock_pins_every_direct_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = (ROOT / "requirements.lock").read_text().split("\n")
+    pinned = [re.fullmatch(r"([A-Za-z0-9][\w.-]*)==[\w.]+", line) for line in lines if line and line[0] != "#"]
+    assert all(pinned), [line for line, match in zip(lines, pinned, strict=False) if not match]  # no URL, path, option
+    names = [canonical(match[1]) for match in pinned if match]
+    assert len(names) == len(set(names))
+    assert {canonical(re.split(r"[<>=\[]", requirement)[0]) for requirement in direct} <= set(names)
+
+
+def test_the_readme_names_every_file() -> None:
+    text = (ROOT / "README.md").read_text()
+    files = [*(path.name for path in FILES), "report.html.jinja"]
+    assert [name for name in files if not re.search(rf"\b{re.escape(name)}\b", text)] == []

@@ -1,0 +1,834 @@
+"""The stages on a mini world shrunk to seconds: what they read, write, refuse, and leave as it was."""
+
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import backbone as backbone_stage
+from pipeline import denoiser as denoiser_stage
+from pipeline import images, mmvp, mmvp_vlm, params, report, train, zeroshot, zeroshot_sets
+from pipeline.adapters import benchmarks
+from pipeline.adapters.backbones import WEIGHTS, Backbone
+from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.diva.condition import ReadOut, TokenRule
+from pipeline.diva.training import Record
+from pipeline.mini import pretrain, world
+from pipeline.runtime import UserError, generator, whole, write_json
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+GOLDEN_LOSS = Path(__file__).parent / "golden_mini_loss.txt"
+MODELS, METRICS = Path("models/mini"), Path("metrics/mini")
+SHRUNK = {
+    "profiles.mini.mmvp_vlm.pairs_per_pattern": 2,
+    "profiles.mini.zeroshot_sets": {"classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20},
+    "profiles.mini.denoiser.pictures": 48,
+    "profiles.mini.denoiser.held_out": 12,
+    "profiles.mini.denoiser.autoencoder.latent_channels": 4,
+    "profiles.mini.denoiser.unet.block_out_channels": [8, 16],
+    "profiles.mini.denoiser.unet.norm_num_groups": 4,
+    "profiles.mini.denoiser.unet.cross_attention_dim": 16,
+    "profiles.mini.denoiser.text_encoder": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+    "profiles.mini.denoiser.steps": 2,
+    "profiles.mini.denoiser.batch": 8,
+    "profiles.mini.train.micro_batch": 2,
+    "profiles.mini.train.steps": 4,
+    "profiles.mini.train.projection_steps": 3,
+    "profiles.mini.mmvp.draws": 3,
+    "backbones.mini.source.architecture": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+        "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+    },
+    "backbones.mini.source.text_tower.steps": 2,
+    "backbones.mini.source.text_tower.batch": 8,
+    "backbones.mini.source.image_tower.pictures": 16,
+    "backbones.mini.source.image_tower.steps": 2,
+    "backbones.mini.source.image_tower.batch": 8,
+    "backbones.mini.published_read_out.tokens": {"kind": "random", "number": 3},
+}  # fmt: skip
+
+
+def write_params(**changes: Any) -> None:
+    """Write the committed params.yaml here, shrunk; a change's key is dotted."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for key, value in {**SHRUNK, **changes}.items():
+        *parents, last = key.split(".")
+        reduce(dict.__getitem__, parents, content)[last] = value
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """One shard of post-training pictures, as adapters.shards documents it."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(count):
+            file = io.BytesIO()
+            Image.fromarray(world.picture(images.SET, i)[0]).save(file, "JPEG", quality=95)
+            for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", b"a fish")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    write_json(folder / "shards.json", {"size": 64, "samples": count, "shards": {"00000.tar": count}})
+
+
+def run(stage: ModuleType, *arguments: str) -> None:
+    """Run a stage's main() as `python -m pipeline.<stage> <arguments>` would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [stage.__name__, *arguments])
+        stage.main()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which every stage has run; the images stage has tests of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        (folder / "pipeline").symlink_to(ROOT / "pipeline")  # the report's template is looked up from here
+        write_params()
+        write_shards(Path("data/mini/images"), 12)
+        for stage in (mmvp_vlm, zeroshot_sets, denoiser_stage):
+            run(stage)
+        for stage in (backbone_stage, train):
+            run(stage, "mini")
+        for stage, weights in itertools.product((mmvp, zeroshot), ("pretrained", "diva")):
+            run(stage, "mini", weights)
+        run(report)
+    yield folder
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in, with nothing trained yet."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    shutil.rmtree(folder / MODELS / "diva")
+    shutil.rmtree(folder / METRICS / "train")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return folder
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    """Are all parameters and buffers bitwise the same?"""
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------- the mini world
+
+
+def test_no_picture_is_in_two_sets() -> None:
+    sets = {
+        **{name: [world.picture(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
+        "probe": [world.picture("probe", 0, i)[0] for i in range(50)],
+        "scorings": [world.picture("scorings", group, i)[0] for group in (1, 2, 3) for i in range(50)],
+        "pairs": [picture for pattern in range(9) for i in range(6) for picture in world.pair(pattern, i)[0]],
+    }
+    assert {*sets} - {"pairs"} == set(world.SETS)
+    everything = [picture.tobytes() for pictures in sets.values() for picture in pictures]
+    assert len(set(everything)) == len(everything)
+
+
+def test_a_picture_is_a_pure_function_of_its_index() -> None:
+    first, second = (world.picture("probe", 0, 7) for _ in range(2))
+    assert first[0].tobytes() == second[0].tobytes()
+    assert (first[1] == second[1]).all()
+    with pytest.raises(ValueError, match="not in tuple"):
+        world.generator("training", 0)
+
+
+def seen(scene: np.ndarray) -> np.ndarray:
+    """The picture of a scene, its nuisance and its noise always the same."""
+    nuisance = world.Nuisance.draw(np.random.default_rng(0))
+    return world.render(scene, nuisance, np.random.default_rng(0)).astype(int)
+
+
+@pytest.mark.parametrize("attribute", range(10))
+def test_every_value_of_every_attribute_is_visible(attribute: int) -> None:
+    for what in range(len(world.OBJECTS)):
+        scene = np.array([what, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        pictures = []
+        for value in range(world.CARDINALITIES[attribute]):
+            scene[attribute] = value
+            pictures.append(seen(scene))
+        for a, b in itertools.combinations(pictures, 2):
+            assert (np.abs(a - b).max(-1) > 25).sum() >= 8, world.OBJECTS[what]
+
+
+def test_a_pair_differs_in_its_pattern_alone() -> None:
+    for pattern, index in itertools.product(range(9), range(5)):
+        (first, second), scenes = world.pair(pattern, index)
+        assert np.flatnonzero(scenes[0] != scenes[1]).tolist() == [1 + pattern]
+        assert (first != second).any()
+
+
+def test_the_tokenizer_knows_every_word_and_has_room_for_the_longest_caption() -> None:
+    tok = pretrain.tokenizer()
+    longest = [0, *(max(range(len(v)), key=lambda i: len(v[i].split())) for v in world.PATTERNS.values())]
+    captions = [world.caption(np.array(longest)), train_prompt()]
+    captions += [f"{world.PROMPT}a {name}" for name in world.OBJECTS]
+    captions += [phrase for values in world.PATTERNS.values() for phrase in values]
+    ids = tok(captions).input_ids
+    assert all(tok.unk_token_id not in row for row in ids)
+    assert tok.unk_token_id in tok(["a photo of a unicorn"]).input_ids[0]
+    assert max(map(len, ids)) == len(ids[0]) <= pretrain.CONTEXT_LENGTH
+    assert all(row[-1] == tok.eos_token_id == len(tok) - 1 for row in ids)  # where CLIP's text tower looks
+
+
+def train_prompt() -> str:
+    return yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["mini"]["train"]["prompt"]
+
+
+# --------------------------------------------------------------------------------------------------------- the denoiser
+
+
+def patch_autoencoder() -> nn.Module:
+    pixels, _ = pretrain.pictures("denoiser", 48, "pictures")
+    return pretrain.autoencoder(pixels, latent_channels=4, patch_size=8)
+
+
+def kl_autoencoder() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, block_out_channels=(4, 4, 4, 4),
+            layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("vae", [patch_autoencoder, kl_autoencoder])
+def test_a_denoiser_comes_back_as_it_was_saved(here: Path, vae: Callable[[], nn.Module]) -> None:
+    denoiser = Denoiser.load(MODELS / "denoiser")
+    denoiser.vae = vae().requires_grad_(False).eval()
+    denoiser.save(here / "other", DDPMScheduler.from_pretrained(MODELS / "denoiser" / "scheduler"))
+    loaded = Denoiser.load(here / "other")
+    assert type(loaded.vae) is type(denoiser.vae)
+    assert equal(loaded, denoiser)
+    assert loaded.prediction_type == denoiser.prediction_type == "v_prediction"
+    pixels = torch.randn(2, 3, 64, 64, generator=generator("pixels"))
+    with torch.no_grad():
+        latent = loaded.vae.encode(pixels).latent_dist
+        assert torch.equal(latent.mean, latent.mode())
+        assert torch.equal(denoiser.latent(pixels), latent.mean * loaded.vae.config.scaling_factor)
+        assert loaded.vae.decode(latent.mean).sample.shape == pixels.shape
+    assert denoiser.latent(pixels).shape == (2, 4, 8, 8)
+    assert torch.equal(loaded.text(["a photo of a fish red"]), denoiser.text(["a photo of a fish red"]))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_24_components_keep_a_picture() -> None:
+    pixels, _ = pretrain.pictures("denoiser", 300, "pictures")
+    vae = pretrain.autoencoder(pixels[:240], latent_channels=24, patch_size=8)
+    held_out = pretrain.unit_range(pixels[240:])
+    with torch.no_grad():
+        latent = vae.encode(held_out).latent_dist.mean
+        restored = vae.decode(latent).sample
+    assert F.mse_loss(restored, held_out) < 0.02
+    assert latent.std((0, 2, 3)).sub(1).abs().max() < 0.2  # whitened: noise of one size drowns no component first
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
+def test_a_denoiser_without_a_part_is_refused(here: Path, part: str) -> None:
+    shutil.rmtree(MODELS / "denoiser" / part)
+    with pytest.raises(UserError, match=f"no folder {part}/"):
+        Denoiser.load(MODELS / "denoiser")
+
+
+def test_an_unknown_autoencoder_is_refused(here: Path) -> None:
+    config = MODELS / "denoiser/vae/config.json"
+    config.write_text(config.read_text().replace("PatchAutoencoder", "VQModel"))
+    with pytest.raises(UserError, match="unknown autoencoder VQModel; known: AutoencoderKL, PatchAutoencoder"):
+        Denoiser.load(MODELS / "denoiser")
+
+
+def test_tokenizers_of_another_length_are_refused(here: Path) -> None:
+    tok = pretrain.tokenizer()
+    right = len(tok)
+    tok.add_tokens(["unicorn"])
+    tok.save_pretrained(MODELS / "denoiser/tokenizer")
+    with pytest.raises(UserError, match=f"denoiser/tokenizer has {right + 1} entries, its text encoder {right}"):
+        Denoiser.load(MODELS / "denoiser")
+    tok.save_pretrained(MODELS / "pretrained/mini")
+    with pytest.raises(UserError, match=f"the tokenizer has {right + 1} entries, the text tower {right}"):
+        Backbone.load(MODELS / "pretrained/mini")
+
+
+def test_the_loss_depends_on_the_caption_alone(here: Path) -> None:
+    denoiser = Denoiser.load(MODELS / "denoiser")
+    pixels, scenes = pretrain.pictures("denoiser", 8, "pictures")
+    captions = [world.caption(scene) for scene in scenes]
+    right, again, empty, wrong = (
+        denoiser_stage.conditional_loss(denoiser, pixels, texts)
+        for texts in (captions, captions, [""] * 8, captions[1:] + captions[:1])
+    )
+    assert right == again
+    assert len({right, empty, wrong}) == 3
+
+
+# --------------------------------------------------------------------------------------------------------- the backbone
+
+
+@torch.no_grad()
+def test_a_backbone_is_one_of_open_clips_folders(here: Path) -> None:
+    folder = MODELS / "pretrained/mini"
+    backbone = Backbone.load(folder)
+    image = Image.fromarray(world.picture("probe", 0, 0)[0]).resize((90, 70))
+    pixels = backbone.preprocess(image)[None]
+    pooled, patches = backbone.image_tokens(pixels)
+    assert torch.equal(pooled, backbone.encode_image(pixels))
+    assert (patches.shape[1:], pooled.shape[1]) == ((16, 16), 16) == ((backbone.patches, backbone.width), 16)
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder.resolve()}")
+    assert equal(clip, backbone.clip)
+    assert torch.equal(preprocess(image)[None], pixels)
+    assert torch.equal(clip.eval().encode_image(pixels), pooled)
+    ids = open_clip.get_tokenizer(f"local-dir:{folder.resolve()}")(["a photo of a fish"])
+    assert torch.equal(clip.encode_text(ids), backbone.encode_text(backbone.tokenizer(["a photo of a fish"])))
+
+
+def test_a_backbone_without_its_weights_is_refused(here: Path) -> None:
+    (MODELS / "pretrained/mini" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"no {WEIGHTS}"):
+        Backbone.load(MODELS / "pretrained/mini")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def trained(seed: int = 42) -> tuple[Backbone, Denoiser, list[Record]]:
+    """Three steps of the projection, four of the tower."""
+    p = params.load()
+    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
+    section, condition = p.profile.train, p.backbones["mini"].condition
+    feedback = train.build_feedback(backbone, denoiser, condition, section.prompt, seed)
+    stream = train.Shards(Path("data/mini/images")).stream(seed)
+    records = train.train(feedback, backbone, denoiser, stream, section, seed, Path("curves"), CPU)
+    return backbone, denoiser, records
+
+
+def curve(records: list[Record]) -> list[float]:
+    return [record.loss for record in records]
+
+
+def test_training_moves_the_image_tower_and_nothing_else(here: Path) -> None:
+    original = Backbone.load(MODELS / "pretrained/mini")
+    backbone, denoiser, _ = trained()
+    assert equal(denoiser, Denoiser.load(MODELS / "denoiser"))
+    before = original.clip.state_dict()
+    moved = {name for name, value in backbone.clip.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("visual.")}
+    assert all(p.grad is not None and bool(p.grad.any()) for p in backbone.tower.parameters())
+    rest = [*denoiser.parameters(), *(p for n, p in backbone.clip.named_parameters() if not n.startswith("visual."))]
+    assert all(p.grad is None for p in rest)
+
+
+def test_training_is_a_pure_function_of_its_seed(here: Path) -> None:
+    first, second, other = trained(), trained(), trained(seed=3)
+    assert equal(first[0], second[0])
+    assert first[2] == second[2]
+    assert not set(curve(first[2])) & set(curve(other[2]))
+    golden = [line.split() for line in GOLDEN_LOSS.read_text().splitlines()]
+    assert [[record.phase, str(record.step)] for record in first[2]] == [line[:2] for line in golden]
+    assert curve(first[2]) == pytest.approx([float(line[2]) for line in golden], rel=1e-4)
+
+
+def test_the_stage_writes_what_it_trained(finished: Path, here: Path) -> None:
+    backbone, _, records = trained()
+    assert equal(Backbone.load(finished / MODELS / "diva/mini"), backbone)
+    notes = json.loads((finished / MODELS / "diva/mini/diva.json").read_text())
+    assert (notes["seed"], notes["recipe"]["steps"], notes["backbone"]) == (42, 4, "mini")
+    folder = finished / METRICS / "train/mini"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == notes["result"]
+    assert metrics["images"] == (3 + 4) * 2 * 2
+    tower = [record.loss for record in records if record.phase == "tower"]
+    assert (metrics["loss_first_tenth"], metrics["loss_last_tenth"]) == (round(tower[0], 5), round(tower[-1], 5))
+    written = pd.read_csv(folder / "plots/metrics/tower/loss.tsv", sep="\t")
+    assert written.step.tolist() == [0, 1, 2, 3]
+    assert written.loss.tolist() == pytest.approx(tower)
+
+
+def poison_the_denoiser() -> None:
+    file = MODELS / "denoiser/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"][0] = torch.nan
+    save_file(weights, file)
+
+
+def raise_the_rate() -> None:
+    write_params(**{"profiles.mini.train.lr": 1e30})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "where"), [(poison_the_denoiser, "step 0 of phase 'projection'"), (raise_the_rate, "of phase 'tower'")]
+)
+def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
+    here: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[], None], where: str
+) -> None:
+    spoil()
+    with pytest.raises(SystemExit) as ended:
+        run(train, "mini")
+    assert ended.value.code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    kept = MODELS / "diva/mini.last-good"
+    assert message.startswith("error: ")
+    assert re.search(rf"(nan|inf) in step \d {where}|(nan|inf) in {where}", message), message
+    assert str(kept) in message
+    last_good = Backbone.load(kept)
+    assert all(torch.isfinite(p).all() for p in last_good.parameters())
+    assert equal(last_good, Backbone.load(MODELS / "pretrained/mini")) == (spoil is poison_the_denoiser)
+    assert {path.name for path in (MODELS / "diva").iterdir()} == {".mini.lock", "mini.last-good"}
+    assert list((METRICS / "train").iterdir()) == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from pipeline.runtime import whole
+with whole(Path("models/mini/diva/mini")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_is_told_who_is_the_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}){HOLD}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as ended:
+            run(train, "mini")
+        holder.kill()
+    assert ended.value.code == 1
+    assert f"models/mini/diva/mini is being written by process {holder.pid} on " in capsys.readouterr().err
+    run(train, "mini")  # a killed holder holds no more
+    assert (MODELS / "diva/mini/diva.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------------- runtime
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, UserError])
+def test_an_output_is_whole_or_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    old, new = tmp_path / "old", tmp_path / "deep/new.json"
+    old.mkdir()
+    (old / "content").write_text("old")
+
+    def write() -> None:
+        with whole(old, new) as partial:
+            partial[0].mkdir()
+            (partial[0] / "content").write_text("new")
+            partial[1].write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert (old / "content").read_text() == "old"
+    assert {path.name for path in tmp_path.rglob("*")} == {"old", "content", "deep", ".old.lock"}
+
+
+def test_success_replaces_and_a_missing_output_does_not(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file.json"
+    for content in ("first", "second"):
+        with whole(folder, file) as partial:
+            partial[0].mkdir()
+            (partial[0] / content).touch()
+            partial[1].write_text(content)
+    with pytest.raises(FileNotFoundError, match=r"file\.json"), whole(folder, file) as partial:
+        partial[0].mkdir()
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    assert file.read_text() == "second"
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file.json", ".folder.lock"}
+
+
+def test_a_generator_is_a_pure_function_of_its_purpose() -> None:
+    purposes = [(1, "noise", 2), (1, "noise", "2"), ("noise", 1, 2), (1, "noise"), (1, "noise", 2, 0), (12, "noise")]
+    draws = [torch.rand(3, generator=generator(*purpose)).tolist() for purpose in purposes]
+    torch.manual_seed(5)
+    assert draws == [torch.rand(3, generator=generator(*purpose)).tolist() for purpose in purposes]
+    assert len({tuple(draw) for draw in draws}) == len(purposes)
+    assert torch.initial_seed() == 5
+
+
+# ----------------------------------------------------------------------------------------------------------------- MMVP
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    mmvp_vlm.render(tmp_path / "benchmark", 1)
+    return tmp_path / "benchmark"
+
+
+def test_questions_are_read_in_the_order_of_their_ids(benchmark: Path) -> None:
+    questions = read_mmvp_vlm(benchmark, 1)
+    assert [question.id for question in questions] == list(range(1, 19))
+    assert [question.type for question in questions[::2]] == list(world.PATTERNS)
+    for pattern, values in enumerate(world.PATTERNS.values()):
+        pair = questions[2 * pattern : 2 * pattern + 2]
+        for question, picture, scene in zip(pair, *world.pair(pattern, 0), strict=True):
+            assert question.statement == f"a {world.OBJECTS[scene[0]]} {values[scene[1 + pattern]]}"
+            assert np.abs(np.asarray(question.image(), float) - picture).mean() < 8
+    underscored = benchmark / "MLLM_VLM Images/Structural_Character"
+    (benchmark / "MLLM_VLM Images/Structural Character").rename(underscored)
+    assert [q.path.parent for q in read_mmvp_vlm(benchmark, 1) if q.type == "Structural Character"] == [underscored] * 2
+
+
+def edit(table: str, change: Callable[[list[str]], list[str]]) -> str:
+    return "\n".join(change(table.splitlines())) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:-1], "17 statements"),
+        (lambda lines: [*lines, "19,Text,a fish letter A"], "19 statements"),
+        (lambda lines: [*lines[:17], "18,Text,a fish", "17,Text,a fish"], r"wanted ids 1\.\.18"),
+        (lambda lines: [line.replace("Presence", "Absence") for line in lines[:4]], "3 statements"),
+        (lambda lines: [line.replace("Text", "State") for line in lines], "State 4"),
+        (lambda lines: ["Id,Type,Statement", *lines[1:]], "columns are .'Id', 'Type', 'Statement'."),
+    ],
+)
+def test_a_wrong_table_is_refused(benchmark: Path, change: Callable[[list[str]], list[str]], message: str) -> None:
+    file = benchmark / "Questions.csv"
+    file.write_text(edit(file.read_text(), change))
+    with pytest.raises(UserError, match=f"Questions.csv: {message}|Questions.csv: 18 statements.*{message}"):
+        read_mmvp_vlm(benchmark, 1)
+
+
+def test_a_missing_table_or_image_is_named(benchmark: Path) -> None:
+    (benchmark / "MLLM_VLM Images/State/6.jpg").unlink()
+    with pytest.raises(UserError, match=r"State/6\.jpg: no such file"):
+        read_mmvp_vlm(benchmark, 1)
+    (benchmark / "Questions.csv").unlink()
+    with pytest.raises(UserError, match=r"Questions\.csv: no such file"):
+        read_mmvp_vlm(benchmark, 1)
+
+
+# Embeddings of (statements 1 and 2, images 1 and 2) of a pair that is right in which direction.
+X, Y, NEAR_Y = (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)
+PAIRS = {
+    "both": (X, Y, X, Y),
+    "neither": (X, Y, Y, X),
+    "statement to image": (X, Y, NEAR_Y, (0.1, 0.995)),
+    "image to statement": (NEAR_Y, (0.1, 0.995), X, Y),
+    "tied": (X, Y, X, X),
+}
+
+
+class ByHand(nn.Module):
+    """Embeds question n by a table, reading n off the picture's grey or the statement's number."""
+
+    def __init__(self, pairs: list[tuple], patch: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.texts = torch.tensor([vector for pair in pairs for vector in pair[:2]])
+        self.images = torch.tensor([vector for pair in pairs for vector in pair[2:]])
+        self.patch, self.logit_scale = patch, torch.tensor(10.0)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        return torch.tensor(round(np.asarray(image).mean() / 10))
+
+    def tokenizer(self, texts: list[str]) -> torch.Tensor:
+        assert all(text.startswith("a photo of ") for text in texts)
+        return torch.tensor([int(text.split()[-1]) for text in texts])
+
+    def image_tokens(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[numbers], self.patch(self.images[numbers])
+
+    def encode_text(self, numbers: torch.Tensor) -> torch.Tensor:
+        return 3 * self.texts[numbers]
+
+
+def by_hand(
+    folder: Path, kinds: dict[str, list[str]], published: ReadOut, patch: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[dict, pd.DataFrame]:
+    """Score pairs of the given kinds, pattern by pattern."""
+    pairs = [PAIRS[kind] for group in kinds.values() for kind in group]
+    patterns = [pattern for pattern, group in kinds.items() for _ in group for _ in range(2)]
+    questions = []
+    for number, pattern in enumerate(patterns):
+        Image.new("RGB", (8, 8), (10 * number,) * 3).save(folder / f"{number}.png")
+        questions.append(Question(number, pattern, f"{number}", folder / f"{number}.png"))
+    settings = params.Mmvp(seed=0, draws=6, batch=4)
+    return mmvp.score(ByHand(pairs, patch), questions, published, settings, CPU)
+
+
+KINDS = {
+    "Color": ["both", "statement to image", "neither", "tied"],
+    "Text": ["both"],
+    "State": ["image to statement", "statement to image"],
+}
+
+
+def swapped(images: torch.Tensor) -> torch.Tensor:
+    """One patch an image, which drowns the pooled token and says the other axis."""
+    return 100 * images.flip(-1)[:, None]
+
+
+def test_scores_of_hand_made_pairs(tmp_path: Path) -> None:
+    summary, table = by_hand(tmp_path, KINDS, ReadOut(TokenRule("all")), swapped)
+    assert summary["pairs"] == 7
+    plain, published = summary["plain"], summary["published"]
+    assert plain["statement_to_image"]["patterns"] == {"Color": 50.0, "Text": 100.0, "State": 50.0}
+    assert plain["image_to_statement"]["patterns"] == {"Color": 25.0, "Text": 100.0, "State": 50.0}
+    assert plain["statement_to_image"]["average"] == 66.667  # of the patterns, though they differ in size
+    assert plain["image_to_statement"]["average"] == 58.333
+    assert (plain["statement_to_image"]["ties"], plain["image_to_statement"]["ties"]) == (2, 0)
+    assert published["statement_to_image"]["patterns"] == {"Color": 25.0, "Text": 0.0, "State": 0.0}
+    assert published["statement_to_image"]["average"] == 8.333
+    assert {(block["draws"], block["sd_over_draws"]) for r in (plain, published) for block in r.values()} == {(1, 0.0)}
+    rows = table[table.read_out == "plain"]
+    assert rows.pattern.tolist() == ["Color"] * 4 + ["Text"] + ["State"] * 2
+    assert rows.statement_to_image.tolist() == [1, 1, 0, 0, 1, 0, 1]
+    assert rows.image_to_statement.tolist() == [1, 0, 0, 0, 1, 1, 0]
+
+
+def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(tmp_path: Path) -> None:
+    def honest_or_swapped(images: torch.Tensor) -> torch.Tensor:
+        return 100 * torch.stack([images, images.flip(-1)], 1)
+
+    kinds = {"Color": ["both"] * 6, "Text": ["both"] * 5}
+    (first, table), (second, _) = (
+        by_hand(tmp_path, kinds, ReadOut(TokenRule("random", 1)), honest_or_swapped) for _ in range(2)
+    )
+    assert first == second
+    assert (first["plain"]["statement_to_image"]["average"], first["plain"]["statement_to_image"]["draws"]) == (100, 1)
+    result = first["published"]["statement_to_image"]
+    assert result["draws"] == 6
+
+    def honest(draw: int, statement: int, image: int) -> bool:
+        return int(torch.randint(2, (1,), generator=generator(0, "read-out", draw, statement, image))) == 0
+
+    right = np.array([  # an image that shows its other axis still beats nothing: both must, to mislead a statement
+        [all(honest(d, s, 2 * pair) or honest(d, s, 2 * pair + 1) for s in range(2)) for pair in range(11)]
+        for d in range(6)
+    ])  # fmt: skip
+    shares = table[table.read_out == "published"].statement_to_image.to_numpy()
+    assert shares == pytest.approx(right.mean(0))
+    by_draw = 100 * (right[:, :6].mean(1) + right[:, 6:].mean(1)) / 2
+    assert result["average"] == pytest.approx(by_draw.mean(), abs=1e-3)
+    assert result["sd_over_draws"] == pytest.approx(by_draw.std(ddof=1), abs=1e-3)
+    assert result["sd_over_draws"] > 0
+
+
+def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    def broken(images: torch.Tensor) -> torch.Tensor:
+        return images.masked_fill(images == 1, torch.nan)[:, None]
+
+    with pytest.raises(ValueError, match="pair 1: a logit is not finite"):
+        by_hand(tmp_path, {"Color": ["both", "both"]}, ReadOut(TokenRule("all")), broken)
+
+
+# ------------------------------------------------------------------------------------------------------------ zero-shot
+
+
+class Blurred(nn.Module):
+    """Coarse pixels against fixed random sentences: wrong as a rule, but never the same answer for all."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.words = torch.randn(100, 48, generator=generator("words"))
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32)).permute(2, 0, 1)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        coarse = F.avg_pool2d(pixels, 16).flatten(1)
+        return coarse - coarse.new_tensor(BLUR_MEAN)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words[ids].sum(1)
+
+
+BLUR_MEAN = np.mean([world.picture("probe", 1, i)[0].reshape(4, 16, 4, 16, 3).mean((1, 3)) for i in range(50)], 0)
+BLUR_MEAN = BLUR_MEAN.transpose(2, 0, 1).ravel().tolist()
+
+
+def members(tar_file: Path, extension: str) -> list[bytes]:
+    with tarfile.open(tar_file) as tar:
+        return [tar.extractfile(m).read() for m in tar if m.name.endswith(extension)]  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
+    root, (n, k) = here / "sets", (60, 5)
+    sizes = params.ZeroshotSets(classification=n, retrieval=30, probe_train=1, probe_test=1)
+    zeroshot_sets.render(root, sizes)
+    assert benchmarks.kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
+    model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)
+
+    def units(tar_file: Path) -> torch.Tensor:
+        pictures = [model.preprocess(Image.open(io.BytesIO(data))) for data in members(tar_file, ".png")]
+        return F.normalize(model.encode_image(torch.stack(pictures)), dim=-1)
+
+    def sentences(texts: list[str]) -> torch.Tensor:
+        return F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
+
+    labels = torch.tensor([int(data) for data in members(root / "wds/objects/test/0.tar", ".cls")])
+    assert labels.tolist() == [world.picture("scorings", 1, i)[1][0] for i in range(n)]
+    prompts = sentences([f"a photo of a {name}" for name in world.OBJECTS])
+    chosen = (units(root / "wds/objects/test/0.tar") @ prompts.T).argmax(1)
+    expected = 100 * (chosen == labels).double().mean().item()
+    assert len(set(chosen.tolist())) > 3
+    assert 0 < expected < 100
+    assert benchmarks.classification(model, root, "objects", 16, CPU) == pytest.approx(expected)
+
+    captions = [data.decode() for data in members(root / "wds/captions/test/0.tar", ".txt")]
+    assert captions == [world.caption(world.picture("scorings", 2, i)[1]) for i in range(30)]
+    similarity = units(root / "wds/captions/test/0.tar") @ sentences(captions).T  # [image, text]
+    found = {"image_to_text": similarity, "text_to_image": similarity.T}
+    recall = {way: 100 * np.mean([i in row.topk(k).indices for i, row in enumerate(s)]) for way, s in found.items()}
+    assert recall["image_to_text"] != recall["text_to_image"]
+    assert benchmarks.retrieval(model, root, "captions", 7, k, CPU) == pytest.approx(recall)
+
+
+def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
+    draws, details = np.random.default_rng(0), tmp_path / "wds/details"
+
+    def samples(count: int) -> Iterator[dict[str, Any]]:
+        for i in range(count):
+            shown, hidden = (int(v) for v in draws.integers(3, size=2))
+            file = io.BytesIO()
+            Image.new("RGB", (2, 2), (100 * shown, int(draws.integers(256)), int(draws.integers(256)))).save(
+                file, "png"
+            )
+            labels = json.dumps({"shown": shown, "hidden": hidden}).encode()
+            yield {"__key__": f"{i:06d}", "png": file.getvalue(), "json": labels}
+
+    for split in ("train", "test"):
+        benchmarks.write_split(details, split, "probe", samples(400))
+
+    def embed(pictures: list[Image.Image]) -> torch.Tensor:
+        red, *noise = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]).T
+        return torch.stack([red == 0, red == 100, *noise], 1).float()
+
+    scores = benchmarks.probe(embed, tmp_path, "details", batch=64)
+    assert scores["shown"] == 100
+    assert scores["hidden"] == pytest.approx(100 / 3, abs=8)
+
+
+def test_the_same_samples_give_the_same_shard(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        benchmarks.write_split(tmp_path / name, "test", "retrieval", [{"__key__": "0", "txt": "a fish"}])
+    assert (tmp_path / "first/test/0.tar").read_bytes() == (tmp_path / "second/test/0.tar").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def scores(plain: float, published: float) -> dict:
+    """What the mmvp stage writes, as far as the report reads it; image to statement is one point lower."""
+    return {
+        name: {"statement_to_image": {"average": value}, "image_to_statement": {"average": value - 1}}
+        for name, value in (("plain", plain), ("published", published))
+    }
+
+
+def test_headline_and_gain() -> None:
+    sets = {
+        "objects": {"kind": "classification", "average": 90.0},
+        "animals": {"kind": "classification", "average": 80.0},
+        "captions": {"kind": "retrieval", "average": 12.346},
+    }
+    before, after = report.headline(scores(20, 30), sets), report.headline(scores(26.5, 29), sets)
+    assert before == {
+        "pairs_plain": 20, "pairs_published": 30, "image_to_statement_plain": 19, "image_to_statement_published": 29,
+        "zeroshot": 85, "retrieval": 12.35,
+    }  # fmt: skip
+    assert report.with_gain({"pretrained": before}) == {"pretrained": before}
+    table = report.with_gain({"pretrained": before, "diva": after})
+    assert list(table) == ["pretrained", "diva", "gain"]
+    assert table["gain"] == {
+        "pairs_plain": 6.5, "pairs_published": -1, "image_to_statement_plain": 6.5, "image_to_statement_published": -1,
+        "zeroshot": 0, "retrieval": 0,
+    }  # fmt: skip
+    assert report.rows({"mini": table})[2] == ["mini", "gain", "+6.5", "-1.0", "+6.5", "-1.0", "+0.0", "+0.0", ""]
+
+
+def test_pairs_won_and_lost_are_those_of_one_read_out() -> None:
+    def table(plain: list[float]) -> pd.DataFrame:
+        read_outs = ["plain"] * 5 + ["published"] * 5
+        return pd.DataFrame({"read_out": read_outs, "statement_to_image": plain + [0.0] * 5})
+
+    before, after = table([0, 0, 1, 0.5, 1]), table([1, 0.75, 0, 0.5, 1])
+    assert report.won_and_lost(before, after, "plain") == (2, 1, 5)
+    assert report.won_and_lost(before, after, "published") == (0, 0, 5)
+
+
+def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:
+    metrics = finished / METRICS
+    written = json.loads((metrics / "report.json").read_text())["mini"]
+    assert list(written) == ["pretrained", "diva", "gain"]
+    for weights in ("pretrained", "diva"):
+        pairs = json.loads((metrics / f"mmvp/mini-{weights}.json").read_text())
+        sets = json.loads((metrics / f"zeroshot/mini-{weights}.json").read_text())
+        assert written[weights]["pairs_published"] == round(pairs["published"]["statement_to_image"]["average"], 2)
+        assert written[weights]["probe"] == round(sets["details"]["average"], 2)
+        assert written[weights].keys() == report.COLUMNS.keys()
+    patterns = pd.read_csv(metrics / "patterns.csv")
+    assert patterns.pattern.tolist() == [f"{w}: {p}" for w in ("pretrained", "diva") for p in world.PATTERNS]
+
+
+def test_the_page_needs_nothing_else(finished: Path) -> None:
+    page = (finished / METRICS / "report.html").read_text()
+    text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', page)
+    assert embedded == 2 * 9 + 3 + 1  # pairs, figures, reconstructions
+    assert "http" not in text
+    assert set(re.findall(r'(?:src|href)="?([^ >]*)', text)) == {'"'}
+    assert re.findall(r'<tr class="(\w+)"', text) == ["pretrained", "diva", "gain"]
+    markdown = (finished / METRICS / "report.md").read_text()
+    assert [line.split(" | ")[1] for line in markdown.splitlines() if line.startswith("| mini")] == [
+        "pretrained", "diva", "gain",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the committed figures
+
+
+def committed(name: str) -> dict:
+    file = ROOT / METRICS / name
+    if not file.exists():
+        pytest.skip(f"{file} is not there: run `dvc repro`")
+    return json.loads(file.read_text())
+
+
+def test_the_committed_denoiser_listens_to_its_caption() -> None:
+    loss = committed("denoiser.json")["held_out_loss"]
+    assert loss["right"] + 0.02 < loss["empty"]
+    assert loss["empty"] + 0.02 < loss["wrong"]
+
+
+def test_the_committed_backbone_knows_objects_and_has_room_for_details() -> None:
+    pretrained = committed("report.json")["mini"]["pretrained"]
+    assert pretrained["zeroshot"] > 98
+    assert 30 <= pretrained["pairs_plain"] <= 45
+    assert committed("ceiling/mini.json")["pairs_plain"] > 75
