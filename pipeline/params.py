@@ -181,7 +181,6 @@ class ImageTower(Section):
     batch: Count
     lr: PositiveFloat
     detail_probability: Share
-    ceiling_steps: Count
 
 
 class Source(Section):

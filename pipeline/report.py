@@ -187,7 +187,7 @@ def build(p: params.Params) -> tuple[dict, str, str, pd.DataFrame]:
         if "diva" in stems:
             figures.append(loss_figure(metrics / "train" / backbone / "plots" / "metrics"))
         sections.append({"backbone": backbone, "figures": [png_url(f) for f in figures if f]})
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader("pipeline"), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.jinja").render(
         profile=p.run.profile,
         columns=COLUMNS.values(),

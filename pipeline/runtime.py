@@ -59,6 +59,8 @@ def _die_with_parent() -> None:
     if sys.platform == "linux" and "DVC_STAGE" in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit("DVC died while this stage was starting")
 
 
 def _note_timing() -> None:
@@ -95,6 +97,16 @@ def generator(*purpose: str | int):
 
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def seeded(*purpose: str | int) -> Iterator[None]:
+    """Let library code that draws from torch's global state draw as `generator(*purpose)` would."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*purpose).initial_seed())
+        yield
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

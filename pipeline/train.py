@@ -21,7 +21,7 @@ from pipeline.diva import diffusion, pixels, training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
 from pipeline.params import Condition, Train
-from pipeline.runtime import UserError, device, generator, progress, remove, stage, whole, write_json
+from pipeline.runtime import UserError, device, generator, progress, remove, seeded, stage, whole, write_json
 
 
 class Batches:
@@ -69,8 +69,7 @@ class Batches:
 def build_feedback(backbone: Backbone, denoiser: Denoiser, condition: Condition, prompt: str, seed: int) -> Feedback:
     """The frozen parts, the tower, and a fresh projection initialised from the seed."""
     width, wanted = backbone.width, denoiser.unet.config.cross_attention_dim
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "projection").initial_seed())
+    with seeded(seed, "projection"):
         projection = torch.nn.Linear(width, wanted)
     backbone.clip.requires_grad_(False)
     return Feedback(

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -77,6 +79,7 @@ class Clone:
         environment |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "SHELL": "/bin/sh",  # DVC's choice where SHELL is unset; Debian's does not step aside for the command
             "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site"),
             "GIT_CONFIG_GLOBAL": os.devnull,
             **{f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
@@ -98,12 +101,14 @@ class Clone:
         self.run("git", "commit", "--quiet", "--message", message)
 
     def contents(self, *names: str) -> dict[str, bytes]:
-        """The bytes of every file under these names, timings left out; a name that does not exist yields nothing."""
-        paths = [path for name in names for path in (self.root / name, *(self.root / name).rglob("*"))]
+        """The bytes of every file that stands under these names, but for timings and what is hidden."""
+        files = [
+            path.relative_to(self.root) for name in names for path in (self.root / name, *(self.root / name).rglob("*"))
+        ]
         return {
-            str(path.relative_to(self.root)): path.read_bytes()
-            for path in paths
-            if path.is_file() and path.name != "timings.jsonl" and not path.name.startswith(".")
+            str(file): (self.root / file).read_bytes()
+            for file in files
+            if (self.root / file).is_file() and file.name != "timings.jsonl" and not re.search(r"(^|/)\.", str(file))
         }
 
     def outputs(self) -> list[str]:
@@ -119,54 +124,44 @@ def stages_run(output: str) -> list[str]:
     return re.findall(r"^Running stage '(.+)':$", output, re.MULTILINE)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A clone after one `dvc repro`; tests that change it copy it first."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Clone]]:
+    """Start one `dvc repro`; call for the clone when it has ended. Tests that change that clone copy it first."""
     clone = Clone.make(tmp_path_factory.mktemp("undisturbed"))
-    clone.output = clone.run("dvc", "repro")
-    return clone
+    dvc = clone.start("dvc", "repro")
+
+    @cache
+    def ended() -> Clone:
+        clone.output, _ = dvc.communicate(timeout=300)
+        assert dvc.returncode == 0, clone.output
+        return clone
+
+    yield ended
+    with suppress(ProcessLookupError):
+        os.killpg(dvc.pid, signal.SIGKILL)
 
 
-def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed: Clone) -> None:
-    imported = undisturbed.run("python", "-c", "import pipeline; print(pipeline.__file__)")
-    assert Path(imported.strip()) == undisturbed.root / "pipeline" / "__init__.py"
-    everything = [
-        "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini", "mmvp@mini-pretrained",
-        "mmvp@mini-diva", "zeroshot@mini-pretrained", "zeroshot@mini-diva", "report",
-    ]  # fmt: skip
-    assert sorted(stages_run(undisturbed.output)) == sorted(everything)
-    assert all((undisturbed.root / output).exists() for output in undisturbed.outputs())
-    _, table = undisturbed.output.split("Running stage 'report':")
-    assert "What feedback gained, and what it cost" in table
-    assert undisturbed.run("git", "status", "--porcelain").split() == ["??", "dvc.lock", "??", "metrics/"]
-
-
-def test_a_second_repro_runs_nothing_within_five_seconds(undisturbed: Clone) -> None:
-    assert undisturbed.run("dvc", "status").strip() == "Data and pipelines are up to date."
-    start = time.monotonic()
-    assert stages_run(undisturbed.run("dvc", "repro")) == []
-    assert time.monotonic() - start < 5
-
-
-def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(undisturbed: Clone, tmp_path: Path) -> None:
-    clone, expected = Clone.make(tmp_path), undisturbed.contents(*undisturbed.outputs())
+def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
+    undisturbed: Callable[[], Clone], tmp_path: Path
+) -> None:
+    clone, left = Clone.make(tmp_path), []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would pass on "ignore"
 
     def stop_once_written(partial: str, stop: Callable[[subprocess.Popen[str]], None]) -> str:
         dvc = clone.start("dvc", "repro")
-        wait_until((clone.root / partial).exists, 60)
+        while not (clone.root / partial).exists():
+            assert dvc.poll() is None, dvc.communicate()[0]
+            time.sleep(0.002)
         stop(dvc)
-        wait_until(lambda: not clone.processes(), 5)  # the stage, and what it started, ended with DVC
+        assert dvc.wait(10) != 0
+        end = time.monotonic() + 2
+        while (survivors := clone.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        for process in survivors:
+            process.kill()
+        assert survivors == []  # the stage, and what it started, end with DVC
         output, _ = dvc.communicate()
-        assert dvc.returncode != 0, output
-        assert clone.contents(*undisturbed.outputs()).items() <= expected.items()
+        left.append(clone.contents("data", "models", "metrics"))
         return output
 
     def refuse_a_second_writer_then_kill_dvc(dvc: subprocess.Popen[str]) -> None:
@@ -181,12 +176,39 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(undisturbed: Clon
     assert "interrupted: nothing was written" in output
     stop_once_written("metrics/mini/train/.mini.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
     assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
-    assert clone.contents("dvc.lock", "metrics") == undisturbed.contents("dvc.lock", "metrics")
-    assert clone.contents(*clone.outputs()) == expected
+
+    expected = undisturbed().contents("dvc.lock", "data", "models", "metrics")
+    assert clone.contents("dvc.lock", "data", "models", "metrics") == expected
+    assert all(contents.items() <= expected.items() for contents in left)
 
 
-def test_an_experiment_runs_what_depends_on_it_and_is_compared(undisturbed: Clone, tmp_path: Path) -> None:
-    clone = undisturbed.copy(tmp_path / "clone")
+def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed: Callable[[], Clone]) -> None:
+    clone = undisturbed()
+    imported = clone.run("python", "-c", "import pipeline; print(pipeline.__file__)")
+    assert Path(imported.strip()) == clone.root / "pipeline" / "__init__.py"
+    everything = [
+        "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini", "mmvp@mini-pretrained",
+        "mmvp@mini-diva", "zeroshot@mini-pretrained", "zeroshot@mini-diva", "report",
+    ]  # fmt: skip
+    assert sorted(stages_run(clone.output)) == sorted(everything)
+    assert all((clone.root / output).exists() for output in clone.outputs())
+    _, table = clone.output.split("Running stage 'report':")
+    assert "What feedback gained, and what it cost" in table
+    assert clone.run("git", "status", "--porcelain").split() == ["??", "dvc.lock", "??", "metrics/"]
+
+
+def test_a_second_repro_runs_nothing_within_five_seconds(undisturbed: Callable[[], Clone]) -> None:
+    clone = undisturbed()
+    assert clone.run("dvc", "status").strip() == "Data and pipelines are up to date."
+    start = time.monotonic()
+    assert stages_run(clone.run("dvc", "repro")) == []
+    assert time.monotonic() - start < 5
+
+
+def test_an_experiment_runs_what_depends_on_it_and_is_compared(
+    undisturbed: Callable[[], Clone], tmp_path: Path
+) -> None:
+    clone = undisturbed().copy(tmp_path / "clone")
     clone.commit("before")
     before = clone.contents("metrics")
     # DVC writes this rate as 5e-05, which YAML 1.1 reads as a string.

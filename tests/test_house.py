@@ -130,7 +130,7 @@ def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
 @pytest.mark.parametrize("stage", DVC)
 def test_a_stage_runs_its_own_file(stage: str) -> None:
     command, matrix = DVC[stage]["cmd"].split(), DVC[stage].get("matrix", {})
-    assert command == ["python", "-m", f"pipeline.{stage}", *(f"${{item.{axis}}}" for axis in matrix)]
+    assert command == ["exec", "python", "-m", f"pipeline.{stage}", *(f"${{item.{axis}}}" for axis in matrix)]
     assert all(values == f"${{run.{axis}s}}" or axis == "weights" for axis, values in matrix.items())
 
 

@@ -1,4 +1,4 @@
-"""Which pixels the generator and the image tower are given, as in the published data path (FACTS: runner's transforms).
+"""Which pixels the generator and the image tower are given; "published" is github baaivision/DIVA at d53c668.
 
 Shape suffixes here and in the rest of `diva`: B images, C channels, H W pixels, N patch tokens of the tower,
 T tokens of the condition, L tokens of the text, D width, K draws of tokens, P pairs.

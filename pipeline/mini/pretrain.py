@@ -20,10 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
 from pipeline.mini import world
 from pipeline.params import DenoiserSection, ImageTower, TextTower
-from pipeline.runtime import generator, progress
+from pipeline.runtime import generator, progress, seeded
 
 Details = Callable[[np.random.Generator], np.ndarray]
-CONTEXT_LENGTH = 28  # the longest caption has 26 words, plus start and end
+CONTEXT_LENGTH = 28  # the longest caption has 24 words; start and end make 26, and two are to spare
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -56,6 +56,11 @@ def pictures(set_name: str, count: int, what: str) -> tuple[torch.Tensor, np.nda
     drawn = [world.picture(set_name, i) for i in progress(range(count), what)]
     pixels = torch.from_numpy(np.stack([p for p, _ in drawn])).permute(0, 3, 1, 2).contiguous()
     return pixels, np.stack([s for _, s in drawn])
+
+
+def choices(what: str) -> np.random.Generator:
+    """The generator of the scenes, rows and details that the training of `what` chooses."""
+    return np.random.default_rng(generator("mini", what, "choices").initial_seed())
 
 
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -92,17 +97,15 @@ def new_clip(architecture: dict) -> tuple[open_clip.CLIP, PreTrainedTokenizerFas
     tok = tokenizer()
     text_cfg = {**architecture["text_cfg"], "vocab_size": len(tok), "context_length": CONTEXT_LENGTH}
     complete = {**architecture, "text_cfg": {**text_cfg, "hf_tokenizer_name": "mini"}}
-    with torch.random.fork_rng(devices=[]):  # library initialisation draws from the global state: give it a fixed one
-        torch.manual_seed(generator("mini", "clip").initial_seed())
+    with seeded("mini", "clip"):
         return open_clip.CLIP(**complete), tok, complete
 
 
 def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: TextTower) -> list[float]:
     """Train the text side of `clip` against an oracle that reads the scene itself; captions have 0 to 9 details."""
-    compute, rng = clip.logit_scale.device, world.generator("image tower", 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator("mini", "oracle").initial_seed())
-        width = clip.text_projection.shape[1]
+    compute, rng = clip.logit_scale.device, choices("text tower")
+    width = clip.text_projection.shape[1]
+    with seeded("mini", "oracle"):
         oracle = nn.Sequential(nn.Linear(sum(world.CARDINALITIES), 256), nn.GELU(), nn.Linear(256, width)).to(compute)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -131,7 +134,7 @@ def image_tower(
     clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, preprocessing: dict, p: ImageTower, steps: int, details: Details
 ) -> list[float]:
     """Train the image side of `clip` against its frozen text side; `details` chooses the patterns a caption names."""
-    compute, rng = clip.logit_scale.device, world.generator("image tower", 2)
+    compute, rng = clip.logit_scale.device, choices("image tower")
     pixels, scenes = pictures("image tower", p.pictures, "pictures of the image tower")
     clip.requires_grad_(False)
     clip.visual.requires_grad_(True)
@@ -180,10 +183,9 @@ def denoiser(
 
     pixels: uint8 [N, 3, 64, 64]. The objective follows the scheduler's prediction_type.
     """
-    rng, draws = world.generator("denoiser", 1), generator("mini", "denoiser", "noise")
+    rng, draws = choices("denoiser"), generator("mini", "denoiser", "noise")
     tok, channels = tokenizer(), vae.config.latent_channels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator("mini", "denoiser").initial_seed())
+    with seeded("mini", "denoiser"):
         unet_model = UNet2DConditionModel(
             sample_size=world.SIZE // p.autoencoder.patch_size, in_channels=channels, out_channels=channels, **p.unet
         )

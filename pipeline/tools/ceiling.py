@@ -2,8 +2,8 @@
 
     python -m pipeline.tools.ceiling mini       after `dvc repro`; writes metrics/<profile>/ceiling/<backbone>.json
 
-The text tower stays frozen. Were this score low, the text tower itself could not tell details apart, and no feedback
-through the image could gain anything.
+The text tower stays frozen; the image tower gets twice the steps that it was made with. Were this score low, the text
+tower itself could not tell details apart, and no feedback through the image could gain anything.
 """
 
 import sys
@@ -24,8 +24,10 @@ def main() -> None:
     with whole(Path("metrics", profile, "ceiling", f"{name}.json")) as (file,):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
         image_tower, tok = entry.source.image_tower, pretrain.tokenizer()
-        steps, preprocessing = image_tower.ceiling_steps, entry.source.preprocessing
-        pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, pretrain.any_details)
+        preprocessing = entry.source.preprocessing
+        pretrain.image_tower(
+            backbone.clip, tok, preprocessing, image_tower, 2 * image_tower.steps, pretrain.any_details
+        )
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
         published = mmvp.read_out_of(entry.published_read_out)
         pairs, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
