@@ -154,7 +154,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
             time.sleep(0.002)
         stop(dvc)
         assert dvc.wait(10) != 0
-        end = time.monotonic() + 2
+        end = time.monotonic() + 20  # a process of img2dataset looks for its parent once it has imported what it needs
         while (survivors := clone.processes()) and time.monotonic() < end:
             time.sleep(0.1)
         for process in survivors:
