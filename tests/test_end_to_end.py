@@ -170,6 +170,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
         assert re.search(r"data/mini/images is being written by process \d+ on .*pipeline/images.py", refused)
         assert f"(PID {dvc.pid}): " in clone.run("dvc", "repro", status=255)
         dvc.kill()
+        os.killpg(dvc.pid, signal.SIGCONT)  # a process that the stage has just started is still stopped: let it notice
 
     stop_once_written("data/mini/.images.partial", refuse_a_second_writer_then_kill_dvc)
     output = stop_once_written("models/mini/.denoiser.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGINT))
