@@ -1,48 +1,63 @@
 """Stage backbone@<backbone>: the CLIP to be post-trained, as one of open_clip's local folders.
 
 models/<profile>/pretrained/<backbone>/
-metrics/<profile>/backbone/<backbone>.json
+metrics/<profile>/backbone/<backbone>.json      parameters; how it was made, or whence it came
 """
 
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline import params
-from pipeline.adapters import backbones
+from pipeline.adapters import backbones, downloads
 from pipeline.mini import pretrain
-from pipeline.params import Source
+from pipeline.params import CheckpointSource, MiniSource
 from pipeline.runtime import device, stage, whole, write_json
 
 
-def make(source: Source, folder: Path, compute: torch.device) -> dict:
+def make(source: MiniSource, folder: Path) -> dict[str, Any]:
     """Train the mini backbone: the text tower first, then the image tower on captions that hardly name a detail."""
     clip, tok, architecture = pretrain.new_clip(source.architecture)
-    clip.to(compute)
-    image = source.image_tower
+    clip.to(device())
+    image, preprocessing = source.image_tower, source.preprocessing.model_dump()
     text_losses = pretrain.text_tower(clip, tok, source.text_tower)
     blind = pretrain.hardly_a_detail(image.detail_probability)
-    image_losses = pretrain.image_tower(clip, tok, source.preprocessing, image, image.steps, blind)
-    size = architecture["vision_cfg"]["image_size"]
-    backbones.write(clip, tok, architecture, {"size": size, **source.preprocessing}, folder)
+    image_losses = pretrain.image_tower(clip, tok, preprocessing, image, image.steps, blind)
+    backbones.write_config(architecture, preprocessing, folder)
+    tok.save_pretrained(folder)
+    backbones.save_weights(clip.state_dict(), folder)
     return {
-        "parameters": sum(p.numel() for p in clip.parameters()),
         "text_tower_loss": round(float(np.mean(text_losses[-20:])), 5),
         "image_tower_loss": round(float(np.mean(image_losses[-20:])), 5),
     }
 
 
+def bring(source: CheckpointSource, folder: Path) -> dict[str, Any]:
+    """Fetch a published checkpoint and its tokenizer, and convert them; returns whence they came."""
+    backbones.write_config(source.architecture, source.preprocessing.model_dump(), folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wanted = {Path(scratch): source.weights} | ({folder: source.tokenizer} if source.tokenizer else {})
+        records = downloads.fetch_all(wanted)
+        checkpoint = Path(scratch, *source.weights.files)
+        backbones.save_weights(backbones.fitting(backbones.read_checkpoint(checkpoint), folder, checkpoint), folder)
+    return {"weights": records[Path(scratch)], "tokenizer": records.get(folder)}
+
+
 @stage
 def main() -> None:
     p, name = params.load(), sys.argv[1]
+    source = p.backbones[name].source
     outputs = (
         Path("models", p.run.profile, "pretrained", name),
         Path("metrics", p.run.profile, "backbone", f"{name}.json"),
     )
     with whole(*outputs) as (folder, metrics_file):
-        write_json(metrics_file, make(p.backbones[name].source, folder, device()))
+        metrics = make(source, folder) if isinstance(source, MiniSource) else bring(source, folder)
+        backbone = backbones.Backbone.load(folder)  # what later stages will load can be loaded
+        write_json(metrics_file, {"parameters": sum(q.numel() for q in backbone.parameters()), **metrics})
 
 
 if __name__ == "__main__":

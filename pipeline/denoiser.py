@@ -1,11 +1,12 @@
 """Stage denoiser: the frozen text-to-image model, in the layout of stable-diffusion-2-1-base.
 
 models/<profile>/denoiser/{vae,unet,text_encoder,tokenizer,scheduler}/
-metrics/<profile>/denoiser.json             held-out loss under the right, an empty and a wrong caption
-metrics/<profile>/reconstructions.png       what the latents keep
+metrics/<profile>/denoiser.json     parameters; whence it came or, where it was made here, its held-out loss under the
+                                    right, an empty and a wrong caption (and reconstructions.png beside the model)
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from pipeline import params
+from pipeline.adapters import downloads
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva import diffusion
 from pipeline.mini import pretrain, world
-from pipeline.params import DenoiserSection
+from pipeline.params import MiniDenoiser
 from pipeline.runtime import device, generator, stage, whole, write_json
 
 
-def make(p: DenoiserSection, folder: Path, compute: torch.device) -> tuple[dict, Image.Image]:
-    """Pre-train the mini denoiser and save it; returns its metrics and a picture of reconstructions."""
+def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]:
+    """Pre-train the mini denoiser and save it with a picture of what its latents keep; returns its metrics."""
     pixels, scenes = pretrain.pictures("denoiser", p.pictures + p.held_out, "pictures of the denoiser")
     vae = pretrain.autoencoder(pixels[: p.pictures], **p.autoencoder.model_dump())
     scheduler = DDPMScheduler(**p.scheduler.model_dump())
@@ -35,14 +37,13 @@ def make(p: DenoiserSection, folder: Path, compute: torch.device) -> tuple[dict,
     }
     loss = {which: conditional_loss(denoiser, held_out, texts) for which, texts in by_caption.items()}
     restored = denoiser.pixels(denoiser.latent(pretrain.unit_range(held_out)))
-    metrics = {
+    denoiser.save(folder, scheduler)
+    _strip(held_out[:8], restored[:8]).save(folder / "reconstructions.png", "png")
+    return {
         "held_out_loss": {which: round(value, 5) for which, value in loss.items()},
         "reconstruction_mse": round(torch.nn.functional.mse_loss(restored, pretrain.unit_range(held_out)).item(), 5),
         "training_loss": {"first": round(losses[0], 5), "last_50": round(float(np.mean(losses[-50:])), 5)},
-        "unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()),
     }
-    denoiser.save(folder, scheduler)
-    return metrics, _strip(held_out[:8], restored[:8])
 
 
 @torch.no_grad()
@@ -68,17 +69,16 @@ def _strip(pixels: torch.Tensor, restored: torch.Tensor) -> Image.Image:
 
 @stage
 def main() -> None:
-    p = params.load()
-    metrics_folder = Path("metrics", p.run.profile)
-    outputs = (
-        Path("models", p.run.profile, "denoiser"),
-        metrics_folder / "denoiser.json",
-        metrics_folder / "reconstructions.png",
-    )
-    with whole(*outputs) as (folder, metrics_file, picture_file):
-        metrics, picture = make(p.profile.denoiser, folder, device())
-        write_json(metrics_file, metrics)
-        picture.save(picture_file, "png")
+    p, compute = params.load(), device()
+    section = p.profile.denoiser
+    outputs = Path("models", p.run.profile, "denoiser"), Path("metrics", p.run.profile, "denoiser.json")
+    with whole(*outputs) as (folder, metrics_file):
+        if isinstance(section, MiniDenoiser):
+            metrics = make(section, folder, compute)
+        else:
+            metrics = {"origin": downloads.fetch(section.download, folder)}
+        denoiser = Denoiser.load(folder)  # what later stages will load can be loaded
+        write_json(metrics_file, {"unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()), **metrics})
 
 
 if __name__ == "__main__":

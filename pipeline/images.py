@@ -1,29 +1,32 @@
 """Stage `images`: the pictures to post-train on, as shards.
 
-The mini profile's are rendered while img2dataset asks a server on this machine for them: from the list of URLs on, they
-go the way that CC3M's go.
+Three ways, by `kind`: a published list of links through img2dataset; a mirror's shards as they are; and for the mini
+profile pictures that are rendered while img2dataset asks a server on this machine for them, so that they go the way
+that the links go.
 """
 
+import hashlib
 import io
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 from PIL import Image
 
 from pipeline import params
-from pipeline.adapters import shards
+from pipeline.adapters import downloads, shards
 from pipeline.mini import world
-from pipeline.runtime import stage, whole, write_json
+from pipeline.runtime import UserError, remove, stage, whole, write_json
 
 SET = "post-training"
 DETAIL_PROBABILITY = 0.05  # how often a caption names more than its object; web captions seldom speak of details
+MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
+LIST_PAGE = "https://ai.google.com/research/ConceptualCaptions/download"
 
 
 class _Server(ThreadingHTTPServer):
@@ -73,11 +76,71 @@ def caption(index: int) -> str:
     return world.caption(scene, [int(rng.integers(9))] if rng.random() < DETAIL_PROBABILITY else [])
 
 
-def write_pairs(path: Path, address: str, count: int) -> None:
-    """Write img2dataset's list, `count` rows of `url` and `caption`."""
-    rows = {"url": [f"{address}/{i}.png" for i in range(count)], "caption": [caption(i) for i in range(count)]}
-    schema = pyarrow.schema([("url", pyarrow.string()), ("caption", pyarrow.string())])
-    pyarrow.parquet.write_table(pyarrow.table(rows, schema=schema), path)
+def links(captions: list[str], urls: list[str]) -> pyarrow.Table:
+    """What img2dataset is to fetch."""
+    return pyarrow.table({"url": pyarrow.array(urls, pyarrow.string()), "caption": captions})
+
+
+def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
+    """Fill `folder` with the shards of the mini profile. Returns img2dataset's counts."""
+    scratch = folder / "scratch"  # the server's port differs from run to run, so no other run could go on from here
+    with serve(images.count) as address:
+        pictures = range(images.count)
+        report = shards.download(
+            links([caption(i) for i in pictures], [f"{address}/{i}.png" for i in pictures]),
+            folder,
+            scratch,
+            retries=0,
+            **images.model_dump(exclude={"kind", "count"}),
+        )
+    remove(scratch)
+    return report
+
+
+def mirror(source: params.Download, folder: Path) -> dict[str, Any]:
+    """Fill `folder` with shards that somebody else made. Returns their counts, and where they came from."""
+    record = downloads.fetch(source, folder)
+    return shards.index(folder, MIRROR_SIZE) | {"source": record}
+
+
+def published(section: params.Links, folder: Path, scratch: Path) -> dict[str, Any]:
+    """Fill `folder` with the shards of a list of links. Returns img2dataset's counts, and which list it was."""
+    tsv = Path(section.tsv)
+    table = read_links(tsv, section.rows)
+    with tsv.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    report = shards.download(table, folder, scratch, **section.model_dump(exclude={"tsv", "rows"}))
+    return report | {"source": {"list": section.tsv, "sha256": digest}}
+
+
+def read_links(tsv: Path, rows: int) -> pyarrow.Table:
+    """Read a list of `rows` lines CAPTION TAB URL, without a header; nothing is quoted, and no text means "no value".
+
+    Raises UserError for a list that is missing, for a line of another form, and for another number of lines.
+    """
+    if not tsv.is_file():
+        raise UserError(
+            f"{tsv}: no such file. It is the list of Conceptual Captions' training pictures, whose owner asks for "
+            f"consent: fetch it from {LIST_PAGE} and put it there, or name its place in params.yaml (images.links.tsv)."
+        )
+    captions, urls = [], []
+    with tsv.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text, url = line.decode().rstrip("\r\n").split("\t")
+            except ValueError:  # a UnicodeDecodeError is one, too
+                raise UserError(
+                    f"{tsv}, line {number}: found {line[:200]!r}, wanted a caption, a tab and a URL, in UTF-8. Correct "
+                    f"the line, or fetch the list again from {LIST_PAGE}."
+                ) from None
+            captions.append(text)
+            urls.append(url)
+    if len(urls) != rows:
+        raise UserError(
+            f"{tsv}: found {len(urls)} lines, wanted images.links.rows = {rows}. If the list is whole and the one that "
+            f"you mean, set rows to {len(urls)} in params.yaml; else fetch it again from {LIST_PAGE}."
+        )
+    return links(captions, urls)
 
 
 @stage
@@ -85,22 +148,16 @@ def main() -> None:
     p = params.load()
     profile, images = p.run.profile, p.profile.images
     outputs = Path(f"data/{profile}/images"), Path(f"metrics/{profile}/images.json")
-    # The list names a port that differs from run to run, so it stays out of the outputs.
-    with whole(*outputs) as (folder, report), tempfile.TemporaryDirectory() as scratch, serve(images.count) as address:
-        pairs = Path(scratch) / "pairs.parquet"
-        write_pairs(pairs, address, images.count)
-        write_json(
-            report,
-            shards.download(
-                pairs,
-                folder,
-                size=images.size,
-                shard_size=images.shard_size,
-                min_success=images.min_success,
-                processes=images.processes,
-                threads=images.threads,
-            ),
-        )
+    scratch = outputs[0].with_name(".images.scratch")  # stays after a failure: links take hours
+    with whole(*outputs) as (folder, report):
+        if isinstance(images, params.MiniImages):
+            result = mini(images, folder)
+        elif images.kind == "shards":
+            result = mirror(images.shards, folder)
+        else:
+            result = published(images.links, folder, scratch)
+        write_json(report, result)
+    remove(scratch)
 
 
 if __name__ == "__main__":

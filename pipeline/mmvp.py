@@ -96,7 +96,7 @@ def main() -> None:
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
         published = read_out_of(p.backbones[name].published_read_out)
         summary, table = score(backbone, questions, published, p.profile.mmvp, compute)
-        write_json(summary_file, summary)
+        write_json(summary_file, {"weights_sha256": backbone.sha256, **summary})
         table.to_csv(table_file, index=False, float_format="%.4f")
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline import params
+from pipeline.adapters import downloads
+from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.mini import world
-from pipeline.runtime import progress, stage, whole
+from pipeline.params import MiniMmvpVlm
+from pipeline.runtime import progress, stage, whole, write_json
 
 
 def render(folder: Path, pairs_per_pattern: int) -> None:
@@ -31,8 +34,16 @@ def render(folder: Path, pairs_per_pattern: int) -> None:
 @stage
 def main() -> None:
     p = params.load()
-    with whole(Path("data", p.run.profile, "mmvp_vlm")) as (folder,):
-        render(folder, p.profile.mmvp_vlm.pairs_per_pattern)
+    section = p.profile.mmvp_vlm
+    outputs = Path("data", p.run.profile, "mmvp_vlm"), Path("metrics", p.run.profile, "mmvp_vlm.json")
+    with whole(*outputs) as (folder, report):
+        if isinstance(section, MiniMmvpVlm):
+            origin = None
+            render(folder, section.pairs_per_pattern)
+        else:
+            origin = downloads.fetch(section.download, folder)
+        questions = read_mmvp_vlm(folder, section.pairs_per_pattern)  # what scoring will read can be read
+        write_json(report, {"pairs": len(questions) // 2, "origin": origin})
 
 
 if __name__ == "__main__":

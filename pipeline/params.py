@@ -4,11 +4,20 @@ Sections carry the names of the stages that read them. Unknown keys are refused,
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.runtime import UserError
 
@@ -28,6 +37,9 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Address = Annotated[str, Field(pattern=r"^(https?://|hf://(datasets/)?[\w.-]+/[\w.-]+@[\w.-]+$)")]
+Pair = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
 class Section(BaseModel):
@@ -37,10 +49,34 @@ class Section(BaseModel):
 class Run(Section):
     profile: Name
     backbones: list[Name] = Field(min_length=1)
-    weights: list[Literal["pretrained", "diva"]] = Field(min_length=1)
+    weights: list[Literal["pretrained", "diva", "released"]] = Field(min_length=1)
 
 
-class Images(Section):
+class Download(Section):
+    """Files from elsewhere. Of the addresses `at` (mirrors) the first that answers is used.
+
+    An address is https://host/folder, hf://owner/name@revision, or hf://datasets/owner/name@revision.
+    """
+
+    at: list[Address] = Field(min_length=1)
+    licence: str
+    files: dict[str, Sha256 | None] = {}  # path below the address -> sha256; null: the one that the hub states
+    match: list[str] = []  # instead of `files`, on a hub: every file whose path fits one of these patterns
+
+    @model_validator(mode="after")
+    def _names_files(self) -> "Download":
+        if bool(self.files) == bool(self.match):
+            raise ValueError("wanted either files or match, and found both or none")
+        if self.match and not all(address.startswith("hf://") for address in self.at):
+            raise ValueError("match needs addresses that begin with hf://, because only a hub lists its files")
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"files names '{name}', which would be written outside its folder")
+        return self
+
+
+class MiniImages(Section):
+    kind: Literal["mini"]
     count: Count
     size: Count
     shard_size: Count
@@ -49,15 +85,61 @@ class Images(Section):
     threads: Count
 
 
-class MmvpVlm(Section):
+class Links(Section):
+    """A list of captions and URLs, fetched by img2dataset."""
+
+    tsv: str
+    rows: Count
+    size: Count
+    shard_size: Count
+    min_success: Share
+    retries: Annotated[int, Field(ge=0)]
+    processes: Count
+    threads: Count
+
+
+class PublishedImages(Section):
+    kind: Literal["shards", "links"]
+    shards: Download
+    links: Links
+
+
+class MiniMmvpVlm(Section):
+    kind: Literal["mini"]
     pairs_per_pattern: Count
 
 
-class ZeroshotSets(Section):
+class PublishedMmvpVlm(Section):
+    kind: Literal["hub"]
+    pairs_per_pattern: Count
+    download: Download
+
+
+class MiniZeroshotSets(Section):
+    kind: Literal["mini"]
     classification: Count
     retrieval: Count
     probe_train: Count
     probe_test: Count
+
+
+class PublishedZeroshotSets(Section):
+    """clip-benchmark's sets on the hub by name; null for a set that is usually meant but is not there."""
+
+    kind: Literal["hub"]
+    at: str  # the address, with {name} and {revision}
+    licence: str
+    sets: dict[str, str | None]
+
+    def downloads(self) -> dict[str, Download]:
+        """The sets that are there."""
+        return {
+            name: Download(
+                at=[self.at.format(name=name, revision=revision)], licence=self.licence, match=["test/*", "*.txt"]
+            )
+            for name, revision in self.sets.items()
+            if revision
+        }
 
 
 class Scheduler(Section):
@@ -73,7 +155,8 @@ class Autoencoder(Section):
     patch_size: Count
 
 
-class DenoiserSection(Section):
+class MiniDenoiser(Section):
+    kind: Literal["mini"]
     pictures: Count
     held_out: Count
     autoencoder: Autoencoder
@@ -86,9 +169,14 @@ class DenoiserSection(Section):
     empty_share: Share
 
 
+class PublishedDenoiser(Section):
+    kind: Literal["hub"]
+    download: Download
+
+
 class Crop(Section):
-    scale: list[PositiveFloat] = Field(min_length=2, max_length=2)
-    ratio: list[PositiveFloat] = Field(min_length=2, max_length=2)
+    scale: Pair
+    ratio: Pair
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -117,10 +205,9 @@ class Train(Section):
     pixels: Pixels
     prompt: str
     timesteps: list[int] = Field(min_length=2, max_length=2)
-    draws: Count
-    draw_weighting: Literal["published", "symmetric"]
+    draw_weights: list[PositiveFloat] = Field(min_length=1)
+    batch: Count
     micro_batch: Count
-    accumulation: Count
     steps: Count
     lr: PositiveFloat
     momentum: Share
@@ -140,6 +227,13 @@ class Train(Section):
             raise ValueError(f"found {timesteps}, wanted [low, high) with 0 <= low < high")
         return timesteps
 
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides_the_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", 0) % micro_batch:
+            raise ValueError(f"found {micro_batch}, which does not divide batch {info.data['batch']}")
+        return micro_batch
+
 
 class Mmvp(Section):
     seed: int
@@ -153,20 +247,13 @@ class Zeroshot(Section):
 
 
 class Profile(Section):
-    images: Images
-    mmvp_vlm: MmvpVlm
-    zeroshot_sets: ZeroshotSets
-    denoiser: DenoiserSection
+    images: MiniImages | PublishedImages = Field(discriminator="kind")
+    mmvp_vlm: MiniMmvpVlm | PublishedMmvpVlm = Field(discriminator="kind")
+    zeroshot_sets: MiniZeroshotSets | PublishedZeroshotSets = Field(discriminator="kind")
+    denoiser: MiniDenoiser | PublishedDenoiser = Field(discriminator="kind")
     train: Train
     mmvp: Mmvp
     zeroshot: Zeroshot
-
-    @model_validator(mode="after")
-    def _timesteps_exist(self) -> "Profile":
-        found, most = self.train.timesteps[1], self.denoiser.scheduler.num_train_timesteps
-        if found > most:
-            raise ValueError(f"train.timesteps ends at {found}, but denoiser.scheduler.num_train_timesteps is {most}")
-        return self
 
 
 class TextTower(Section):
@@ -183,13 +270,40 @@ class ImageTower(Section):
     detail_probability: Share
 
 
-class Source(Section):
-    """Where a backbone comes from: for mini, how it is made."""
+class Preprocessing(Section):
+    """open_clip's PreprocessCfg, but for the size, which is the architecture's."""
 
+    mean: list[Float] = Field(min_length=3, max_length=3)
+    std: list[PositiveFloat] = Field(min_length=3, max_length=3)
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "squash"]
+
+
+class MiniSource(Section):
+    """A backbone that is made here."""
+
+    kind: Literal["mini"]
     architecture: dict[str, Any]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     text_tower: TextTower
     image_tower: ImageTower
+
+
+class CheckpointSource(Section):
+    """A published checkpoint, in any format that adapters/backbones.py reads."""
+
+    kind: Literal["checkpoint"]
+    architecture: str | dict[str, Any]  # the name of one of open_clip's configurations, or a configuration
+    preprocessing: Preprocessing
+    weights: Download
+    tokenizer: Download | None = None  # its files; null: CLIP's own, which open_clip brings
+
+    @field_validator("weights")
+    @classmethod
+    def _one_file(cls, weights: Download) -> Download:
+        if len(weights.files) != 1:
+            raise ValueError(f"found {len(weights.files)} files, wanted one checkpoint")
+        return weights
 
 
 class Tokens(Section):
@@ -216,11 +330,31 @@ class ReadOutSection(Section):
     unit_sum: bool
 
 
+class Published(Section):
+    """What the paper's table says: million parameters; pairs right in %, average and by pattern."""
+
+    parameters: PositiveFloat
+    before: PositiveFloat
+    after: PositiveFloat
+    before_patterns: list[NonNegativeFloat] = Field(min_length=9, max_length=9)
+    after_patterns: list[NonNegativeFloat] | None = Field(min_length=9, max_length=9)
+
+
+class GpuMemory(Section):
+    """What training takes, in GB: for weights, gradients and momentum, and for each image of a micro-batch."""
+
+    fixed: PositiveFloat
+    image: PositiveFloat
+
+
 class Backbone(Section):
     profile: Name
-    source: Source
+    source: MiniSource | CheckpointSource = Field(discriminator="kind")
+    released: Download | None = None  # the authors' tuned weights
     condition: Condition
     published_read_out: ReadOutSection
+    published: Published | None = None
+    gpu_memory: GpuMemory | None = None
 
 
 class Params(Section):
@@ -247,6 +381,10 @@ class Params(Section):
                     f"run.backbones names '{key}', which belongs to profile '{own}', but run.profile is "
                     f"'{self.run.profile}'. Set run.profile={own}, or choose among: {', '.join(fitting) or 'none'}"
                 )
+            if "released" in self.run.weights and self.backbones[key].released is None:
+                raise ValueError(
+                    f"run.weights names 'released', but backbones.{key} has none. Take it out, or add them there"
+                )
         return self
 
 
@@ -263,11 +401,18 @@ def load(path: Path = PARAMS_FILE) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError("\n".join([f"{path}:", *(_explain(e) for e in error.errors())])) from None
+        raise UserError("\n".join([f"{path}:", *(_explain(e, content) for e in error.errors())])) from None
 
 
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "run"
+def _explain(error: Any, content: Any) -> str:
+    parts = []
+    for part in error["loc"]:  # pydantic names the chosen kind of a section, too, as if it were a key: leave it out
+        if isinstance(content, list) or (isinstance(content, dict) and part in content):
+            parts.append(str(part))
+            content = content[part]
+    if error["type"] == "missing":
+        parts.append(str(error["loc"][-1]))
+    key = ".".join(parts) or "run"
     if error["type"] == "extra_forbidden":
         return f"  {key}: unknown key (found {error['input']!r}). Remove it, or correct its name."
     if error["type"] == "missing":

@@ -5,6 +5,9 @@
     metrics/<profile>/report.md       its twin for a terminal or a code host
     metrics/<profile>/patterns.csv    pairs right per pattern, for `dvc plots`
 
+Loss curves and the denoiser's figures are read where `diva` is among the weights, but are no dependencies, so that DVC
+can make the report of other weights without training. It is never out of date: scores carry the hash of their weights.
+
 `python -m pipeline.report --show` prints the table of the last report.
 """
 
@@ -33,11 +36,13 @@ COLUMNS = {
     "pairs_published": "pairs, published read-out",
     "image_to_statement_plain": "image to statement, plain",
     "image_to_statement_published": "image to statement, published",
-    "zeroshot": "object zero-shot",
+    "zeroshot": "zero-shot classification",
     "retrieval": "retrieval, recall@k",
     "probe": "detail probe",
 }
 READ_OUTS = ("plain", "published")
+TUNED = {"diva": ("gain", "by feedback training"), "released": ("gain_released", "to the authors' released weights")}
+COLOURS = {"pretrained": "#9aa5b1", "diva": "#2f6f9f", "released": "#c98a2d"}
 
 
 def headline(mmvp: dict, zeroshot: dict) -> dict[str, float]:
@@ -53,11 +58,13 @@ def headline(mmvp: dict, zeroshot: dict) -> dict[str, float]:
 
 
 def with_gain(by_weights: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Add the row `gain` where both rows are there: diva minus pretrained, in points."""
-    if {"pretrained", "diva"} <= by_weights.keys():
-        before, after = by_weights["pretrained"], by_weights["diva"]
-        by_weights = by_weights | {"gain": {column: round(after[column] - before[column], 2) for column in before}}
-    return by_weights
+    """Add a row for each tuned set of weights: those minus pretrained, in points."""
+    gains = {
+        row: {column: round(by_weights[tuned][column] - value, 2) for column, value in by_weights["pretrained"].items()}
+        for tuned, (row, _) in TUNED.items()
+        if {"pretrained", tuned} <= by_weights.keys()
+    }
+    return by_weights | gains
 
 
 def won_and_lost(before: pd.DataFrame, after: pd.DataFrame, read_out: str) -> tuple[int, int, int]:
@@ -66,11 +73,11 @@ def won_and_lost(before: pd.DataFrame, after: pd.DataFrame, read_out: str) -> tu
     return int((~right[0] & right[1]).sum()), int((right[0] & ~right[1]).sum()), len(right[0])
 
 
-def verdict(backbone: str, gain: dict[str, float], won: int, lost: int, pairs: int) -> str:
+def verdict(backbone: str, change: str, gain: dict[str, float], won: int, lost: int, pairs: int) -> str:
     """What the figures say, and no more."""
     moved = [f"{COLUMNS[column]} {value:+.1f}" for column, value in gain.items()]
     return (
-        f"{backbone}: change by feedback training, in points: {'; '.join(moved)}. Of {pairs} pairs {won} were won and "
+        f"{backbone}: change {change}, in points: {'; '.join(moved)}. Of {pairs} pairs {won} were won and "
         f"{lost} lost (plain read-out). This is one seed without an interval."
     )
 
@@ -81,10 +88,15 @@ def cell(value: float | None, sign: str) -> str:
 
 def rows(report: dict[str, dict]) -> list[list[str]]:
     return [
-        [backbone, weights, *(cell(values.get(column), "+" if weights == "gain" else "") for column in COLUMNS)]
+        [backbone, label(weights), *(cell(values.get(column), "+" if "gain" in weights else "") for column in COLUMNS)]
         for backbone, by_weights in report.items()
         for weights, values in by_weights.items()
     ]  # fmt: skip
+
+
+def label(row: str) -> str:
+    """A row's name for people."""
+    return {"gain": "gain, points", "gain_released": "gain of released", "published": "as published"}.get(row, row)
 
 
 def print_table(report: dict[str, dict], page: Path) -> None:
@@ -101,7 +113,7 @@ def pattern_figure(tables: dict[str, pd.DataFrame]):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, read_out in zip(axes, READ_OUTS, strict=True):
         shares = pd.DataFrame({w: 100 * by_pattern(table, read_out) for w, table in tables.items()})
-        shares.plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
+        shares.plot.barh(ax=axis, width=0.75, color=COLOURS)
         axis.set(title=f"{read_out} read-out", xlabel="pairs right, %", ylabel="", xlim=(0, 100))
     axes[0].invert_yaxis()  # shared by both: patterns in their order, pretrained above diva
     return figure
@@ -129,7 +141,7 @@ def probe_figure(zeroshot: dict[str, dict]):
         return None
     table = pd.DataFrame(probes).drop(["kind", "average"]).astype(float)
     figure, axis = plt.subplots(figsize=(11, 3.6), layout="constrained")
-    table.plot.barh(ax=axis, width=0.75, color=["#9aa5b1", "#2f6f9f"])
+    table.plot.barh(ax=axis, width=0.75, color=COLOURS)
     axis.invert_yaxis()
     axis.set(title="what a linear probe reads off the embedding", xlabel="accuracy, %", xlim=(0, 100))
     return figure
@@ -177,9 +189,12 @@ def build(p: params.Params) -> tuple[dict, str, str, pd.DataFrame]:
         tables = {w: pd.read_csv(metrics / "mmvp" / f"{stem}.csv") for w, stem in stems.items()}
         zeroshot = {w: json.loads((metrics / "zeroshot" / f"{stem}.json").read_text()) for w, stem in stems.items()}
         report[backbone] = with_gain({w: headline(mmvp[w], zeroshot[w]) for w in stems})
-        if "gain" in report[backbone]:
-            won_lost = won_and_lost(tables["pretrained"], tables["diva"], "plain")
-            verdicts.append(verdict(backbone, report[backbone]["gain"], *won_lost))
+        for tuned, (row, change) in TUNED.items():
+            if row in report[backbone]:
+                won_lost = won_and_lost(tables["pretrained"], tables[tuned], "plain")
+                verdicts.append(verdict(backbone, change, report[backbone][row], *won_lost))
+        if published := p.backbones[backbone].published:
+            report[backbone]["published"] = {"pairs_plain": published.before, "pairs_published": published.after}
         for weights, table in tables.items():
             share = (100 * by_pattern(table, "plain")).round(2)
             patterns.append(pd.DataFrame({"pattern": f"{weights}: " + share.index, "right": share.to_numpy()}))
@@ -187,6 +202,7 @@ def build(p: params.Params) -> tuple[dict, str, str, pd.DataFrame]:
         if "diva" in stems:
             figures.append(loss_figure(metrics / "train" / backbone / "plots" / "metrics"))
         sections.append({"backbone": backbone, "figures": [png_url(f) for f in figures if f]})
+    picture = Path("models", p.run.profile, "denoiser", "reconstructions.png")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("report.html.jinja").render(
         profile=p.run.profile,
@@ -195,8 +211,8 @@ def build(p: params.Params) -> tuple[dict, str, str, pd.DataFrame]:
         verdicts=verdicts,
         sections=sections,
         pairs=pair_samples(Path("data", p.run.profile, "mmvp_vlm")),
-        denoiser=json.loads((metrics / "denoiser.json").read_text()),
-        reconstructions=data_url(metrics / "reconstructions.png"),
+        denoiser=json.loads((metrics / "denoiser.json").read_text()) if "diva" in p.run.weights else {},
+        reconstructions=data_url(picture) if picture.exists() else None,
     )
     return report, page, markdown(report, verdicts), pd.concat(patterns)
 

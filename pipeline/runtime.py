@@ -67,7 +67,7 @@ def _note_timing() -> None:
     seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {
-        "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])),
+        "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])).rpartition(":")[2],
         "seconds": round(seconds, 1),
         "peak_memory_mb": max(u.ru_maxrss for u in usage) // 1024,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -132,13 +132,12 @@ def whole(*outputs: Path) -> Iterator[tuple[Path, ...]]:
             for path, final in zip(partial, outputs, strict=True):
                 if not path.exists():
                     raise FileNotFoundError(f"{final}: the stage ended without writing it")
-        except BaseException:
+            for path, final in zip(partial, outputs, strict=True):
+                remove(final)
+                path.rename(final)
+        finally:
             for path in partial:
                 remove(path)
-            raise
-        for path, final in zip(partial, outputs, strict=True):
-            remove(final)
-            path.rename(final)
 
 
 @contextmanager

@@ -41,13 +41,13 @@ class Batches:
 
     def __call__(self, step: int) -> list[training.MicroBatch]:
         size = self.p.micro_batch
-        return [self._micro_batch(step, range(m * size, (m + 1) * size)) for m in range(self.p.accumulation)]
+        return [self._micro_batch(step, range(first, first + size)) for first in range(0, self.p.batch, size)]
 
     def _micro_batch(self, step: int, samples: range) -> training.MicroBatch:
         raw_BCHW = torch.stack([self._crop(next(self.stream)[1], step, i) for i in samples]).to(self.compute)
         latent = self.denoiser.latent(pixels.generator_pixels(raw_BCHW, self.tower_statistics, self.undone_by))
         draws = []
-        for k in range(self.p.draws):
+        for k in range(len(self.p.draw_weights)):
             generators = [generator(self.seed, "draw", self.phase, step, i, k) for i in samples]
             low, high = self.p.timesteps
             draw = diffusion.draw(latent.shape[1:], self.patches, self.rule, (low, high), generators)
@@ -103,7 +103,7 @@ def summary(records: list[training.Record], p: Train, undecodable: int) -> dict[
     window = max(1, len(tower) // 10)
     return {
         "steps": p.steps,
-        "images": len(records) * p.micro_batch * p.accumulation,
+        "images": len(records) * p.batch,
         "undecodable_images": undecodable,
         "loss_first_tenth": round(sum(tower[:window]) / window, 5),
         "loss_last_tenth": round(sum(tower[-window:]) / window, 5),
@@ -119,6 +119,11 @@ def main() -> None:
     with whole(*outputs) as (folder, curves):
         backbone = Backbone.load(original).to(compute)
         denoiser = Denoiser.load(Path("models", profile, "denoiser")).to(compute)
+        if section.timesteps[1] > len(denoiser.alphas_cumprod):
+            raise UserError(
+                f"profiles.{profile}.train.timesteps ends at {section.timesteps[1]}, but the denoiser has "
+                f"{len(denoiser.alphas_cumprod)} timesteps. Lower it."
+            )
         feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section.prompt, p.seed).to(compute)
         shards = Shards(Path("data", profile, "images"), section.max_undecodable)
         try:

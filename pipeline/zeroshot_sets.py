@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 
 from pipeline import params
-from pipeline.adapters.benchmarks import write_split
+from pipeline.adapters import downloads
+from pipeline.adapters.benchmarks import kinds, write_split
 from pipeline.mini import world
-from pipeline.params import ZeroshotSets
-from pipeline.runtime import progress, stage, whole
+from pipeline.params import MiniZeroshotSets, PublishedZeroshotSets
+from pipeline.runtime import progress, stage, whole, write_json
 
 
-def render(root: Path, sizes: ZeroshotSets) -> None:
+def render(root: Path, sizes: MiniZeroshotSets) -> None:
     """Draw the mini world's three sets: objects, captions, details."""
     objects, captions, details = (root / "wds" / name for name in ("objects", "captions", "details"))
     write_split(objects, "test", "classification", _samples("scorings", 1, sizes.classification, _label))
@@ -52,11 +53,27 @@ def _attributes(scene: np.ndarray) -> dict[str, Any]:
     return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 
+def bring(root: Path, section: PublishedZeroshotSets) -> dict[str, Any]:
+    """Fetch clip-benchmark's sets; returns whence they came, by set, and null for those that are not there."""
+    absent = [name for name, revision in section.sets.items() if revision is None]
+    if absent:
+        print(f"not among clip-benchmark's sets, so left out of {len(section.sets)}: {', '.join(absent)}")
+    records = downloads.fetch_all({root / "wds" / name: wanted for name, wanted in section.downloads().items()})
+    return {name: records.get(root / "wds" / name) for name in section.sets}
+
+
 @stage
 def main() -> None:
     p = params.load()
-    with whole(Path("data", p.run.profile, "zeroshot_sets")) as (folder,):
-        render(folder, p.profile.zeroshot_sets)
+    section = p.profile.zeroshot_sets
+    outputs = Path("data", p.run.profile, "zeroshot_sets"), Path("metrics", p.run.profile, "zeroshot_sets.json")
+    with whole(*outputs) as (folder, report):
+        if isinstance(section, MiniZeroshotSets):
+            origin = None
+            render(folder, section)
+        else:
+            origin = bring(folder, section)
+        write_json(report, {"sets": kinds(folder), "origin": origin})
 
 
 if __name__ == "__main__":

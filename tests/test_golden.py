@@ -22,7 +22,7 @@ from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, read_out, recap
 from pipeline.diva.diffusion import Draw, add_noise
-from pipeline.diva.objective import Feedback, draw_weights
+from pipeline.diva.objective import Feedback
 from pipeline.diva.pixels import IMAGENET, OPENAI, generator_pixels, tower_pixels
 from pipeline.diva.training import MicroBatch, Phase, learning_rate, run
 
@@ -31,12 +31,12 @@ Arrays = dict[str, torch.Tensor]
 
 
 def openai_clip() -> nn.Module:
-    from clip.model import CLIP
-
-    return CLIP(
-        embed_dim=32, image_resolution=56, vision_layers=2, vision_width=64, vision_patch_size=7, context_length=77,
-        vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1,
-    )  # fmt: skip
+    return open_clip.model.CLIP(
+        embed_dim=32,
+        quick_gelu=True,
+        vision_cfg={"image_size": 56, "layers": 2, "width": 64, "head_width": 64, "patch_size": 7},
+        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    )
 
 
 def metaclip() -> nn.Module:
@@ -182,7 +182,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     variant, golden = VARIANTS[request.param], arrays(request.param)
     clip = variant.build()
     clip.load_state_dict(state(f"{variant.weights}_weights"))
-    backbone = Backbone(clip, None, {"size": 56, "mean": OPENAI.mean, "std": OPENAI.std})
+    backbone = Backbone(clip, None, {"size": 56, "mean": OPENAI.mean, "std": OPENAI.std}, "")
     projection = nn.Linear(backbone.width, 32)
     projection.load_state_dict(state(request.param, "w.visual_proj."))
     text = arrays("common")["sd_text_embedding"]
@@ -269,7 +269,7 @@ def test_gradients(case: Case) -> None:
         found = torch.autograd.grad(loss, [parameters[name] for name in trained], retain_graph=True)
         return dict(zip(trained, found, strict=True))
 
-    whole = {"first": [1.0, 0.0], "second": [0.0, 1.0], "total": draw_weights("published", 2, 1)}
+    whole = {"first": [1.0, 0.0], "second": [0.0, 1.0], "total": [1.0, 1.0]}
     for which, weights in whole.items():
         found = gradients(weights)
         assert all(gradient.any() for gradient in found.values())
@@ -279,7 +279,9 @@ def test_gradients(case: Case) -> None:
             gradient = found[key.removeprefix(f"grad_{which}.")]
             assert (gradient - golden[key]).norm() < 1e-4 * golden[key].norm(), key
     close(norm(list(found.values())), golden["grad_global_norm_total"], relative=1e-5)
-    published = gradients(draw_weights("published", 2, 5))
+    published = gradients(
+        [weight / 5 for weight in (5.0, 1.0)]
+    )  # the recipe's draw_weights, in one of five micro-batches
     close(norm(list(published.values())), golden["grad_global_norm_first_plus_second_over5"], relative=1e-5)
 
 
@@ -291,7 +293,7 @@ def test_sgd_steps(case: Case, prefix: str) -> None:
     parameters = case.parameters(feedback)
     trained = [*feedback.tower.tower.parameters(), *feedback.projection.parameters()]
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9)
-    phase = Phase("tower", 1, trained, optimizer, lambda step: lr, draw_weights("published", 2, 1), clip_norm)
+    phase = Phase("tower", 1, trained, optimizer, lambda step: lr, [1.0, 1.0], clip_norm)
     (record,) = run(feedback, phase, lambda step: [case.micro_batch()], torch.float32)
     assert record.gradient_norm == pytest.approx(float(case.golden["grad_global_norm_total"]), rel=1e-5)
     assert record.loss == pytest.approx(float(case.golden["train_loss"].mean()), rel=1e-5)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+WANTED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]  # by people; the others run where these need them
+DVC = WANTED | yaml.safe_load((ROOT / "pipeline" / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py") if path.stat().st_size)
 TOOLS = {
@@ -130,16 +131,21 @@ def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
 @pytest.mark.parametrize("stage", DVC)
 def test_a_stage_runs_its_own_file(stage: str) -> None:
     command, matrix = DVC[stage]["cmd"].split(), DVC[stage].get("matrix", {})
-    assert command == ["exec", "python", "-m", f"pipeline.{stage}", *(f"${{item.{axis}}}" for axis in matrix)]
+    offline = ["env", "HF_HUB_OFFLINE=1"] if stage in ("train", "mmvp", "zeroshot") else []
+    assert command == ["exec", *offline, "python", "-m", f"pipeline.{stage}", *(f"${{item.{a}}}" for a in matrix)]
+    assert ("wdir" in DVC[stage]) == (stage not in WANTED)
     assert all(values == f"${{run.{axis}s}}" or axis == "weights" for axis, values in matrix.items())
 
 
 @pytest.mark.parametrize("stage", DVC)
-@pytest.mark.parametrize("backbone", PARAMS["run"]["backbones"])
+@pytest.mark.parametrize("backbone", PARAMS["backbones"])
 def test_declared_params_exist(stage: str, backbone: str) -> None:
     for declared in DVC[stage]["params"]:
-        key = declared.replace("${run.profile}", PARAMS["run"]["profile"]).replace("${item.backbone}", backbone)
+        profile = PARAMS["backbones"][backbone]["profile"]
+        key = declared.replace("${run.profile}", profile).replace("${item.backbone}", backbone)
         assert "$" not in key
+        if stage == "released" and profile == "mini":
+            continue  # nobody has published tuned weights of it
         reduce(dict.__getitem__, key.split("."), PARAMS)
 
 
@@ -157,6 +163,7 @@ def read_params(file: Path) -> set[str]:
         r"p\.seed": "seed",
         r"p\.profile\.(\w+)": r"profiles.${run.profile}.\1",
         r"p\.backbones\[name\]\.(\w+)": r"backbones.${item.backbone}.\1",
+        r"p\.backbones\[backbone\]\.\w+": "backbones",
         r"p\.run\.(?!profile)\w+": "run",  # the profile is in the paths of every stage, so DVC sees it
     }
     return {re.sub(a, b, text) for text in found for a, b in patterns.items() if re.fullmatch(a, text)}

@@ -1,22 +1,35 @@
-"""The images stage: img2dataset's runs checked and repacked, and the stream of images that training reads."""
+"""The images stage: lists, img2dataset's runs checked, resumed and repacked, a mirror's shards, the stream."""
 
+import hashlib
 import io
 import itertools
 import json
+import re
+import shutil
+import subprocess
+import sys
 import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import yaml
 from PIL import Image
 
-from pipeline import images
+from pipeline import images, params
 from pipeline.adapters import shards
 from pipeline.adapters.shards import Shards, download
 from pipeline.mini import world
-from pipeline.runtime import UserError, whole, write_json
+from pipeline.runtime import UserError, remove, whole, write_json
 
-OPTIONS = {"size": 64, "shard_size": 16, "processes": 1}
+OPTIONS = {"size": 64, "shard_size": 4, "min_success": 1.0, "retries": 0, "processes": 1, "threads": 1}
 COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}
 
 
@@ -109,7 +122,7 @@ def test_key_and_image_belong_together_and_grey_becomes_rgb(folder: Path) -> Non
 def test_truncated_inside_a_member(folder: Path) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[: 512 + 700])
-    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force images"):
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:images"):
         keys(Shards(folder).epoch(0, 0))
 
 
@@ -119,7 +132,7 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(UserError, match=r"00001\.tar holds 8 images where shards\.json says 16.*--force images"):
+    with pytest.raises(UserError, match=r"00001\.tar holds 8 images where shards\.json says 16.*--force \S+:images"):
         keys(Shards(folder).epoch(0, 0))
 
 
@@ -130,10 +143,10 @@ def test_damaged_header_and_missing_tar(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + 512] = b"\xff" * 512
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"00001\.tar.*--force images"):
+    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
         keys(Shards(folder).epoch(0, 0))
     path.unlink()
-    with pytest.raises(UserError, match=r"00001\.tar.*--force images"):
+    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
         keys(Shards(folder).epoch(0, 0))
 
 
@@ -186,48 +199,473 @@ def test_captions_name_the_object_of_their_picture_and_seldom_a_detail() -> None
     assert 5 <= detailed <= 40
 
 
-def test_empty_list(tmp_path: Path) -> None:
-    images.write_pairs(tmp_path / "pairs.parquet", "http://127.0.0.1:1", 0)
-    with pytest.raises(UserError, match="lists no URL"):
-        download(tmp_path / "pairs.parquet", tmp_path / "out", min_success=0.9, threads=2, **OPTIONS)
-    assert not (tmp_path / "out").exists()
-
-
 def stats(scratch: Path, name: str, count: int, successes: int, reasons: dict[str, int]) -> None:
     status = {"success": successes, **reasons}
-    write_json(scratch / f"{name}_stats.json", {"count": count, "successes": successes, "status_dict": status})
+    path = scratch / "shards" / f"{name}_stats.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"count": count, "successes": successes, "status_dict": status})
 
 
-def test_unfinished_runs_and_failed_urls_are_told(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("No space left on device")
-    asked = {"urls": 20, "shard_size": 16, "min_success": 0.8}
+def test_unfinished_runs_are_told(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("No space left on device")
+    names = ["00000", "00001"]
     stats(tmp_path, "00000", 16, 13, {"HTTP Error 404: Not Found": 2})
     with pytest.raises(UserError, match=r"(?s)1 of 2 shards and 16 of 20 rows.*No space left"):
-        shards._checked(tmp_path, log, **asked)
-    stats(tmp_path, "00001", 3, 3, {})
+        shards._checked(tmp_path, names, 20)
+    (tmp_path / "shards" / "00001_stats.json").write_text('{"count": 4')  # img2dataset was killed while it wrote
+    with pytest.raises(UserError, match="1 of 2 shards and 16 of 20 rows"):
+        shards._checked(tmp_path, names, 20)
+    stats(tmp_path, "00001", 3, 0, {})
     with pytest.raises(UserError, match="2 of 2 shards and 19 of 20 rows"):
-        shards._checked(tmp_path, log, **asked)
-    stats(tmp_path, "00001", 4, 3, {"timed out": 1})
-    report, successes = shards._checked(tmp_path, log, **asked)
-    failures = {"HTTP Error 404: Not Found": 2, "no reason given": 1, "timed out": 1}
-    assert report == {"urls": 20, "downloaded": 16, "success_rate": 0.8, "failures": failures}
-    assert successes == {"00000.tar": 13, "00001.tar": 3}
-    with pytest.raises(UserError, match=r"(?s)16 of 20.*81\.0%.*2  HTTP Error 404.*1  timed out"):
-        shards._checked(tmp_path, log, **{**asked, "min_success": 0.81})
-    (tmp_path / "_tmp").mkdir()
-    with pytest.raises(UserError, match="did not finish"):
-        shards._checked(tmp_path, log, **asked)
+        shards._checked(tmp_path, names, 20)
+    stats(tmp_path, "00001", 4, 0, {"timed out": 4})
+    successes, reasons = shards._checked(tmp_path, names, 20)
+    assert successes == {"00000": 13}
+    assert reasons == {"HTTP Error 404: Not Found": 2, "no reason given": 1, "timed out": 4}
+
+
+def test_rare_reasons_are_put_together() -> None:
+    reasons = Counter({f"reason {i:02d}": 30 - i for i in range(24)})
+    found = shards._most_frequent(reasons)
+    assert list(found) == [f"reason {i:02d}" for i in range(20)] + ["other reasons"]
+    assert found["other reasons"] == 10 + 9 + 8 + 7
+    assert shards._most_frequent(Counter(b=1, a=1)) == {"a": 1, "b": 1}
+
+
+class Web:
+    """Stands for img2dataset and the web in one: `down` are the URLs that fail, `asked` those that were asked for.
+
+    Of those in `lost` img2dataset's own code fails, after which it has neither a row nor a reason for them.
+    """
+
+    def __init__(self) -> None:
+        self.down: set[str] = set()
+        self.lost: set[str] = set()
+        self.asked: list[str] = []
+
+    def run(self, options: dict, log: Path, total: int) -> None:
+        self.workers = options["processes_count"], options["thread_count"]
+        folder, size, number = Path(options["output_folder"]), options["number_sample_per_shard"], 0
+        for path in sorted(Path(options["url_list"]).iterdir()):
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            for start in range(0, len(rows), size):
+                name, number = f"{number:05d}", number + 1
+                if not (folder / f"{name}_stats.json").exists():
+                    self.make(folder, name, rows[start : start + size])
+        assert number == total
+
+    def make(self, folder: Path, name: str, rows: list[dict]) -> None:
+        self.asked += [row["url"] for row in rows]
+        members, outcome = [], {"row": [], "status": []}
+        for i, row in enumerate(rows):
+            if row["url"] in self.lost:
+                continue
+            outcome["row"].append(row["row"])
+            outcome["status"].append("failed_to_download" if row["url"] in self.down else "success")
+            if row["url"] not in self.down:
+                content = {"jpg": row["url"], "txt": row["caption"], "json": "{}"}
+                members += [(f"{name}{i}.{ext}", text.encode()) for ext, text in content.items()]
+        write_tar(folder / f"{name}.tar", members, mtime=1)
+        pyarrow.parquet.write_table(pyarrow.table(outcome), folder / f"{name}.parquet")
+        failed = outcome["status"].count("failed_to_download")
+        stats(folder.parent, name, len(rows), len(members) // 3, {"gone": failed})
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Web:
+    web = Web()
+    monkeypatch.setattr(shards, "_run", web.run)
+    return web
+
+
+def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str]]:
+    """download() of URLs 0..count-1, four to a shard. Returns its report, and the tar of each URL that came."""
+    remove(folder / "out")
+    urls = [str(i) for i in range(count)]
+    links = images.links([f"picture {i}" for i in urls], urls)
+    report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
+    found, seen = {}, []
+    for name in Shards(folder / "out").counts:
+        for key, url in Shards(folder / "out")._read(name):
+            found[url.decode()] = name
+            seen.append(key)
+        with tarfile.open(folder / "out" / name) as tar:
+            assert not any(member.mtime or member.name.endswith("json") for member in tar)
+    assert len(seen) == len(set(seen)) == report["downloaded"]
+    return report, found
+
+
+def test_rounds_ask_for_what_failed_and_number_on(web: Web, tmp_path: Path) -> None:
+    web.down = {"1", "5", "6", "7", "8", "9"}
+    with pytest.raises(UserError, match=r"(?s)4 of 10 images came \(40\.0%\).*min_success = 50\.0%.*6  gone"):
+        fetch(tmp_path, min_success=0.5)
+    assert web.asked == [str(i) for i in range(10)]
+    assert not (tmp_path / "out").exists()
+
+    web.down -= {"6"}
+    report, found = fetch(tmp_path, min_success=0.5)  # too little had come, so what failed is asked for once more
+    assert web.asked[10:] == ["1", "5", "6", "7", "8", "9"]
+    assert report == {"urls": 10, "downloaded": 5, "success_rate": 0.5, "failures": {"gone": 5}}
+    assert found == {"0": "00000.tar", "2": "00000.tar", "3": "00000.tar", "4": "00001.tar", "6": "00003.tar"}
+
+    web.down -= {"9"}
+    report, found = fetch(tmp_path, min_success=0.5, retries=3)
+    assert web.asked[16:] == ["1", "5", "7", "8", "9", "1", "5", "7", "8"]
+    rounds = [(10, 4), (6, 1), (5, 1), (4, 0)]
+    assert report["rounds"] == [{"urls": urls, "downloaded": downloaded} for urls, downloaded in rounds]
+    assert (report["downloaded"], report["failures"]) == (6, {"gone": 4})
+    assert found["9"] == "00006.tar"
+
+    web.down, everything = set(), list(web.asked)
+    assert fetch(tmp_path, min_success=0.5, retries=3)[0] == report  # all is there
+    assert fetch(tmp_path, min_success=0.2)[0]["downloaded"] == 4
+    assert web.asked == everything
+    report, _ = fetch(tmp_path, min_success=1.0, retries=9)
+    assert web.asked[len(everything) :] == ["1", "5", "7", "8"]  # and no round once all have come
+    assert (report["success_rate"], report["failures"], len(report["rounds"])) == (1.0, {}, 5)
+
+
+def test_nothing_is_never_enough(web: Web, tmp_path: Path) -> None:
+    web.down = {str(i) for i in range(10)}
+    with pytest.raises(UserError, match="0 of 10 images came"):
+        fetch(tmp_path, min_success=0.0)
+
+
+def test_other_links_or_options_start_anew(web: Web, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    assert web.workers == (1, 1)
+    for count, options in ((10, {"size": 65}), (10, {"size": 65, "shard_size": 3}), (9, {})):
+        web.asked.clear()
+        fetch(tmp_path, count, **options, processes=2, threads=3)
+        assert web.asked == [str(i) for i in range(count)]
+        fetch(tmp_path, count, **options, retries=1)
+        assert len(web.asked) == count
+    assert web.workers == (2, 3)
+    for captions, urls in (("abc", "123"), ("abd", "123"), ("abd", "124")):
+        web.asked.clear()
+        shutil.rmtree(tmp_path / "out")
+        download(images.links(list(captions), list(urls)), tmp_path / "out", tmp_path / "scratch", **OPTIONS)
+        assert web.asked == list(urls)
+
+
+@pytest.mark.parametrize("damage", ["a member is missing", "cut", "no tar"])
+def test_a_damaged_shard_is_made_anew_and_what_followed_it(web: Web, tmp_path: Path, damage: str) -> None:
+    web.down = {"3", "9"}
+    fetch(tmp_path, retries=1, min_success=0.5)
+    tar = tmp_path / "scratch" / "shards" / "00001.tar"
+    content = tar.read_bytes()
+    tar.unlink()  # it shares its bytes with the output
+    if damage == "a member is missing":
+        write_tar(tar, [("000010.jpg", b"4"), ("000010.txt", b"")])
+    else:
+        tar.write_bytes(content[:700] if damage == "cut" else b"")
+    web.asked.clear()
+    with pytest.raises(UserError, match=r"reports 4 images in .*00001\.tar, but it holds \d\. Run again"):
+        fetch(tmp_path, retries=1, min_success=0.5)
+    assert web.asked == []
+    web.down = {"5", "9"}
+    report, found = fetch(tmp_path, retries=1, min_success=0.5)
+    assert web.asked == ["4", "5", "6", "7", "3", "5", "9"]
+    assert report["rounds"] == [{"urls": 10, "downloaded": 7}, {"urls": 3, "downloaded": 1}]
+    assert (len(found), found["3"]) == (8, "00003.tar")
+
+
+def test_links_that_img2dataset_lost_sight_of_are_asked_for_again(web: Web, tmp_path: Path) -> None:
+    web.lost = {"2"}
+    with pytest.raises(UserError, match=r"9 of 10 images came .*\n +1  no reason given"):
+        fetch(tmp_path)
+    web.lost = set()
+    assert fetch(tmp_path)[0]["downloaded"] == 10
+    assert web.asked[10:] == ["2"]
+
+
+def test_where_the_file_system_has_no_hard_links_shards_are_copied(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(tmp_path)
+    linked = (tmp_path / "out" / "00000.tar").read_bytes()
+    assert (tmp_path / "out" / "00000.tar").stat().st_nlink == 2
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    fetch(tmp_path)
+    assert (tmp_path / "out" / "00000.tar").stat().st_nlink == 1
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == linked
+
+
+# The list
+
+
+LINES = {  # caption -> URL's path
+    "a fish": "jpeg",
+    '"a quotation begins': "grey",
+    'a fish 5" long': "cmyk",
+    "NA": "rgba",
+    "null": "big",
+    "naïve 雪, and a comma": "tiny",
+    "": "missing",
+    "a page": "html",
+    "a banner": "banner",
+    "patience": "flaky",
+}
+
+
+def write_tsv(path: Path, address: str = "http://host") -> None:
+    path.write_text("".join(f"{caption}\t{address}/{url}\n" for caption, url in LINES.items()), encoding="utf-8")
+
+
+def test_the_list_is_read_as_it_is(tmp_path: Path) -> None:
+    tsv = tmp_path / "list.tsv"
+    write_tsv(tsv)
+    table = images.read_links(tsv, len(LINES))
+    assert table["caption"].to_pylist() == list(LINES)
+    assert table["url"].to_pylist() == [f"http://host/{url}" for url in LINES.values()]
+    tsv.write_bytes(tsv.read_bytes().replace(b"\n", b"\r\n"))
+    assert images.read_links(tsv, len(LINES)) == table
+
+
+def test_a_missing_list_and_another_number_of_lines(tmp_path: Path) -> None:
+    tsv = tmp_path / "list.tsv"
+    with pytest.raises(UserError, match=r"list\.tsv: no such file.*consent.*ai\.google\.com/research/Conc.*links\.tsv"):
+        images.read_links(tsv, 10)
+    write_tsv(tsv)
+    with pytest.raises(UserError, match=r"found 10 lines, wanted images\.links\.rows = 11\..*set rows to 10"):
+        images.read_links(tsv, 11)
+
+
+@pytest.mark.parametrize("line", [b"a\tb\thttp://host/c", b"http://host/c", b"", b"caf\xe9\thttp://host/c"])
+def test_a_line_of_another_form(tmp_path: Path, line: bytes) -> None:
+    tsv = tmp_path / "list.tsv"
+    tsv.write_bytes(b"a fish\thttp://host/a\n" * 4 + line + b"\n" + b"a fish\thttp://host/a\n" * 4)
+    found = re.escape(repr(line + b"\n"))
+    with pytest.raises(UserError, match=rf"list\.tsv, line 5: found {found}, wanted a caption"):
+        images.read_links(tsv, 9)
+
+
+# Shards that somebody else made
+
+
+def write_mirror(folder: Path) -> None:
+    """Two tars as the mirror has them, in two folders, with keys of their own."""
+    for i, name in enumerate(("train-0000.tar", "more/train-0001.tar")):
+        members = [
+            (f"{j:09d}.{ext}", jpeg(10 * i + j) if ext == "jpg" else b"{}")
+            for j in range(3 + i) for ext in ("jpg", "json", "txt")
+        ]  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(
+            folder / name, [*members, ("000000900.jpg", jpeg(0)), ("000000901.txt", b"an image or a caption lacks")]
+        )
+
+
+def test_a_mirrors_shards_are_counted_and_left_as_they_are(tmp_path: Path) -> None:
+    write_mirror(tmp_path)
+    before = [path.read_bytes() for path in sorted(tmp_path.rglob("*.tar"))]
+    assert shards.index(tmp_path, 512) == {"shards": 2, "images": 7}
+    assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.tar"))] == before
+    reader = Shards(tmp_path)
+    assert (reader.size, reader.counts) == (512, {"more/train-0001.tar": 4, "train-0000.tar": 3})
+    found = sorted(image.tobytes() for _, image in reader.epoch(0, 0))
+    assert found == sorted(Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (0, 1, 2, 10, 11, 12, 13))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no file"),
+        (b"<html>Sign in</html>", r"b\.tar cannot be read"),
+        (b"", r"b\.tar cannot be read"),
+        ([("1.jpg", b""), ("2.txt", b"")], r"b\.tar has no image with a caption"),
+    ],
+)
+def test_what_is_no_folder_of_shards(tmp_path: Path, content, message: str) -> None:
+    if content is not None:
+        write_tar(tmp_path / "a.tar", [("1.jpg", b""), ("1.txt", b"")])
+    if isinstance(content, list):
+        write_tar(tmp_path / "b.tar", content)
+    elif content is not None:
+        (tmp_path / "b.tar").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        shards.index(tmp_path, 512)
+    assert not (tmp_path / "shards.json").exists()
+
+
+# The stage
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `answers`, path -> bytes, and counts requests. flaky fails twice; held... waits for `release`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, bytes] = {}
+        self.asked: Counter[str] = Counter()
+        self.release = threading.Event()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        path = self.path.removeprefix("/")
+        self.server.asked[path] += 1
+        if path.startswith("held"):
+            self.server.release.wait(60)
+        body = self.server.answers.get(path)
+        if body is None or (path == "flaky" and self.server.asked[path] < 3):
+            self.send_error(404 if body is None else 503)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with suppress(ConnectionError):  # whoever asked was killed
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.release.set()
+        server.shutdown()
+
+
+def write_params(folder: Path, kind: str, **section) -> None:
+    """params.yaml of the paper profile, with another section images.<kind>."""
+    content = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    content["run"] |= {"profile": "paper", "backbones": ["openai_224"]}
+    content["profiles"]["paper"]["images"] |= {"kind": kind, kind: section}
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_the_stage_takes_a_mirrors_shards(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mirror(tmp_path / "mirror")
+    names = ["train-0000.tar", "more/train-0001.tar"]
+    server.answers = {name: (tmp_path / "mirror" / name).read_bytes() for name in names}
+    write_params(tmp_path, "shards", at=[server.address], licence="none", files=dict.fromkeys(names))
+    monkeypatch.chdir(tmp_path)
+    images.main()
+    output = Path("data/paper/images")
+    assert {name: (output / name).read_bytes() for name in names} == server.answers
+    assert json.loads((output / "shards.json").read_text())["size"] == 512
+    assert len(list(Shards(output).epoch(0, 0))) == 7
+    report = json.loads(Path("metrics/paper/images.json").read_text())
+    assert (report["shards"], report["images"]) == (2, 7)
+    assert (report["source"]["address"], report["source"]["licence"]) == (server.address, "none")
+    assert sorted(path.name for path in output.iterdir()) == ["more", "shards.json", "train-0000.tar"]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline.images"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def write_list(folder: Path, server: Server, lines: dict[str, str], **section) -> None:
+    text = "".join(f"{caption}\t{server.address}/{path}\n" for caption, path in lines.items())
+    (folder / "list.tsv").write_text(text, encoding="utf-8")
+    options = {"size": 64, "shard_size": 4, "min_success": 0.5, "retries": 0, "processes": 1, "threads": 4}
+    write_params(folder, "links", tsv="list.tsv", rows=len(lines), **(options | section))
+
+
+def encode(mode: str, size: tuple[int, int], color, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_the_stage_follows_a_list_with_all_that_the_web_brings(server: Server, tmp_path: Path) -> None:
+    server.answers = {
+        "jpeg": encode("RGB", (80, 64), (0, 0, 255)),
+        "grey": encode("L", (64, 70), 128),
+        "cmyk": encode("CMYK", (64, 64), (0, 255, 255, 0)),  # red
+        "rgba": encode("RGBA", (64, 64), (0, 0, 0, 0), "PNG"),  # nothing to be seen, on white
+        "big": encode("RGB", (300, 200), (0, 255, 0)),
+        "tiny": encode("RGB", (20, 10), (0, 0, 0)),
+        "html": b"<html><body>This picture has moved.</body></html>",
+        "banner": encode("RGB", (900, 100), (0, 0, 0)),
+        "flaky": encode("RGB", (64, 64), (255, 255, 0)),
+    }
+    write_list(tmp_path, server, LINES, min_success=1.0, retries=2)
+    stage = start(tmp_path)
+    output, _ = stage.communicate(timeout=120)
+    assert stage.returncode == 1, output
+    table = r"1  HTTP Error 404: Not Found\n +1  Image decoding error\n +1  aspect ratio too large\n"
+    assert re.search(rf"7 of 10 images came \(70\.0%\), too few for min_success = 100\.0%.*\n +{table}", output), output
+    asked = {path: 3 if path in ("missing", "html", "banner", "flaky") else 1 for path in LINES.values()}
+    assert server.asked == asked
+
+    write_list(tmp_path, server, LINES, min_success=0.7, retries=2)
+    stage = start(tmp_path)
+    output, _ = stage.communicate(timeout=120)
+    assert stage.returncode == 0, output
+    assert server.asked == asked  # of what had come nothing was lost, and enough had come
+    assert json.loads((tmp_path / "metrics/paper/images.json").read_text()) == {
+        "urls": 10,
+        "downloaded": 7,
+        "success_rate": 0.7,
+        "failures": {"HTTP Error 404: Not Found": 1, "Image decoding error": 1, "aspect ratio too large": 1},
+        "rounds": [{"urls": 10, "downloaded": 6}, {"urls": 4, "downloaded": 0}, {"urls": 4, "downloaded": 1}],
+        "source": {"list": "list.tsv", "sha256": hashlib.sha256((tmp_path / "list.tsv").read_bytes()).hexdigest()},
+    }
+    folder = tmp_path / "data/paper/images"
+    assert [path.name for path in sorted(folder.parent.iterdir())] == [".images.lock", "images"]
+
+    reader, captions = Shards(folder), {}
+    assert reader.counts == {"00000.tar": 4, "00001.tar": 2, "00004.tar": 1}
+    for name in reader.counts:
+        with tarfile.open(folder / name) as tar:
+            captions |= {m.name[:-4]: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")}
+    found = {LINES[captions[key]]: image for key, image in reader.epoch(0, 0)}
+    sizes = {"jpeg": (80, 64), "grey": (64, 70), "cmyk": (64, 64), "rgba": (64, 64), "big": (96, 64), "tiny": (20, 10)}
+    assert {name: image.size for name, image in found.items()} == {**sizes, "flaky": (64, 64)}
+    colors = {"jpeg": (0, 0, 255), "grey": (128,) * 3, "cmyk": (255, 0, 0), "rgba": (255,) * 3, "big": (0, 255, 0)}
+    for name, color in colors.items():
+        assert np.abs(np.asarray(found[name], float) - color).max() < 10, name
+
+
+@pytest.mark.slow
+def test_a_killed_stage_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+    lines = {f"fish {i}": f"held{i}" if i >= 8 else str(i) for i in range(12)}
+    server.answers = dict.fromkeys(lines.values(), encode("RGB", (64, 64), (0, 0, 255)))
+    write_list(tmp_path, server, lines, min_success=1.0)
+    made = tmp_path / "data/paper/.images.scratch/shards"
+    stage = start(tmp_path)
+    while not (len(list(made.glob("*_stats.json"))) == 2 and server.asked.total() == 12):
+        assert stage.poll() is None, stage.communicate()[0]
+        time.sleep(0.05)
+    stage.kill()
+    stage.communicate()
+    (made / "00002_stats.json").write_text('{\n    "count": 4')  # as if it had been writing this
+    server.release.set()
+    stage = start(tmp_path)
+    output, _ = stage.communicate(timeout=120)
+    assert stage.returncode == 0, output
+    assert server.asked == {path: 2 if path.startswith("held") else 1 for path in lines.values()}
+    assert Shards(tmp_path / "data/paper/images").counts == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 4}
+    assert not made.exists()
+
+
+def mini(count: int, threads: int, processes: int = 1) -> params.MiniImages:
+    options = {"size": 64, "shard_size": 16, "min_success": 1.0, "processes": processes, "threads": threads}
+    return params.MiniImages(kind="mini", count=count, **options)
 
 
 @pytest.mark.slow
 def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
-    reports = []
-    for name, threads in (("first", 1), ("second", 7)):
-        with images.serve(40) as address:
-            images.write_pairs(tmp_path / "pairs.parquet", address, 40)
-            options = {**OPTIONS, "min_success": 1.0, "threads": threads}
-            reports.append(download(tmp_path / "pairs.parquet", tmp_path / name, **options))
+    reports = [images.mini(mini(40, threads), tmp_path / name) for name, threads in (("first", 1), ("second", 7))]
     files = [sorted((path.name, path.read_bytes()) for path in (tmp_path / x).iterdir()) for x in ("first", "second")]
     assert files[0] == files[1]
     assert [name for name, _ in files[0]] == [*COUNTS, "shards.json"]
@@ -239,11 +677,11 @@ def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_too_many_failed_urls_leave_nothing_behind(tmp_path: Path) -> None:
+def test_too_many_failed_urls_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "data" / "images"
-    with images.serve(15) as address:  # 5 of the 20 are not there
-        images.write_pairs(tmp_path / "pairs.parquet", address, 20)
-        message = r"(?s)15 of 20 images came \(75\.0%\).*5  HTTP Error 404: Not Found"
-        with pytest.raises(UserError, match=message), whole(output) as (partial,):
-            download(tmp_path / "pairs.parquet", partial, min_success=0.9, threads=4, **OPTIONS)
+    serve = images.serve
+    monkeypatch.setattr(images, "serve", lambda count: serve(count - 5))  # 5 of the 20 are not there
+    message = r"(?s)15 of 20 images came \(75\.0%\).*5  HTTP Error 404: Not Found"
+    with pytest.raises(UserError, match=message), whole(output) as (partial,):
+        images.mini(mini(20, threads=4), partial)
     assert [path.name for path in output.parent.iterdir()] == [".images.lock"]

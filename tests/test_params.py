@@ -13,7 +13,8 @@ from pipeline import params
 from pipeline.runtime import UserError
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
-TRAIN, MINI = "profiles.mini.train", "backbones.mini"
+TRAIN, MINI, OPENAI = "profiles.mini.train", "backbones.mini", "backbones.openai_224"
+HUB = {"at": ["hf://owner/name@main"], "licence": "MIT"}
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_committed_file_loads() -> None:
         (f"{TRAIN}.steps", "many", "'many'"),
         (f"{TRAIN}.steps", 1.5, "1.5"),
         (f"{TRAIN}.steps", "200", "'200'"),
-        (f"{TRAIN}.draws", True, "True"),
+        (f"{TRAIN}.batch", True, "True"),
         (f"{TRAIN}.lr", "fast", "'fast'"),
         (f"{TRAIN}.lr", float("inf"), "inf"),
         (f"{TRAIN}.pixels.tower_antialias", "no way", "'no way'"),
@@ -77,10 +78,24 @@ def test_the_committed_file_loads() -> None:
         (f"{MINI}.condition.tokens", {"kind": "random"}, "'random' with number 0"),
         (f"{MINI}.published_read_out.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
+        (f"{TRAIN}.micro_batch", 7, "found 7, which does not divide batch 32"),
         ("run.profile", "papr", "'papr'"),
+        ("run.weights", ["pretrained", "released"], "backbones.mini has none"),
+        ("profiles.paper.images", {"kind": "tar"}, "'tar'"),
+        (f"{OPENAI}.source.weights", {"at": ["https://a"], "licence": "MIT"}, "either files or match"),
+        (f"{OPENAI}.source.weights", {**HUB, "files": {"a.pt": None, "b.pt": None}}, "2 files, wanted one checkpoint"),
+        (f"{OPENAI}.source.weights", {**HUB, "files": {"../a.pt": None}}, "'../a.pt'"),
+        (f"{OPENAI}.source.weights", {**HUB, "at": ["https://a"], "match": ["*"]}, "match needs addresses"),
+        (f"{OPENAI}.source.weights.files", {"a.pt": "b8cca3"}, "'b8cca3'"),
+        (f"{OPENAI}.source.weights.at", ["hf://owner/name"], "'hf://owner/name'"),
+        (f"{OPENAI}.source.weights.at", ["ftp://host/folder"], "'ftp://host/folder'"),
+        (f"{OPENAI}.source.preprocessing.resize_mode", "crop", "'crop'"),
+        (f"{OPENAI}.published.after_patterns", [1.0], "[1.0]"),
         # unknown keys
         (f"{TRAIN}.learning_rate", 0.1, "unknown key (found 0.1)"),
         ("run.backbone", "mini", "unknown key (found 'mini')"),
+        (f"{OPENAI}.source.text_tower", {}, "unknown key (found {})"),
+        ("profiles.paper.images.shards.repo", "cc3m", "unknown key (found 'cc3m')"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(file: Path, key: str, value: Any, found: str) -> None:
@@ -92,7 +107,19 @@ def test_a_wrong_value_is_named_with_its_key(file: Path, key: str, value: Any, f
     assert found in named[0]
 
 
-@pytest.mark.parametrize("key", ["seed", "run", f"{TRAIN}.lr", f"{TRAIN}.crop.ratio", f"{MINI}.condition.text"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "run",
+        f"{TRAIN}.lr",
+        f"{TRAIN}.crop.ratio",
+        f"{MINI}.condition.text",
+        f"{OPENAI}.source.weights.at",
+        "profiles.paper.images.shards",
+        "profiles.mini.denoiser.unet",
+    ],
+)
 def test_a_missing_key_is_named(file: Path, key: str) -> None:
     change(file, key, ...)
     assert f"\n  {key}: missing" in message(file)
@@ -100,10 +127,10 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
 
 def test_every_wrong_key_is_named_at_once(file: Path) -> None:
     change(file, f"{TRAIN}.steps", "many")
-    change(file, f"{TRAIN}.draws", ...)
+    change(file, f"{TRAIN}.batch", ...)
     assert {line.split(":")[0].strip() for line in message(file).splitlines()[1:]} == {
         f"{TRAIN}.steps",
-        f"{TRAIN}.draws",
+        f"{TRAIN}.batch",
     }
 
 

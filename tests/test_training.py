@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.diva.condition import TokenRule, condition, recap
 from pipeline.diva.diffusion import draw
-from pipeline.diva.objective import Feedback, draw_weights
+from pipeline.diva.objective import Feedback
 from pipeline.diva.training import MicroBatch, NotFiniteError, Phase, Recipe, Record, phases, run
 from pipeline.runtime import generator
 
@@ -20,8 +20,8 @@ RULES = [
     TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_share", 0.3), TokenRule("windows", 3)
 ]  # fmt: skip
 RECIPE = Recipe(
-    steps=3, lr=0.05, momentum=0.9, weight_decay=0.0, warmup_ratio=0.0, clip_norm=1.0, micro_batch=4, accumulation=2,
-    draws=2, draw_weighting="published", projection_steps=2, projection_lr=0.01,
+    steps=3, lr=0.05, momentum=0.9, weight_decay=0.0, warmup_ratio=0.0, clip_norm=1.0,
+    draw_weights=[5.0, 1.0], projection_steps=2, projection_lr=0.01,
 )  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def build(rule: TokenRule = RULES[1]) -> Feedback:
 
 def micro_batches(step: int, rule: TokenRule = RULES[1]) -> list[MicroBatch]:
     batches = []
-    for micro in range(RECIPE.accumulation):
-        purposes = [(step, micro, image) for image in range(RECIPE.micro_batch)]
+    for micro in range(2):
+        purposes = [(step, micro, image) for image in range(4)]
         draws = [
             draw(LATENT, PATCHES, rule, (0, 1000), [generator("draw", k, *purpose) for purpose in purposes])
             for k in range(2)
@@ -158,29 +158,21 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_parameters() -> None:
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_parameters() -> None:
     feedback = build()
     before = snapshot(feedback)
-    phase = dataclasses.replace(both(feedback)[1], weights=[1e38, 1e38])
+    phase = dataclasses.replace(both(feedback)[1], draw_weights=[1e38, 1e38])
     with pytest.raises(NotFiniteError, match="gradient's norm is inf"):
         train(feedback, phase)
     assert moved(before, feedback) == set()
 
 
-@pytest.mark.parametrize(
-    ("weighting", "draws", "weights"),
-    [
-        ("published", 1, [0.2]), ("published", 2, [1.0, 0.2]), ("published", 3, [1.0, 1.0, 0.2]),
-        ("symmetric", 1, [0.2]), ("symmetric", 2, [0.2, 0.2]),
-    ],
-)  # fmt: skip
-def test_draw_weights(weighting: str, draws: int, weights: list[float]) -> None:
-    assert draw_weights(weighting, draws, accumulation=5) == weights
-
-
-@pytest.mark.parametrize("weighting", ["published", "symmetric"])
+@pytest.mark.parametrize("weights", [[2.0, 1.0], [1.0, 1.0]], ids=["published", "symmetric"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
-def test_one_tower_run_serves_all_draws(rule: TokenRule, weighting: str) -> None:
-    """Against the plain reference: the tower run once per draw, and each loss back-propagated by itself."""
+def test_one_tower_run_serves_all_draws(rule: TokenRule, weights: list[float]) -> None:
+    """Against the plain reference: the tower run once per draw, and each loss back-propagated by itself.
+
+    As published, the first loss is not divided by the accumulation steps, of which there are two here.
+    """
     feedback, reference = build(rule), build(rule)
-    recipe = dataclasses.replace(RECIPE, steps=1, draw_weighting=weighting, clip_norm=math.inf)
+    recipe = dataclasses.replace(RECIPE, steps=1, draw_weights=weights, clip_norm=math.inf)
     (record,) = train(feedback, both(feedback, recipe)[1], lambda step: micro_batches(step, rule))
 
     losses = []
@@ -192,8 +184,8 @@ def test_one_tower_run_serves_all_draws(rule: TokenRule, weighting: str) -> None
             alpha = reference.denoiser.alphas_cumprod[drawn.timestep_B].view(-1, 1, 1, 1)
             noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * drawn.noise_BChw
             loss = (reference.denoiser(noised, drawn.timestep_B, context) - drawn.noise_BChw).square().mean()
-            undivided = weighting == "published" and k == 0
-            (loss if undivided else loss / recipe.accumulation).backward()
+            undivided = weights[0] == 2 and k == 0
+            (loss if undivided else loss / 2).backward()
             losses.append(loss.item())
 
     assert record.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)

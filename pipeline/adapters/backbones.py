@@ -1,20 +1,28 @@
-"""CLIP models, read from open_clip's local folders, and the stock calls that give their tokens.
+"""CLIP models: published checkpoints made into open_clip's local folders, read from there, and their tokens.
 
 open_clip_config.json  open_clip_model.safetensors  tokenizer files where the model brings its own
 """
 
+import copy
+import hashlib
 import json
+import pickle
 import shutil
 import warnings
+import zipfile
+from collections.abc import Mapping
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
+from open_clip.factory import load_state_dict
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer as OpenClipViT
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
@@ -23,27 +31,16 @@ from pipeline.runtime import UserError
 
 with warnings.catch_warnings():  # openai-clip imports pkg_resources, which says at every import that it is old
     warnings.simplefilter("ignore")
-    from clip.model import VisionTransformer as OpenAIViT
+    import clip as openai_clip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+Tensors = Mapping[str, torch.Tensor]
 
 
 @singledispatch
 def image_tokens(visual: nn.Module, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(pooled [B, D], patches [B, N, D]) of an image tower: every token after the final norm and the projection."""
     raise UserError(f"no rule for the tokens of an image tower of type {type(visual).__name__}")
-
-
-@image_tokens.register
-def _(visual: OpenAIViT, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks: list[torch.Tensor] = []
-    handle = visual.transformer.register_forward_hook(lambda module, inputs, output: blocks.append(output))
-    try:
-        pooled_BD = visual(pixels_BCHW)
-    finally:
-        handle.remove()
-    tokens_BTD = visual.ln_post(blocks[0].transpose(0, 1)) @ visual.proj
-    return pooled_BD, tokens_BTD[:, 1:]
 
 
 @image_tokens.register
@@ -69,10 +66,11 @@ def _(visual: TimmModel, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch
 class Backbone(nn.Module):
     """One CLIP with its own preprocessing and tokenizer."""
 
-    def __init__(self, clip: nn.Module, tokenizer, preprocessing: dict) -> None:
+    def __init__(self, clip: nn.Module, tokenizer, preprocessing: dict, sha256: str) -> None:
+        """sha256: of the file from which the weights were read."""
         super().__init__()
         self.clip = clip
-        self.tokenizer = tokenizer
+        self.tokenizer, self.sha256 = tokenizer, sha256
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.image_size: int = preprocessing["size"]
         with torch.no_grad():
@@ -90,10 +88,12 @@ class Backbone(nn.Module):
         config = json.loads((folder / CONFIG).read_text())
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        entries, wanted = len(tokenizer.tokenizer), config["model_cfg"]["text_cfg"]["vocab_size"]
+        entries, wanted = _entries(tokenizer), config["model_cfg"]["text_cfg"]["vocab_size"]
         if entries != wanted:  # transformers builds a wrong tokenizer, silently, when files are missing
             raise UserError(f"{folder}: the tokenizer has {entries} entries, the text tower {wanted}. Fetch it again.")
-        return cls(clip.eval(), tokenizer, config["preprocess_cfg"])
+        with (folder / WEIGHTS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(clip.eval(), tokenizer, config["preprocess_cfg"], sha256)
 
     @property
     def tower(self) -> nn.Module:
@@ -119,18 +119,99 @@ class Backbone(nn.Module):
 
     def save_like(self, original: Path, folder: Path) -> None:
         """Write these weights into a copy of the folder they came from."""
-        shutil.copytree(original, folder, ignore=shutil.ignore_patterns(WEIGHTS))
-        save_weights(self.clip, folder)
+        save_like(original, self.clip.state_dict(), folder)
 
 
-def save_weights(clip: nn.Module, folder: Path) -> None:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in clip.state_dict().items()}, folder / WEIGHTS)
+def _entries(tokenizer) -> int:
+    """The size of the vocabulary: open_clip wraps transformers' tokenizers, and has one of its own for CLIP."""
+    return len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
 
 
-def write(clip: nn.Module, tokenizer, architecture: dict, preprocessing: dict, folder: Path) -> None:
-    """Write a model that was made here as one of open_clip's local folders."""
-    folder.mkdir(parents=True)
-    config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    save_weights(clip, folder)
+def save_like(original: Path, tensors: Tensors, folder: Path) -> None:
+    """Write a copy of a model's folder with other weights."""
+    shutil.copytree(original, folder, ignore=shutil.ignore_patterns(WEIGHTS))
+    save_weights(tensors, folder)
+
+
+def save_weights(tensors: Tensors, folder: Path) -> None:
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def model_config(architecture: str | dict[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of a model by its name, or the one given. Raises UserError for an unknown name."""
+    if isinstance(architecture, dict):
+        return copy.deepcopy(architecture)
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        near = [name for name in open_clip.list_models() if name.split("-")[:2] == architecture.split("-")[:2]]
+        raise UserError(
+            f"architecture '{architecture}': open_clip has no such model. Near it: {', '.join(near) or '-'}"
+        )
+    return config
+
+
+def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, Any], folder: Path) -> None:
+    """Make `folder` a model's folder without weights; the pictures' size is the architecture's."""
+    config = model_config(architecture)
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"size": config["vision_cfg"]["image_size"], **preprocessing}
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
+
+
+def empty(folder: Path) -> nn.Module:
+    """The model of a folder on the meta device: names and shapes, and no memory."""
+    config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    with torch.device("meta"):
+        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
+def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
+    """The tensors of a checkpoint `source`, if they are those of the folder's model, name by name and shape by shape.
+
+    Raises UserError naming what is missing, left over or of another shape.
+    """
+    wanted = {name: tensor.shape for name, tensor in empty(folder).state_dict().items()}
+    wrong = [
+        *(f"missing: {name}" for name in wanted.keys() - tensors.keys()),
+        *(f"left over: {name}" for name in tensors.keys() - wanted.keys()),
+        *(
+            f"{name}: {list(tensors[name].shape)} where {list(shape)} is wanted"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(
+            f"{source.name} does not fit the architecture in params.yaml:\n  " + "\n  ".join(sorted(wrong)[:8]) + more
+        )
+    return tensors
+
+
+def read_checkpoint(path: Path) -> Tensors:
+    """The tensors of a checkpoint by name, as they are stored.
+
+    Formats: safetensors; PyTorch files of open_clip, MetaCLIP and DIVA's authors (plain, or below `state_dict`, with or
+    without `module.`), read without running what they hold; OpenAI's TorchScript archive, by openai-clip.
+    Raises UserError for anything else.
+    """
+    try:
+        if _is_torchscript(path):
+            model, _ = openai_clip.load(str(path), device="cpu", jit=False)
+            return model.state_dict()
+        return load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, AttributeError, StopIteration) as error:
+        first, _, _ = str(error).partition("\n")
+        raise UserError(
+            f"{path}: no checkpoint that can be read ({type(error).__name__}: {first}). Known: "
+            "safetensors, a PyTorch state dict of plain tensors, OpenAI's TorchScript archive."
+        ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """TorchScript archives carry code beside the tensors; PyTorch's own zip files do not."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())

@@ -41,7 +41,7 @@ def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
     Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected.
     """
     file = folder / "Questions.csv"
-    hint = "Run `dvc repro --force mmvp_vlm`."
+    hint = "Run `dvc repro --force pipeline/dvc.yaml:mmvp_vlm`."
     if not file.is_file():
         raise UserError(f"{file}: no such file. {hint}")
     table = pd.read_csv(file)
@@ -79,11 +79,12 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[dict[str, A
 
 
 def kinds(root: Path) -> dict[str, str]:
-    """The sets below `root`/wds and their kind: classification, retrieval or probe."""
-    names = sorted((root / "wds").glob("*/dataset_type.txt"))
-    if not names:
-        raise UserError(f"{root}: no sets (wds/<name>/dataset_type.txt). Run `dvc repro zeroshot_sets`.")
-    return {path.parent.name: path.read_text().strip() for path in names}
+    """The sets below `root`/wds and their kind: classification (where they do not say), retrieval or probe."""
+    sets = sorted(path for path in (root / "wds").glob("*") if path.is_dir())
+    if not sets:
+        raise UserError(f"{root}: no sets (wds/<name>/). Run `dvc repro --force pipeline/dvc.yaml:zeroshot_sets`.")
+    files = {path.name: path / "dataset_type.txt" for path in sets}
+    return {name: file.read_text().strip() if file.exists() else "classification" for name, file in files.items()}
 
 
 def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> float:

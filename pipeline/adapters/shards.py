@@ -1,16 +1,18 @@
 """Images as WebDataset tars: fetched by img2dataset, repacked so that their bytes never change, read back in any order.
 
-A folder of shards holds `NNNNN.tar` (members KEY.jpg and KEY.txt, keys ascending) and `shards.json`:
+A folder of shards holds tars (members KEY.jpg and KEY.txt; a mirror's have KEY.json, too) and `shards.json`:
 `{"size": 64, "samples": 12000, "shards": {"00000.tar": 1000, ...}}`, size in pixels of the shorter edge at most, the
-rest counts.
+rest counts. Tars made here are called NNNNN.tar; their keys ascend, and no two of them share one.
 """
 
+import hashlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import threading
@@ -21,57 +23,141 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import pyarrow.parquet
 from PIL import Image
 
 from pipeline.runtime import UserError, generator, progress, remove, write_json
 
 INDEX = "shards.json"
-MAX_ASPECT_RATIO = 4.0  # img2dataset bounds the shorter edge only: a banner would become a picture of 15,360 x 512
 REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
-MEND = "Run `dvc repro --force images`."
+MEND = "Run `dvc repro --force pipeline/dvc.yaml:images`."
+OPTIONS = {
+    "input_format": "parquet",
+    "url_col": "url",
+    "caption_col": "caption",
+    "save_additional_columns": ["row"],
+    "output_format": "webdataset",
+    "resize_mode": "keep_ratio",
+    "resize_only_if_bigger": True,
+    "max_aspect_ratio": 4.0,  # the size bounds the shorter edge only: a banner would become a picture of 15,360 x 512
+    "encode_format": "jpg",
+    "encode_quality": 95,
+    "extract_exif": False,
+    "compute_hash": None,
+    "timeout": 10,  # seconds that a server may keep us waiting for its next bytes
+}
 
 
 def download(
-    pairs: Path, output: Path, *, size: int, shard_size: int, min_success: float, processes: int, threads: int
+    links: pyarrow.Table,
+    output: Path,
+    scratch: Path,
+    *,
+    size: int,
+    shard_size: int,
+    min_success: float,
+    retries: int,
+    processes: int,
+    threads: int,
 ) -> dict[str, Any]:
-    """Fetch the images of a parquet list (columns `url`, `caption`) into a new folder of shards, `output`.
+    """Fetch the images of a table of links (columns `url`, `caption`) into a folder of shards, `output`.
 
-    The shorter edge is at most `size` pixels (nothing is enlarged), a shard holds the images of `shard_size` rows.
-    Returns counts and the success rate: `urls`, `downloaded`, `success_rate`, `failures` (reason -> count).
-    Raises UserError for an empty list, for a run that img2dataset did not finish, and where fewer than the share
-    `min_success` of the images came.
+    The shorter edge is at most `size` pixels (nothing is enlarged), a shard holds the images of `shard_size` links.
+    `retries` further rounds ask again for the links that failed so far; their images make shards of their own.
+
+    What comes is kept in `scratch`, which the caller removes once `output` is safe: a call with the same links, size
+    and shard size goes on from there, one with others starts anew. Where all rounds had been made and too little had
+    come, one more is made.
+
+    Returns counts and the success rate: `urls`, `downloaded`, `success_rate`, `failures` (reason -> count, of what
+    never came) and, with retries, `rounds`: the `urls` and `downloaded` of each.
+    Raises UserError for a run that img2dataset did not finish, and where fewer than the share `min_success` came.
     """
-    urls = pyarrow.parquet.read_metadata(pairs).num_rows
-    if urls == 0:
-        raise UserError(f"{pairs} lists no URL: nothing to fetch. Give a list with at least one row.")
-    output.mkdir(parents=True)
-    scratch, log = output / "scratch", output / "img2dataset.log"  # in `output`, to go wherever a failed one goes
-    options = {
-        "url_list": str(pairs), "input_format": "parquet", "url_col": "url", "caption_col": "caption",
-        "output_folder": str(scratch), "output_format": "webdataset", "number_sample_per_shard": shard_size,
-        "image_size": size, "resize_mode": "keep_ratio", "resize_only_if_bigger": True,
-        "max_aspect_ratio": MAX_ASPECT_RATIO, "encode_format": "jpg", "encode_quality": 95,
-        "extract_exif": False, "compute_hash": None, "processes_count": processes, "thread_count": threads,
-    }  # fmt: skip
+    options = OPTIONS | {"image_size": size, "number_sample_per_shard": shard_size}
+    _prepare(scratch, links, options)
+    options |= {"processes_count": processes, "thread_count": threads}
+
+    left = links.append_column("row", pyarrow.array(range(links.num_rows)))
+    rounds: list[dict[str, int]] = []
+    successes: dict[str, int] = {}  # shard -> images
+    shards = 0
+    while True:
+        names = [f"{shards + i:05d}" for i in range(math.ceil(left.num_rows / shard_size))]
+        shards += len(names)
+        asked = _complete(scratch, len(rounds), left, names, options)
+        came, reasons = _checked(scratch, names, left.num_rows)
+        rounds.append({"urls": left.num_rows, "downloaded": sum(came.values())})
+        successes |= came
+        left = _failed(left, scratch, names)
+        downloaded = sum(successes.values())
+        enough = 0 < downloaded >= min_success * links.num_rows
+        if not left.num_rows or (len(rounds) > retries and (asked or enough)):
+            break
+
+    report: dict[str, Any] = {
+        "urls": links.num_rows,
+        "downloaded": downloaded,
+        "success_rate": downloaded / links.num_rows,
+        "failures": _most_frequent(reasons),
+    }
+    if not enough:
+        table = "\n".join(f"{count:>10}  {reason}" for reason, count in report["failures"].items())
+        raise UserError(
+            f"{downloaded} of {links.num_rows} images came ({report['success_rate']:.1%}), too few for min_success = "
+            f"{min_success:.1%}. What went wrong:\n{table}\n"
+            "Mend the cause (network? an outdated list?) and run again, or lower min_success in params.yaml."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    for name in progress(successes, "repacking"):
+        _pack(scratch, name, successes[name], output)
+    _write_index(output, size, {f"{name}.tar": count for name, count in successes.items()})
+    return report | {"rounds": rounds} if retries else report
+
+
+def _prepare(scratch: Path, links: pyarrow.Table, options: dict[str, Any]) -> None:
+    """Keep what is in `scratch` if it came from the same links with the same options; begin anew otherwise."""
+    digest = hashlib.sha256(json.dumps(options).encode())
+    for column in ("url", "caption"):
+        digest.update("\n".join(links[column].to_pylist()).encode())
+    mark = scratch / "fingerprint"
+    if not mark.is_file() or mark.read_text() != digest.hexdigest():
+        remove(scratch)
+        for folder in ("lists", "shards"):
+            (scratch / folder).mkdir(parents=True)
+        mark.write_text(digest.hexdigest())
+
+
+def _complete(scratch: Path, number: int, links: pyarrow.Table, names: list[str], options: dict[str, Any]) -> bool:
+    """Let img2dataset make the shards of a round that are not there. Returns whether there was one to make.
+
+    Then all later rounds are unmade, too.
+    """
+    lists, shards = scratch / "lists", scratch / "shards"
+    # It numbers the shards of all lists in a folder through, and passes over every shard that has its statistics.
+    pyarrow.parquet.write_table(links, lists / f"{number:05d}.parquet")
+    unfinished = [name for name in names if _statistics(scratch, name) is None]
+    if not unfinished:
+        return False
+    for name in unfinished:
+        (shards / f"{name}_stats.json").unlink(missing_ok=True)  # a kill may have left the beginning of one
+    for folder, last in ((lists, f"{number:05d}"), (shards, names[-1])):
+        for path in folder.iterdir():
+            if path.name[:5] > last:  # made for what another end of this round had left; or _tmp
+                remove(path)
+    _run(options | {"url_list": str(lists), "output_folder": str(shards)}, scratch / "log", int(names[-1]) + 1)
+    return True
+
+
+def _run(options: dict[str, Any], log: Path, total: int) -> None:
+    """Run img2dataset in a process of its own, until there are `total` shards or it ends otherwise."""
     process = multiprocessing.get_context("spawn").Process(target=_img2dataset, args=(options, log))
     process.start()
     try:
-        for _ in progress(_finished(process, scratch), "shards of images", math.ceil(urls / shard_size)):
+        for _ in progress(_appearing(process, Path(options["output_folder"])), "shards of images", total):
             pass
     finally:
         _end(process)
-
-    report, successes = _checked(scratch, log, urls=urls, shard_size=shard_size, min_success=min_success)
-    shards = {}
-    for name, expected in successes.items():
-        if _repack(scratch / name, output / name) != expected:
-            raise UserError(f"img2dataset reports {expected} images in {name} but wrote another number. {MEND}")
-        shards[name] = expected
-    write_json(output / INDEX, {"size": size, "samples": report["downloaded"], "shards": shards})
-    remove(scratch)
-    remove(log)
-    return report
 
 
 def _img2dataset(options: dict[str, Any], log: Path) -> None:
@@ -83,6 +169,7 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else every worker asks the network for news at import
+    os.environ["TMPDIR"] = str(log.parent)  # wandb, which it imports, leaves folders behind in every worker
     import img2dataset
 
     try:
@@ -108,53 +195,83 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _finished(process: BaseProcess, scratch: Path) -> Iterator[Path]:
+def _appearing(process: BaseProcess, shards: Path) -> Iterator[Path]:
     """Yield each shard's statistics file as it appears, until the process ends."""
     seen: set[Path] = set()
     running = True
     while running:
         process.join(0.2)
         running = process.is_alive()  # asked before looking, so that the last files are seen
-        new = set(scratch.glob("*_stats.json")) - seen
+        new = set(shards.glob("*_stats.json")) - seen
         seen |= new
         yield from new
 
 
-def _checked(
-    scratch: Path, log: Path, *, urls: int, shard_size: int, min_success: float
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """What img2dataset's exit status does not tell. Returns the report, and how many images each tar should hold."""
-    names = [f"{i:05d}" for i in range(math.ceil(urls / shard_size))]
-    found = {name: scratch / f"{name}_stats.json" for name in names if (scratch / f"{name}_stats.json").exists()}
-    stats = {name: json.loads(path.read_text()) for name, path in found.items()}
+def _statistics(scratch: Path, name: str) -> dict[str, Any] | None:
+    """What img2dataset writes when it has finished a shard; None where it has not."""
+    try:
+        return json.loads((scratch / "shards" / f"{name}_stats.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _checked(scratch: Path, names: list[str], urls: int) -> tuple[dict[str, int], Counter[str]]:
+    """What img2dataset's exit status does not tell. Returns how many images each shard has, and why links failed.
+
+    Shards without images are left out. Raises UserError where a shard was not finished, or lacks rows of the round.
+    """
+    stats = {name: found for name in names if (found := _statistics(scratch, name)) is not None}
     rows = sum(stat["count"] for stat in stats.values())
-    if len(stats) < len(names) or rows != urls or (scratch / "_tmp").exists():
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    if len(stats) < len(names) or rows != urls:
+        last = "\n".join((scratch / "log").read_text(errors="replace").splitlines()[-15:])
         raise UserError(
             f"img2dataset did not finish: {len(stats)} of {len(names)} shards and {rows} of {urls} rows in {scratch}. "
             f"The last lines that it printed:\n{last}\nMend what they name, then run again."
         )
-
-    successes = {f"{name}.tar": stat["successes"] for name, stat in stats.items() if stat["successes"]}
-    downloaded = sum(successes.values())
     reasons: Counter[str] = Counter()
     for stat in stats.values():
         reasons.update(stat["status_dict"])
+    successes = {name: stat["successes"] for name, stat in stats.items() if stat["successes"]}
     del reasons["success"]
-    reasons["no reason given"] = urls - downloaded - reasons.total()
-    ranked = sorted((item for item in reasons.items() if item[1]), key=lambda item: (-item[1], item[0]))
+    reasons["no reason given"] = urls - sum(successes.values()) - reasons.total()
+    return successes, +reasons
+
+
+def _failed(links: pyarrow.Table, scratch: Path, names: list[str]) -> pyarrow.Table:
+    """The links of a round that did not come, those among them that img2dataset lost sight of."""
+    tables = [
+        pyarrow.parquet.read_table(scratch / "shards" / f"{name}.parquet", columns=["row", "status"]) for name in names
+    ]
+    outcome = pyarrow.concat_tables(tables)
+    came = outcome.filter(pyarrow.compute.equal(outcome["status"], "success"))["row"]
+    return links.filter(pyarrow.compute.invert(pyarrow.compute.is_in(links["row"], value_set=came)))
+
+
+def _most_frequent(reasons: Counter[str]) -> dict[str, int]:
+    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     failures = dict(ranked[:REASONS])
     if len(ranked) > REASONS:
         failures["other reasons"] = sum(count for _, count in ranked[REASONS:])
-    rate = downloaded / urls
-    if rate < min_success or downloaded == 0:
-        table = "\n".join(f"{count:>10}  {reason}" for reason, count in failures.items())
+    return failures
+
+
+def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
+    """Repack a shard in its place, since the disk may not hold all of them twice, and name it in `output`, too."""
+    tar, packed, target = scratch / "shards" / f"{name}.tar", scratch / "packed.tar", output / f"{name}.tar"
+    try:
+        found = _repack(tar, packed)
+    except tarfile.TarError:
+        found = 0
+    if found != expected:
+        (scratch / "shards" / f"{name}_stats.json").unlink()
         raise UserError(
-            f"{downloaded} of {urls} images came ({rate:.1%}), fewer than min_success = {min_success:.1%}. "
-            f"What went wrong:\n{table}\n"
-            "Mend the cause (network? an outdated list?) and run again, or lower images.min_success in params.yaml."
+            f"img2dataset reports {expected} images in {tar}, but it holds {found}. Run again: this shard is made anew."
         )
-    return {"urls": urls, "downloaded": downloaded, "success_rate": rate, "failures": failures}, successes
+    packed.replace(tar)
+    try:
+        target.hardlink_to(tar)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(tar, target)
 
 
 def _repack(source: Path, target: Path) -> int:
@@ -168,10 +285,45 @@ def _repack(source: Path, target: Path) -> int:
     return sum(member.name.endswith(".jpg") for member in members)
 
 
+def index(folder: Path, size: int) -> dict[str, int]:
+    """Make a folder of shards out of a folder of tars, by writing its index; the tars stay as they are.
+
+    `size` is what their maker promises. Returns the number of `shards` and of `images`. Raises UserError where there is
+    no tar, and for one that cannot be read or has no image with a caption.
+    """
+    tars = sorted(folder.rglob("*.tar"))
+    if not tars:
+        raise UserError(f"{folder} has no file *.tar: the download that params.yaml describes is no folder of shards.")
+    counts = {}
+    for tar in progress(tars, "counting images"):
+        counts[tar.relative_to(folder).as_posix()] = count = len(_samples(tar))
+        if not count:
+            raise UserError(f"{tar} has no image with a caption (members KEY.jpg, KEY.txt). Choose another mirror.")
+    _write_index(folder, size, counts)
+    return {"shards": len(counts), "images": sum(counts.values())}
+
+
+def _write_index(folder: Path, size: int, counts: dict[str, int]) -> None:
+    write_json(folder / INDEX, {"size": size, "samples": sum(counts.values()), "shards": counts})
+
+
+def _samples(tar: Path) -> list[tuple[str, bytes]]:
+    """The (key, JPEG bytes) of a tar's images that have a caption, in the order of the tar. UserError if unreadable."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch
+
+    try:
+        with tar.open("rb") as file:
+            samples = list(group_by_keys(tar_file_expander([{"url": tar.name, "stream": file}])))
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
+    return [(sample["__key__"], sample["jpg"]) for sample in samples if "jpg" in sample and "txt" in sample]
+
+
 class Shards:
     """The images of a folder of shards; `len()` is their number, those that cannot be decoded included.
 
-    Keys of images that could not be decoded gather in `undecodable`. Memory: one shard's compressed bytes.
+    Keys of images that could not be decoded gather in `undecodable`. A shard is read whole before its first image is
+    given; of the mirror's, that takes 450 MB of memory and about a second.
     """
 
     def __init__(self, folder: Path, max_undecodable: float = 0.01) -> None:
@@ -180,7 +332,7 @@ class Shards:
         self.undecodable: set[str] = set()
         path = folder / INDEX
         if not path.is_file():
-            raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro images`.")
+            raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro`.")
         try:
             index = json.loads(path.read_text())
             self.size: int = index["size"]
@@ -206,38 +358,34 @@ class Shards:
         """Every image once: shards in random order, and each shard's images in random order."""
         names = list(self.counts)
         for i in _permutation(len(names), seed, "order", epoch):
-            samples = self._read(names[i])
-            failed = 0
-            for j in _permutation(len(samples), seed, "order", epoch, names[i]):
-                key, encoded = samples[j]
-                try:
-                    image = Image.open(io.BytesIO(encoded)).convert("RGB")  # convert() decodes to the end
-                except (OSError, SyntaxError, ValueError) as error:
-                    self.undecodable.add(key)
-                    failed += 1
-                    if failed > self.max_undecodable * len(samples):
-                        raise UserError(
-                            f"{self.folder / names[i]}: {failed} of its {len(samples)} images cannot be decoded, more "
-                            f"than the share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
-                        ) from error
-                    continue
-                yield key, image
+            yield from self._shuffled(names[i], seed, epoch)
+
+    def _shuffled(self, name: str, seed: int, epoch: int) -> Iterator[tuple[str, Image.Image]]:
+        samples = self._read(name)
+        failed = 0
+        for j in _permutation(len(samples), seed, "order", epoch, name):
+            key, encoded = samples[j]
+            try:
+                image = Image.open(io.BytesIO(encoded)).convert("RGB")  # convert() decodes to the end
+            except (OSError, SyntaxError, ValueError) as error:
+                self.undecodable.add(key)
+                failed += 1
+                if failed > self.max_undecodable * len(samples):
+                    raise UserError(
+                        f"{self.folder / name}: {failed} of its {len(samples)} images cannot be decoded, more than the "
+                        f"share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
+                    ) from error
+                continue
+            yield key, image
 
     def _read(self, name: str) -> list[tuple[str, bytes]]:
         """The (key, JPEG bytes) of one shard, in the order of the tar."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch
-
-        path = self.folder / name
-        try:
-            with path.open("rb") as file:
-                samples = list(group_by_keys(tar_file_expander([{"url": name, "stream": file}])))
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
+        samples = _samples(self.folder / name)
         # A tar cut between two members, or in a header, reads like a shorter tar: only the count tells.
-        pairs = [(sample["__key__"], sample["jpg"]) for sample in samples if "jpg" in sample and "txt" in sample]
-        if len(pairs) != self.counts[name]:
-            raise UserError(f"{path} holds {len(pairs)} images where {INDEX} says {self.counts[name]}. {MEND}")
-        return pairs
+        if len(samples) != self.counts[name]:
+            path = self.folder / name
+            raise UserError(f"{path} holds {len(samples)} images where {INDEX} says {self.counts[name]}. {MEND}")
+        return samples
 
 
 def _permutation(n: int, *purpose: str | int) -> list[int]:

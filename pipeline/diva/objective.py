@@ -69,14 +69,3 @@ class Feedback(nn.Module):
         predicted = self.denoiser(noised, t_B, self.condition(pooled_BD, patches_BND, draw.positions_BK))
         wanted = target(latent_BChw, noise, t_B, alphas, self.denoiser.prediction_type)
         return F.mse_loss(predicted.float(), wanted)
-
-
-def draw_weights(weighting: Literal["published", "symmetric"], draws: int, accumulation: int) -> list[float]:
-    """The weight of each draw's loss in a micro-batch's gradient.
-
-    published: the released code back-propagates all draws but the last inside forward, before the trainer divides by
-    the accumulation steps A: with two draws g0 + g1/A (tests/golden/README.md).
-    symmetric: every draw divided by A.
-    """
-    undivided = draws - 1 if weighting == "published" else 0
-    return [1.0] * undivided + [1.0 / accumulation] * (draws - undivided)

@@ -7,18 +7,21 @@ the second phase alone; `projection_steps` fits the fresh visual projection firs
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from pipeline.diva.diffusion import Draw
-from pipeline.diva.objective import Feedback, draw_weights
+from pipeline.diva.objective import Feedback
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Batch of one step = micro_batch x accumulation images, each with `draws` noisings."""
+    """draw_weights: one noising of every image for each; a step's gradient is the sum of weight x mean over the batch.
+
+    The released code gives two draws [A, 1]: it divides by the accumulation steps A = 5 what the trainer
+    back-propagates, the last draw, and not what is back-propagated inside forward (tests/golden/README.md).
+    """
 
     steps: int
     lr: float
@@ -26,10 +29,7 @@ class Recipe:
     weight_decay: float
     warmup_ratio: float
     clip_norm: float
-    micro_batch: int
-    accumulation: int
-    draws: int
-    draw_weighting: Literal["published", "symmetric"]
+    draw_weights: list[float]
     projection_steps: int
     projection_lr: float
 
@@ -61,7 +61,7 @@ class Phase:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     lr: Callable[[int], float]
-    weights: list[float]
+    draw_weights: list[float]
     clip_norm: float
 
 
@@ -92,7 +92,7 @@ def phases(feedback: Feedback, tower_parameters: list[nn.Parameter], recipe: Rec
             parameters=projection,
             optimizer=torch.optim.AdamW(projection, lr=recipe.projection_lr),
             lr=lambda step: recipe.projection_lr,
-            weights=draw_weights("symmetric", recipe.draws, recipe.accumulation),
+            draw_weights=[1.0] * len(recipe.draw_weights),
             clip_norm=recipe.clip_norm,
         ),
         Phase(
@@ -103,7 +103,7 @@ def phases(feedback: Feedback, tower_parameters: list[nn.Parameter], recipe: Rec
                 trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
             ),
             lr=lambda step: learning_rate(step, recipe.steps, recipe.lr, recipe.warmup_ratio),
-            weights=draw_weights(recipe.draw_weighting, recipe.draws, recipe.accumulation),
+            draw_weights=recipe.draw_weights,
             clip_norm=recipe.clip_norm,
         ),
     ]
@@ -128,7 +128,7 @@ def run(
             device = micro.pixels_BCHW.device.type
             with torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
                 losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
-            weights = torch.tensor(phase.weights, device=losses.device)
+            weights = torch.tensor(phase.draw_weights, device=losses.device) / len(micro_batches)
             (weights * losses).sum().backward()
             mean_loss += losses.mean().item() / len(micro_batches)
         gradient_norm = torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm).item()

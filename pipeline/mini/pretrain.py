@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
 from pipeline.mini import world
-from pipeline.params import DenoiserSection, ImageTower, TextTower
+from pipeline.params import ImageTower, MiniDenoiser, TextTower
 from pipeline.runtime import generator, progress, seeded
 
 Details = Callable[[np.random.Generator], np.ndarray]
@@ -176,7 +176,7 @@ def denoiser(
     scheduler: DDPMScheduler,
     pixels: torch.Tensor,
     scenes: np.ndarray,
-    p: DenoiserSection,
+    p: MiniDenoiser,
     compute: torch.device,
 ) -> tuple[Denoiser, list[float]]:
     """Train a UNet and its text encoder together on fully captioned pictures; a share of the captions is left empty.

@@ -13,21 +13,23 @@ from pipeline import mmvp, params, zeroshot
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.mini import pretrain
+from pipeline.params import MiniSource
 from pipeline.report import headline
-from pipeline.runtime import device, stage, whole, write_json
+from pipeline.runtime import UserError, device, stage, whole, write_json
 
 
 @stage
 def main() -> None:
     p, name, compute = params.load(), sys.argv[1], device()
     profile, entry = p.run.profile, p.backbones[name]
+    source = entry.source
+    if not isinstance(source, MiniSource):
+        raise UserError(f"backbones.{name} was not made here, so its captions and details are unknown. Choose mini.")
     with whole(Path("metrics", profile, "ceiling", f"{name}.json")) as (file,):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
-        image_tower, tok = entry.source.image_tower, pretrain.tokenizer()
-        preprocessing = entry.source.preprocessing
-        pretrain.image_tower(
-            backbone.clip, tok, preprocessing, image_tower, 2 * image_tower.steps, pretrain.any_details
-        )
+        image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
+        steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
+        pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, pretrain.any_details)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
         published = mmvp.read_out_of(entry.published_read_out)
         pairs, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)

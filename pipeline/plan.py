@@ -1,0 +1,198 @@
+"""Stage plan: what will be fetched, and whether the disk and the GPU suffice, told before anything is fetched.
+
+data/<profile>/planned      always the same line, because the stages that fetch depend on it: none of them shall run
+                            again when, say, a backbone is added
+
+Asks hubs and servers for sizes only. What stands under the name of a stage's output counts as there, whatever it holds.
+"""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import params
+from pipeline.adapters import downloads
+from pipeline.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
+from pipeline.runtime import UserError, progress, stage, whole
+
+ALIVE, PICTURE = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of a picture of 512 px
+MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
+MARGIN = 1.15  # for what tests/test_plan.py cannot count: CUDA's own 0.5 GB, workspaces of kernels, fragmentation
+NO_TRAINING = "-S 'run.weights=[pretrained,released]', which needs no pictures, no denoiser and no GPU"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to be fetched for a stage's output folder; the size is in bytes. `about`: estimated, not listed."""
+
+    folder: Path
+    origin: str
+    files: int
+    size: float
+    licence: str
+    about: str = ""
+
+
+def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
+    """What the run needs, there or not, each with the output folder of its stage; but for pictures from links."""
+    data, models = Path("data", p.run.profile), Path("models", p.run.profile)
+    mmvp_vlm, sets = p.profile.mmvp_vlm, p.profile.zeroshot_sets
+    images, denoiser = p.profile.images, p.profile.denoiser
+    wanted = []
+    if isinstance(mmvp_vlm, PublishedMmvpVlm):
+        wanted.append((data / "mmvp_vlm", mmvp_vlm.download))
+    if isinstance(sets, PublishedZeroshotSets):
+        wanted += [(data / "zeroshot_sets", download) for download in sets.downloads().values()]
+    for backbone in p.run.backbones:
+        source, released = p.backbones[backbone].source, p.backbones[backbone].released
+        if isinstance(source, CheckpointSource):
+            files = [source.weights, *([source.tokenizer] if source.tokenizer else [])]
+            wanted += [(models / "pretrained" / backbone, download) for download in files]
+        if "released" in p.run.weights and released:
+            wanted.append((models / "released" / backbone, released))
+    if "diva" in p.run.weights:
+        if isinstance(images, params.PublishedImages) and images.kind == "shards":
+            wanted.append((data / "images", images.shards))
+        if isinstance(denoiser, PublishedDenoiser):
+            wanted.append((models / "denoiser", denoiser.download))
+    return wanted
+
+
+def links_of(p: params.Params) -> list[Item]:
+    """The pictures, where they come from a list of links: about how many will come."""
+    images = p.profile.images
+    if "diva" not in p.run.weights or not isinstance(images, params.PublishedImages) or images.kind != "links":
+        return []
+    files, folder = round(ALIVE * images.links.rows), Path("data", p.run.profile, "images")
+    return [Item(folder, images.links.tsv, files, PICTURE * files, images.shards.licence, about="about ")]
+
+
+def missing(p: params.Params) -> list[Item]:
+    """What is still to be fetched. Raises UserError where no address of a download answers."""
+    ahead = [(folder, download) for folder, download in downloads_of(p) if not folder.exists()]
+    items = []
+    for folder, download in progress(ahead, "asking for sizes") if ahead else ():
+        listing = downloads.locate(download)
+        items.append(Item(folder, listing.address, len(listing.files), listing.size, download.licence))
+    return items + [item for item in links_of(p) if not item.folder.exists()]
+
+
+def disk(p: params.Params, items: list[Item]) -> float:
+    """Bytes that the run will add to the disk.
+
+    Data sets and the denoiser are kept as they come; a checkpoint makes way for a converted copy in float32, and every
+    backbone has as large a one after training. DVC's cache shares its bytes with the workspace wherever links work,
+    for .dvc/config asks for them; elsewhere all is there twice. Less what stopped fetches have left.
+    """
+    models = _models(p)
+    kept = sum(item.size for item in items if item.folder not in models)
+    made = sum(size for folder, size in models.items() if not folder.exists())
+    converted = max((item.size for item in items if item.folder in models), default=0)  # one at a time
+    return max(0, _copies() * (kept + made) + converted - _left(p.run.profile))
+
+
+def _models(p: params.Params) -> dict[Path, float]:
+    """The folders of the models that are made of checkpoints, and their bytes."""
+    models = {}
+    for backbone in p.run.backbones:
+        if isinstance(p.backbones[backbone].source, CheckpointSource):
+            published = p.backbones[backbone].published
+            for weights in {"pretrained", *p.run.weights}:
+                folder = Path("models", p.run.profile, weights, backbone)
+                models[folder] = 4e6 * published.parameters if published else MODEL
+    return models
+
+
+def _copies() -> int:
+    """How often DVC keeps a byte: its weakest link is a symbolic one."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        try:
+            Path(folder, "link").symlink_to("target")
+        except OSError:
+            return 2
+    return 1
+
+
+def _left(profile: str) -> int:
+    """Bytes of the fetches that were stopped; they go on from there."""
+    folders = downloads.SCRATCH, Path("data", profile, ".images.scratch")
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
+    """GB of GPU memory that the training of each backbone takes, if it says; the figures are those of bfloat16."""
+    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if "diva" in p.run.weights}
+    return {name: MARGIN * (takes.fixed + micro_batch * takes.image) for name, takes in declared.items() if takes}
+
+
+def gpus() -> list[tuple[str, float]]:
+    """Names and GB of the GPUs here; the first is the one that trains."""
+    import torch  # not above: most runs of this stage are of the mini profile, which shall not wait for it
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(properties.name, properties.total_memory / 1e9) for properties in found]
+
+
+def show(items: list[Item]) -> None:
+    table = Table("what", "from", "files", "GB", "licence", title="What will be fetched")
+    for item in items:
+        figures = f"{item.about}{item.files:,}", f"{item.about}{item.size / 1e9:,.2f}"
+        table.add_row(str(item.folder), item.origin, *figures, item.licence)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+
+
+def check_disk(p: params.Params, items: list[Item]) -> str | None:
+    """Print what the run takes and what there is. Returns what to do where that is too little."""
+    needed, free = disk(p, items), shutil.disk_usage(".").free
+    line = f"disk: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free in {Path.cwd()}"
+    print(line)
+    if needed <= free:
+        return None
+    training = f", or {NO_TRAINING}" if "diva" in p.run.weights else ""
+    return f"{line}. Make room there, choose fewer run.backbones{training}."
+
+
+def check_gpu(p: params.Params) -> str | None:
+    """The same for the GPU's memory."""
+    size, batch = p.profile.train.micro_batch, p.profile.train.batch
+    needed, found = gpu(p, size), gpus()
+    most = max(needed, key=lambda backbone: needed[backbone])
+    listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"
+    line = f"GPU memory: {needed[most]:.1f} GB needed to train {most} with micro_batch {size}; GPU found: {listed}"
+    print(line)
+    if found and needed[most] <= found[0][1]:
+        return None
+    ways = ["Train where there is more", "choose other run.backbones"]
+    fitting = [m for m in range(1, size) if batch % m == 0 and max(gpu(p, m).values()) <= found[0][1]] if found else []
+    if fitting:
+        ways.insert(0, f"Set -S profiles.{p.run.profile}.train.micro_batch={fitting[-1]}, which changes memory alone")
+    return f"{line}. {', '.join(ways)}, or {NO_TRAINING}."
+
+
+@stage
+def main() -> None:
+    p = params.load()
+    if downloads_of(p) or links_of(p):
+        items = missing(p)
+        if items:
+            show(items)
+        total = sum(item.size for item in items) / 1e9
+        folders = [*(folder for folder, _ in downloads_of(p)), *(item.folder for item in links_of(p))]
+        there = ", ".join(sorted({str(folder) for folder in folders if folder.exists()}))
+        print(f"to download in all: {total:,.1f} GB; there already: {there or 'nothing'}")
+        problems = [check_disk(p, items), check_gpu(p) if gpu(p, 1) else None]
+        if any(problems):
+            raise UserError("This run would not work here.\n  " + "\n  ".join(filter(None, problems)))
+    else:
+        print(f"profile {p.run.profile}: all is made here, nothing is fetched")
+    with whole(Path("data", p.run.profile, "planned")) as (file,):
+        file.write_text("what was planned could be done\n")
+
+
+if __name__ == "__main__":
+    main()

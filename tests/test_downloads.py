@@ -1,0 +1,541 @@
+"""Downloads against a hub of our own: what is asked for, what is refused, what is left after every kind of failure."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import huggingface_hub
+import pytest
+from hub import COMMIT, Hub
+
+from pipeline.adapters import downloads
+from pipeline.adapters.downloads import fetch, fetch_all, locate
+from pipeline.params import Download
+from pipeline.runtime import UserError
+
+BODY = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(320))  # 10,240 bytes without a pattern
+CONFIG = b'{"layers": 12}\n'
+MODEL = {"unet/weights.bin": BODY, "unet/config.json": CONFIG, "README.md": b"read me\n"}
+WEIGHTS = "unet/weights.bin"
+AT = "hf://owner/model@main"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a model, in a folder of its own, with short waits and small pieces."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(downloads, "WAIT", 0.001)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with Hub() as hub:
+        # HF_ENDPOINT is read at import; a test below sets it for a process of its own.
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+        # Else the first request of a process is another one, about coding agents, without a token.
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        hub.add_repo("owner/model", MODEL, lfs=1000)
+        yield hub
+
+
+def wanted(*names: str, at: str | list[str] = AT, **pinned: str) -> Download:
+    files = {name: None for name in names} | pinned
+    return Download(at=[at] if isinstance(at, str) else at, licence="MIT", files=files)
+
+
+def test_what_was_gathered_outlives_the_failure_of_another_download(hub: Hub) -> None:
+    hub.add_repo("owner/other", {"other.bin": BODY}, lfs=1000)
+    both = {Path("out/a"): wanted(WEIGHTS), Path("out/b"): wanted("other.bin", at="hf://owner/other@main")}
+    hub.missing("other.bin")
+    with pytest.raises(UserError, match=r"other\.bin could not be fetched"):
+        fetch_all(both)
+    assert not Path("out").exists()
+    hub.heal()
+    records = fetch_all(both)
+    assert files(Path("out")) == {f"a/{WEIGHTS}": BODY, "b/other.bin": BODY}
+    assert [list(records[folder]["files"]) for folder in both] == [[WEIGHTS], ["other.bin"]]
+    assert len(gets(hub, WEIGHTS)) == 1
+    assert not downloads.SCRATCH.exists()
+
+
+def matching(*patterns: str, at: str = AT) -> Download:
+    return Download(at=[at], licence="MIT", match=list(patterns))
+
+
+def pinned(at: str, name: str, data: bytes) -> Download:
+    return Download(at=[at], licence="MIT", files={name: sha256(data)})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def gets(hub: Hub, name: str) -> list[str | None]:
+    """Ranges that a file was asked for with."""
+    return [request.range for request in hub.requests if request.method == "GET" and request.path.endswith(f"/{name}")]
+
+
+def refused(download: Download, *parts: str) -> str:
+    """The message of a fetch that must fail, and must leave nothing where the files belong."""
+    with pytest.raises(UserError) as error:
+        fetch(download, Path("out"))
+    assert not Path("out").exists()
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+    return str(error.value)
+
+
+# What there is
+
+
+def test_a_listing_states_what_the_hub_states(hub: Hub) -> None:
+    listing = locate(wanted(WEIGHTS, "unet/config.json", at="hf://owner/model@0123456"))
+    assert (listing.address, listing.revision) == ("hf://owner/model@0123456", COMMIT)
+    config, weights = listing.files
+    assert (config.name, config.size, config.sha256) == ("unet/config.json", len(CONFIG), None)
+    assert config.blob == hashlib.sha1(b"blob %d\0" % len(CONFIG) + CONFIG).hexdigest()
+    assert (weights.name, weights.size, weights.sha256, weights.blob) == (WEIGHTS, len(BODY), sha256(BODY), None)
+    assert weights.url == f"{hub.endpoint}/owner/model/resolve/{COMMIT}/{WEIGHTS}"
+    assert listing.size == len(BODY) + len(CONFIG)
+    assert [request for request in hub.requests if "resolve" in request.path] == []
+
+
+def test_files_of_a_hub(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    record = fetch(wanted(WEIGHTS, "unet/config.json"), Path("out"))
+    assert files(Path("out")) == {name: MODEL[name] for name in (WEIGHTS, "unet/config.json")}
+    assert record == {
+        "address": AT,
+        "revision": COMMIT,
+        "licence": "MIT",
+        "files": {
+            "unet/config.json": {"bytes": len(CONFIG), "sha256": sha256(CONFIG), "verified": "hub"},
+            WEIGHTS: {"bytes": len(BODY), "sha256": sha256(BODY), "verified": "hub"},
+        },
+    }
+    later = [request.path for request in hub.requests if "/revision/" not in request.path]
+    assert len(later) == 3  # the tree and two files
+    assert all(COMMIT in path for path in later)  # main may move meanwhile
+    assert not Path("data").exists()
+    out, err = capfd.readouterr()
+    assert out == f"fetching 2 files, 0.000 GB, from {AT}, commit {COMMIT}\ntheir licence: MIT\n"
+    assert "100%" in err
+
+
+def test_patterns_choose_among_the_paths_of_a_dataset(hub: Hub) -> None:
+    content = {f"test/{i}.tar": f"tar {i}".encode() for i in range(3)}
+    content |= {"test/deep/3.tar": b"tar 3", "train/0.tar": b"no"}
+    content |= {"classnames.txt": b"fish\n", "empty.txt": b"", "a b#é.txt": b"an odd name"}
+    hub.add_repo("owner/set", content, kind="dataset", revision="f" * 40)
+    record = fetch(matching("test/*", "*.txt", at="hf://datasets/owner/set@fffffff"), Path("out"))
+    assert files(Path("out")) == {name: data for name, data in content.items() if name != "train/0.tar"}
+    assert list(record["files"]) == sorted(record["files"])
+    assert record["revision"] == "f" * 40
+
+
+def test_the_record_of_many_files_is_small(hub: Hub) -> None:
+    for count in (50, 51):
+        content = {f"{i:03d}.tar": str(i).encode() for i in range(count)}
+        hub.add_repo(f"owner/set{count}", content, kind="dataset")
+    few, many = (fetch(matching("*.tar", at=f"hf://datasets/owner/set{n}@main"), Path(f"out{n}")) for n in (50, 51))
+    assert few["files"]["049.tar"] == {"bytes": 2, "sha256": sha256(b"49"), "verified": "hub"}
+    lines = "".join(f"{i:03d}.tar {sha256(str(i).encode())}\n" for i in range(51))
+    assert many["files"] == {"count": 51, "bytes": 92, "sha256": sha256(lines.encode())}
+    assert len(files(Path("out51"))) == 51
+    named = fetch(wanted(*content, at="hf://datasets/owner/set51@main"), Path("out"))
+    assert named["files"].keys() == content.keys()
+
+
+def test_plain_files_are_unverified_unless_pinned(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    hub.add_files("/folder/a b", {"pinned.pt": BODY, "sub/free #1.pt": CONFIG})
+    at = f"{hub.endpoint}/folder/a%20b/"
+    record = fetch(wanted("sub/free #1.pt", at=at, **{"pinned.pt": sha256(BODY)}), Path("out"))
+    assert files(Path("out")) == {"pinned.pt": BODY, "sub/free #1.pt": CONFIG}
+    assert record["revision"] is None
+    assert {name: facts["verified"] for name, facts in record["files"].items()} == {
+        "pinned.pt": "params",
+        "sub/free #1.pt": "nothing",
+    }
+    err = capfd.readouterr().err
+    assert "unverified, for nothing states what its bytes should be. To pin those that came, write under `files` in "
+    assert f"sub/free #1.pt: {sha256(CONFIG)}\n" in err
+    assert "pinned.pt" not in err
+
+
+def test_the_token_goes_to_the_hub_alone(hub: Hub) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY})
+    fetch(pinned(f"{hub.endpoint}/folder", "weights.pt", BODY), Path("out"))
+    assert {request.method for request in hub.requests} == {"HEAD", "GET"}
+    assert not any(request.has_authorization for request in hub.requests)
+    hub.requests.clear()
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert len(hub.requests) >= 3
+    assert all(request.has_authorization for request in hub.requests)
+
+
+# What is not there, or is another thing
+
+
+def test_names_and_patterns_that_fit_nothing(hub: Hub) -> None:
+    refused(wanted(WEIGHTS, "unet/wrong.bin"), AT, "unet/wrong.bin", "README.md, unet/config.json, unet/weights.bin")
+    refused(matching("unet/*", "*.tar"), AT, "*.tar", "README.md, unet/config.json, unet/weights.bin")
+    assert not Path("data").exists()
+
+
+def test_a_hub_cannot_name_files_outside_the_folder(hub: Hub) -> None:
+    hub.add_repo("owner/evil", {"../evil.tar": BODY})
+    refused(matching("*.tar", at="hf://owner/evil@main"), "'../evil.tar'", "outside its folder")
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("hf://owner/model@1234567", "Invalid rev id: 1234567"),
+        ("hf://owner/nothing@main", "Repository not found"),
+        ("hf://own..er/model@main", "HFValidationError"),
+    ],
+)
+def test_an_unknown_repository_or_revision(hub: Hub, at: str, said: str) -> None:
+    message = refused(wanted(WEIGHTS, at=at), at, said, "another address under `at` in params.yaml")
+    assert len(message.splitlines()) == 3
+
+
+def test_a_plain_file_that_is_not_there(hub: Hub) -> None:
+    refused(wanted("a.pt", at=f"{hub.endpoint}/folder"), f"HTTP 404 for {hub.endpoint}/folder/a.pt")
+    assert len(hub.requests) == 1  # such an answer will not change
+
+
+def test_a_server_that_does_not_state_a_size(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_head", lambda url: downloads.httpx2.Response(200))
+    refused(wanted("a.pt", at=f"{hub.endpoint}/folder"), f"{hub.endpoint}/folder/a.pt does not state its size")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_consent_is_asked_for(hub: Hub, status: int) -> None:
+    hub.fail(f"resolve/{COMMIT}/{WEIGHTS}", status)  # the hub lists the files of such a repository to everybody
+    refused(wanted(WEIGHTS), WEIGHTS, f"HTTP {status}", "consent or a token", "HF_TOKEN")
+    assert len(gets(hub, WEIGHTS)) == 1
+
+
+def test_a_listed_file_that_cannot_be_had(hub: Hub) -> None:
+    hub.missing(WEIGHTS)
+    refused(wanted(WEIGHTS), WEIGHTS, "HTTP 404", "another address under `at`")
+    assert len(gets(hub, WEIGHTS)) == 1
+
+
+def test_another_sha256_than_the_hub_states(hub: Hub) -> None:
+    refused(pinned(AT, WEIGHTS, CONFIG), AT, WEIGHTS, sha256(CONFIG), sha256(BODY))
+    assert gets(hub, WEIGHTS) == []
+    record = fetch(pinned(AT, WEIGHTS, BODY), Path("out"))
+    assert record["files"][WEIGHTS]["verified"] == "params"
+
+
+def test_a_pinned_small_file_is_checked_against_its_pin(hub: Hub) -> None:
+    refused(pinned(AT, "unet/config.json", BODY), f"sha256 {sha256(BODY)}, found {sha256(CONFIG)}")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "unet/config.json"])
+def test_wrong_bytes_of_the_right_size(hub: Hub, name: str) -> None:
+    hub.corrupt(name)
+    wrong = bytes(255 - byte for byte in MODEL[name])
+    blob = [hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for data in (MODEL[name], wrong)]
+    expected, found = (sha256(BODY), sha256(wrong)) if name == WEIGHTS else blob
+    refused(wanted(name), f"/{name} came with other bytes", f"{expected}, found {found}")
+    assert not Path("data").exists()
+    hub.heal()
+    fetch(wanted(name), Path("out"))
+    assert files(Path("out")) == {name: MODEL[name]}
+
+
+def test_wrong_bytes_of_a_pinned_plain_file(hub: Hub) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY})
+    refused(pinned(f"{hub.endpoint}/folder", "weights.pt", CONFIG), f"{sha256(CONFIG)}, found {sha256(BODY)}")
+    assert not Path("data").exists()
+
+
+def test_one_bad_file_spares_those_that_came_well(hub: Hub) -> None:
+    hub.corrupt(WEIGHTS)
+    refused(wanted(WEIGHTS, "README.md"), WEIGHTS)
+    assert [path.name for path in Path("data").rglob("*") if path.is_file()] == ["README.md"]
+    hub.heal()
+    fetch(wanted(WEIGHTS, "README.md"), Path("out"))
+    assert files(Path("out")).keys() == {WEIGHTS, "README.md"}
+    assert len(gets(hub, "README.md")) == 1
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("served", [BODY[:-1000], BODY + b"more", b"<html>log in</html>"])
+def test_another_size_than_stated(hub: Hub, monkeypatch: pytest.MonkeyPatch, served: bytes) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY})
+    download = pinned(f"{hub.endpoint}/folder", "weights.pt", BODY)
+    listing = locate(download)
+    monkeypatch.setattr(downloads, "locate", lambda _: listing)
+    hub.add_files("/folder", {"weights.pt": served})
+    refused(download, "weights.pt", str(len(served)), str(len(BODY)))
+    hub.add_files("/folder", {"weights.pt": BODY})
+    fetch(download, Path("out"))
+    assert files(Path("out")) == {"weights.pt": BODY}
+
+
+# Mirrors
+
+
+def test_the_first_address_that_answers_is_used(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+    hub.add_files("/mirror", {WEIGHTS: BODY})
+    dead, gone, there = "http://127.0.0.1:9", "hf://owner/nothing@main", f"{hub.endpoint}/mirror"
+    record = fetch(wanted(WEIGHTS, at=[dead, gone, there, AT]), Path("out"))
+    assert record["address"] == there
+    assert files(Path("out")) == {WEIGHTS: BODY}
+    told = [line for line in capfd.readouterr().err.splitlines() if line.endswith("; trying the next address")]
+    assert [line.split(": ")[0] for line in told] == [dead, gone]
+    assert "ConnectError" in told[0]
+
+
+def test_every_address_is_named_with_its_reason(hub: Hub) -> None:
+    hub.fail("/revision/main", 503)
+    message = refused(wanted(WEIGHTS, at=["http://127.0.0.1:9", AT, "hf://owner/nothing@1234567"]))
+    _, *lines, advice = message.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        "  http://127.0.0.1:9",
+        f"  {AT}",
+        "  hf://owner/nothing@1234567",
+    ]
+    assert ["ConnectError" in lines[0], "HTTP 503" in lines[1], "HTTP 404" in lines[2]] == [True] * 3
+    assert "`at` in params.yaml" in advice
+    assert len([request for request in hub.requests if request.path.endswith("/revision/main")]) == downloads.TRIES
+
+
+# Trouble on the way
+
+
+def test_errors_of_the_server_pass(hub: Hub) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY})
+    hub.fail("/revision/main", 502, times=2)
+    hub.fail(f"resolve/{COMMIT}/{WEIGHTS}", 500, times=2)
+    hub.fail("weights.pt", 503, times=4)
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert gets(hub, WEIGHTS) == [None] * 3
+    fetch(pinned(f"{hub.endpoint}/folder", "weights.pt", BODY), Path("out"))
+    assert files(Path("out")) == {WEIGHTS: BODY, "weights.pt": BODY}
+
+
+def test_errors_of_the_server_that_stay(hub: Hub) -> None:
+    hub.fail(f"resolve/{COMMIT}/{WEIGHTS}", 500)
+    refused(wanted(WEIGHTS), WEIGHTS, "HTTP 500", f"0 of its {len(BODY)} bytes")
+    assert len(gets(hub, WEIGHTS)) == downloads.TRIES
+
+
+def test_waits_grow_and_start_below_a_second(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    waits: list[float] = []
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
+    error = downloads.httpx2.ReadError("cut")
+    assert [downloads._try_again(error, tries) for tries in range(1, 6)] == [True] * 4 + [False]
+    assert waits == sorted(set(waits))
+    assert 0 < waits[0] < 1
+    assert sum(waits) < 60
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_cut_body_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch, reset: bool) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # http_get's own, of a second
+    hub.cut(WEIGHTS, after_bytes=5000, reset=reset)
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert files(Path("out")) == {WEIGHTS: BODY}
+    first, second = gets(hub, WEIGHTS)
+    assert first is None
+    if not reset:  # what is on the way is lost with a reset connection, more or less of it
+        assert second == "bytes=4096-"  # whole pieces are written
+
+
+def test_a_body_that_never_comes(hub: Hub) -> None:
+    hub.cut(WEIGHTS, after_bytes=0, times=1000)
+    refused(wanted(WEIGHTS), "RemoteProtocolError", f"0 of its {len(BODY)} bytes")
+    assert len(gets(hub, WEIGHTS)) == downloads.TRIES  # not times those of http_get
+
+
+@pytest.mark.parametrize(("piece", "comes"), [(1024, True), (0, False)])
+def test_a_bad_line_is_borne_with_as_long_as_it_brings_bytes(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, piece: int, comes: bool
+) -> None:
+    asked = []
+
+    def http_get(url: str, file: BinaryIO, *, resume_size: int, **_: object) -> None:
+        asked.append(resume_size)
+        file.write(BODY[resume_size : resume_size + piece])
+        raise downloads.httpx2.ReadError("reset")
+
+    monkeypatch.setattr(downloads, "http_get", http_get)
+    if comes:
+        fetch(wanted(WEIGHTS), Path("out"))
+        assert files(Path("out")) == {WEIGHTS: BODY}
+        assert asked == list(range(0, len(BODY), 1024))
+    else:
+        refused(wanted(WEIGHTS), "ReadError: reset")
+        assert len(asked) == downloads.TRIES
+
+
+def test_the_bar_takes_back_what_is_thrown_away(hub: Hub) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY[:5000]})
+    remote = downloads.Remote("weights.pt", f"{hub.endpoint}/folder/weights.pt", len(BODY), None, None)
+    steps: list[int] = []
+    with pytest.raises(UserError, match="the body has 5000 bytes where 10240 were stated"):
+        downloads._get(remote, Path("partial"), {}, SimpleNamespace(update=steps.append))
+    assert steps.count(-5000) == downloads.TRIES
+    assert sum(steps) == Path("partial").stat().st_size == 0
+
+
+def test_an_interrupted_fetch_goes_on_where_it_stopped(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    download = wanted("README.md", WEIGHTS)
+    hub.cut(WEIGHTS, after_bytes=6000)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(download, Path("out"))
+    assert not Path("out").exists()
+    (scratch,) = downloads.SCRATCH.iterdir()
+    assert files(scratch) == {"README.md": MODEL["README.md"], f"{WEIGHTS}.incomplete": BODY[: 5 * 1024]}
+
+    capfd.readouterr()
+    record = fetch(download, Path("out"))
+    first, *_, last = capfd.readouterr().err.replace("\r", "\n").strip().split("\n")
+    assert ("50%" in first, "100%" in last) == (True, True)
+    assert files(Path("out")) == {name: MODEL[name] for name in ("README.md", WEIGHTS)}
+    assert gets(hub, "README.md") == [None]
+    assert gets(hub, WEIGHTS) == [None, "bytes=5120-"]
+    assert record["files"]["README.md"]["sha256"] == sha256(MODEL["README.md"])
+    assert not Path("data").exists()
+
+
+def test_a_revision_that_moved_starts_anew(hub: Hub) -> None:
+    hub.fail(f"resolve/{COMMIT}/{WEIGHTS}", 404)
+    refused(wanted("README.md", WEIGHTS), "HTTP 404")  # README.md came
+    hub.add_repo("owner/model", {**MODEL, "README.md": b"read it\n"}, revision="a" * 40, lfs=1000)
+    fetch(wanted("README.md", WEIGHTS), Path("out"))
+    assert files(Path("out")) == {"README.md": b"read it\n", WEIGHTS: BODY}
+
+
+def test_a_wrong_beginning_is_found_and_the_next_run_is_well(hub: Hub) -> None:
+    hub.missing(WEIGHTS)
+    refused(wanted(WEIGHTS), "HTTP 404")
+    (partial,) = Path("data").rglob("*.incomplete")
+    partial.write_bytes(bytes(3000))
+    hub.heal()
+    refused(wanted(WEIGHTS), "other bytes than stated")
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert files(Path("out")) == {WEIGHTS: BODY}
+    assert gets(hub, WEIGHTS) == [None, "bytes=3000-", None]
+
+
+# The disk
+
+
+def test_too_little_space_is_told_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, len(BODY) - 1))
+    refused(wanted(WEIGHTS), "0.000 GB are still to be fetched", "free", "Make room")
+    assert gets(hub, WEIGHTS) == []
+    assert not Path("data").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, len(BODY)))
+    fetch(wanted(WEIGHTS), Path("out"))
+
+
+def test_only_what_is_still_to_come_needs_space(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.missing(WEIGHTS)
+    refused(wanted(WEIGHTS, "README.md"))
+    hub.heal()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, len(BODY)))
+    fetch(wanted(WEIGHTS, "README.md"), Path("out"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk(hub: Hub) -> None:
+    hub.missing(WEIGHTS)
+    refused(wanted(WEIGHTS, "README.md"))
+    (partial,) = Path("data").rglob("*.incomplete")
+    partial.unlink()
+    partial.symlink_to("/dev/full")
+    hub.heal()
+    refused(wanted(WEIGHTS, "README.md"), str(partial), "No space left on device", "It takes 0.000 GB", "free there")
+    assert [path.name for path in Path("data").rglob("*") if not path.is_dir()] == ["README.md"]
+    assert Path("/dev/full").is_char_device()
+    fetch(wanted(WEIGHTS, "README.md"), Path("out"))
+    assert files(Path("out")) == {name: MODEL[name] for name in ("README.md", WEIGHTS)}
+
+
+def test_a_limit_of_the_file_size(hub: Hub) -> None:
+    data = BODY * 200  # 2 MB, more than any other file that this process writes now
+    hub.add_files("/folder", {"weights.pt": data})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        refused(pinned(f"{hub.endpoint}/folder", "weights.pt", data), "weights.pt.incomplete", "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not Path("data").exists()
+
+
+def test_a_failure_to_move_leaves_no_part(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "move", move)
+        refused(wanted(WEIGHTS), "out/unet/weights.bin", "No space left on device")
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert gets(hub, WEIGHTS) == [None]  # it had been kept
+
+
+# A process of its own, and the test's hub itself
+
+
+def test_hf_endpoint_is_honoured_and_a_log_file_gets_few_lines(hub: Hub, tmp_path: Path) -> None:
+    code = """if True:
+        import json
+        from pathlib import Path
+        from pipeline.adapters.downloads import fetch
+        from pipeline.params import Download
+        download = Download(at=["hf://owner/model@main"], licence="MIT", match=["unet/*"])
+        print(json.dumps(fetch(download, Path("out"))))
+    """
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert record["files"].keys() == files(tmp_path / "out").keys() == {WEIGHTS, "unet/config.json"}
+    assert len(done.stderr.replace("\r", "\n").split("\n")) < 6
+    assert "100%" in done.stderr
+
+
+def test_the_hub_serves_its_own_client(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("owner/set", MODEL, kind="dataset", lfs=lambda path, size: path == WEIGHTS)
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": COMMIT[:7]}
+    snapshot = huggingface_hub.snapshot_download("owner/set", cache_dir=tmp_path / "cache", **options)
+    assert files(Path(snapshot)) == MODEL
+    api = huggingface_hub.HfApi()
+    (weights, folder) = api.get_paths_info("owner/set", [WEIGHTS, "unet", "no"], **options)
+    assert weights.lfs.sha256 == sha256(BODY)
+    assert [entry.path for entry in api.list_repo_tree("owner/set", **options)] == ["unet", "README.md"]
+    below = api.list_repo_tree("owner/set", folder.path, **options)
+    assert [entry.path for entry in below] == ["unet/config.json", WEIGHTS]

@@ -1,0 +1,434 @@
+"""The paper profile: the eight published backbones as data; its stages on checkpoints served by a hub of our own."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import clip as openai_clip
+import open_clip
+import pytest
+import torch
+import yaml
+from hub import COMMIT, Hub
+from safetensors.torch import load_file
+from test_end_to_end import Clone, stages_run
+from torch.nn import functional as F
+
+from pipeline import params
+from pipeline.adapters import backbones
+from pipeline.adapters.backbones import Backbone
+from pipeline.diva.condition import PLAIN, ReadOut, TokenRule
+from pipeline.runtime import UserError
+
+ROOT = Path(__file__).parents[1]
+PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
+CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_share", 0.5), TokenRule("all")
+RULES = {  # patches, tokens of the condition, its rule, its text, the read-out of the published scores
+    "openai_224": (256, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
+    "openai_336": (576, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
+    "metaclip_l14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
+    "metaclip_h14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
+    "dfn_224": (256, 257, ALL, "mean", PLAIN),
+    "dfn_378": (729, 365, HALF, "mean", ReadOut(HALF, unit_tokens=True, unit_sum=False)),
+    "siglip_224": (256, 43, TokenRule("windows", 6), "mean", PLAIN),
+    "siglip_384": (729, 73, TokenRule("windows", 10), "mean", PLAIN),
+}
+
+
+# Backbones are data
+
+
+def test_the_eight_published_backbones_are_there() -> None:
+    assert PAPER.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) -> None:
+    entry = PAPER[name]
+    backbones.write_config(entry.source.architecture, entry.source.preprocessing.model_dump(), tmp_path)
+    found = sum(parameter.numel() for parameter in backbones.empty(tmp_path).parameters()) / 1e6
+    assert found == pytest.approx(entry.published.parameters, abs=0.05)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
+    """On towers of the true shape, which have names and shapes but no numbers."""
+    entry = PAPER[name]
+    patches, tokens, rule, text, read_out = RULES[name]
+    backbones.write_config(entry.source.architecture, entry.source.preprocessing.model_dump(), tmp_path)
+    tower, size = backbones.empty(tmp_path).visual, open_clip.get_model_config(entry.source.architecture)["vision_cfg"]
+    with torch.device("meta"):
+        pooled, found = backbones.image_tokens(tower, torch.empty(1, 3, size["image_size"], size["image_size"]))
+    assert found.shape == (1, patches, pooled.shape[1])
+    assert TokenRule(**entry.condition.tokens.model_dump()) == rule
+    assert entry.condition.text == text
+    drawn = rule.positions(patches) or (patches // int(rule.number) if rule.kind == "windows" else patches)
+    assert 1 + drawn == tokens
+    section = entry.published_read_out
+    assert ReadOut(TokenRule(**section.tokens.model_dump()), section.unit_tokens, section.unit_sum) in (
+        read_out,
+        ReadOut(read_out.tokens, read_out.unit_tokens, read_out.unit_sum),
+    )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_published_patterns_sum_up_to_the_published_averages(name: str) -> None:
+    published = PAPER[name].published
+    for average, patterns in (
+        (published.before, published.before_patterns),
+        (published.after, published.after_patterns),
+    ):
+        if patterns is not None:
+            assert sum(patterns) / 9 == pytest.approx(average, abs=0.07)  # each pattern is rounded
+
+
+def test_the_text_towers_take_clip_s_own_tokenizer_or_bring_theirs() -> None:
+    for name, entry in PAPER.items():
+        text = open_clip.get_model_config(entry.source.architecture)["text_cfg"]
+        assert (entry.source.tokenizer is not None) == ("hf_tokenizer_name" in text) == name.startswith("siglip")
+
+
+# Checkpoints in every format
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, Path, torch.nn.Module]]:
+    """By format: architecture, file, and a model of the stock library with the file's weights."""
+    folder = tmp_path_factory.mktemp("formats")
+    archive = folder / "ViT-T-7.pt"
+    checkpoints.openai_archive(archive, 1, checkpoints.TINY_OPENAI)
+    openai, _ = openai_clip.load(str(archive), device="cpu")
+    clip, siglip = checkpoints.build(checkpoints.OPENCLIP, 2), checkpoints.build(checkpoints.SIGLIP, 3)
+    (folder / "metaclip.pt").write_bytes(checkpoints.metaclip_file(clip))
+    (folder / "open_clip_pytorch_model.bin").write_bytes(checkpoints.torch_file(clip.state_dict()))
+    (folder / "authors.pth").write_bytes(checkpoints.torch_file(openai.state_dict()))
+    checkpoints.safetensors_folder(folder / "siglip", siglip)
+    return {
+        "OpenAI's archive": (checkpoints.OPENAI, archive, openai),
+        "MetaCLIP's .pt": (checkpoints.OPENCLIP, folder / "metaclip.pt", clip),
+        "open_clip's .bin": (checkpoints.OPENCLIP, folder / "open_clip_pytorch_model.bin", clip),
+        "open_clip's .safetensors": (checkpoints.SIGLIP, folder / "siglip/open_clip_model.safetensors", siglip),
+        "the authors' .pth": (checkpoints.OPENAI, folder / "authors.pth", openai),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["OpenAI's archive", "MetaCLIP's .pt", "open_clip's .bin", "open_clip's .safetensors", "the authors' .pth"]
+)
+def test_a_checkpoint_of_every_format_embeds_as_its_own_library_does(formats: dict, name: str, tmp_path: Path) -> None:
+    architecture, path, stock = formats[name]
+    preprocessing = PAPER["openai_224"].source.preprocessing.model_dump()
+    folder = tmp_path / "model"
+    backbones.write_config(architecture, preprocessing, folder)
+    if architecture is checkpoints.SIGLIP:
+        for file in path.parent.glob("*.json"):
+            shutil.copy(file, folder)
+    backbones.save_weights(backbones.fitting(backbones.read_checkpoint(path), folder, path), folder)
+    backbone = Backbone.load(folder)
+    pixels = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
+    ids = backbone.tokenizer(["a photo of 12 dots", "a thing"])
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.encode_image(pixels), stock.encode_image(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(backbone.encode_text(ids), stock.encode_text(ids), rtol=1e-4, atol=1e-5)
+        pooled, _ = backbone.image_tokens(pixels)
+    torch.testing.assert_close(pooled, stock.encode_image(pixels), rtol=1e-4, atol=1e-5)
+    assert backbone.logit_scale.item() == pytest.approx(stock.logit_scale.exp().item())
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(formats: dict, tmp_path: Path) -> None:
+    _, path, _ = formats["open_clip's .bin"]
+    backbones.write_config(checkpoints.OPENAI, PAPER["openai_224"].source.preprocessing.model_dump(), tmp_path)
+    with pytest.raises(UserError, match=r"open_clip_pytorch_model.bin does not fit .*\n.*wanted"):
+        backbones.fitting(backbones.read_checkpoint(path), tmp_path, path)
+    tensors = dict(backbones.read_checkpoint(formats["OpenAI's archive"][1]))
+    tensors["left"] = tensors.pop("logit_scale")
+    with pytest.raises(UserError, match=r"left over: left\n  missing: logit_scale"):
+        backbones.fitting(tensors, tmp_path, path)
+
+
+class Trap:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch trapped",)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", checkpoints.torch_file({"a": Trap()}), b""])
+def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"model.pt: no checkpoint that can be read"):
+        backbones.read_checkpoint(Path("model.pt"))
+    assert [path.name for path in Path().iterdir()] == ["model.pt"]
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UserError, match=r"'ViT-B-17': open_clip has no such model. Near.*"):
+        backbones.model_config("ViT-B-17")
+
+
+# The stages
+
+
+@pytest.fixture(scope="module")
+def hub(formats: dict) -> Iterator[Hub]:
+    """Everything that the paper profile fetches, tiny."""
+    with Hub() as hub:
+        hub.add_files("/clip", {"ViT-L-14.pt": formats["OpenAI's archive"][1].read_bytes()})
+        hub.add_files("/metaclip", {"l14_fullcc2.5b.pt": formats["MetaCLIP's .pt"][1].read_bytes()})
+        hub.add_repo("timm/SigLIP", formats["open_clip's .safetensors"][1].parent, lfs=100_000)
+        hub.add_repo(
+            "apple/DFN", {"open_clip_pytorch_model.bin": formats["open_clip's .bin"][1].read_bytes()}, lfs=1000
+        )
+        tuned = {key: formats[key][1].read_bytes() for key in ("the authors' .pth", "open_clip's .bin")}
+        siglip = io.BytesIO()
+        torch.save(checkpoints.build(checkpoints.SIGLIP, 4).state_dict(), siglip)
+        hub.add_repo(
+            "BAAI/DIVA",
+            {
+                "openai.pth": tuned["the authors' .pth"],
+                "dfn.pth": tuned["open_clip's .bin"],
+                "siglip.pth": siglip.getvalue(),
+            },
+            lfs=1000,
+        )
+        hub.add_repo("MMVP/MMVP_VLM", checkpoints.mmvp_vlm(1), kind="dataset")
+        shards = {f"cc3m-train-{i:04d}.tar": checkpoints.shard(10 * i, 6) for i in range(2)}
+        hub.add_repo("pixparse/cc3m-wds", shards | {"cc3m-validation-0000.tar": b"-"}, kind="dataset", lfs=1000)
+        hub.add_repo("clip-benchmark/wds_dots", checkpoints.classification_set(3, 12), kind="dataset", lfs=1000)
+        hub.add_repo("clip-benchmark/wds_captions", checkpoints.retrieval_set(6), kind="dataset", lfs=1000)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def denoiser(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("denoiser")
+    checkpoints.stable_diffusion(folder)
+    hub.add_repo("sd2-community/sd", folder, lfs=10_000)
+    return folder
+
+
+def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
+    """params.yaml with the addresses and the sizes of what the test's hub serves."""
+    paper, entries = content["profiles"]["paper"], content["backbones"]
+    paper["images"]["shards"]["at"] = [f"hf://datasets/pixparse/cc3m-wds@{COMMIT}"]
+    paper["mmvp_vlm"]["pairs_per_pattern"] = 1
+    paper["mmvp_vlm"]["download"]["at"] = ["hf://datasets/MMVP/MMVP_VLM@main"]
+    paper["zeroshot_sets"]["sets"] = {"dots": COMMIT[:7], "captions": "main", "birdsnap": None}
+    paper["denoiser"]["download"] |= {
+        "at": ["hf://gone/sd@main", "hf://sd2-community/sd@main"],
+        "files": dict.fromkeys(paper["denoiser"]["download"]["files"]),
+    }
+    paper["train"] |= {"size": 64, "batch": 4, "micro_batch": 2, "steps": 2, "precision": "float32"}
+    paper["mmvp"] |= {"draws": 2, "batch": 8}
+    paper["zeroshot"] |= {"batch": 8}
+    sources = {
+        "openai_224": (checkpoints.OPENAI, f"{endpoint}/clip", "ViT-L-14.pt", "openai.pth"),
+        "metaclip_l14": (checkpoints.OPENCLIP, f"{endpoint}/metaclip", "l14_fullcc2.5b.pt", "dfn.pth"),
+        "siglip_224": (checkpoints.SIGLIP, "hf://timm/SigLIP@main", "open_clip_model.safetensors", "siglip.pth"),
+        "dfn_378": (checkpoints.OPENCLIP, "hf://apple/DFN@main", "open_clip_pytorch_model.bin", "dfn.pth"),
+    }
+    for name, (architecture, address, file, tuned) in sources.items():
+        entry = entries[name]
+        entry["source"] |= {"architecture": architecture}
+        entry["source"]["weights"] |= {"at": [address], "files": {file: None}}
+        if entry["source"].get("tokenizer"):
+            entry["source"]["tokenizer"]["at"] = [address]
+        entry["released"] |= {"at": ["hf://BAAI/DIVA@main"], "files": {tuned: None}}
+        entry["gpu_memory"] = None
+    return content
+
+
+def stage(folder: Path, hub: Hub, *command: str, status: int = 0) -> str:
+    """Run a stage in a process of its own, as DVC does; returns what it printed."""
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, env=environment, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def folder(hub: Hub, tmp_path: Path) -> Path:
+    content = smaller(yaml.safe_load((ROOT / "params.yaml").read_text()), hub.endpoint)
+    content["run"] = {"profile": "paper", "backbones": ["siglip_224"], "weights": ["pretrained"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("denoiser")
+def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> None:
+    """The user's commands, on two backbones with training, then on others with the authors' weights and without it."""
+    clone = Clone.make(tmp_path / "clone")
+    (clone.root / "params.yaml").write_text(
+        yaml.safe_dump(smaller(yaml.safe_load((ROOT / "params.yaml").read_text()), hub.endpoint), sort_keys=False)
+    )
+    clone.commit("smaller")
+    clone.environment = {"HF_ENDPOINT": hub.endpoint}
+    output = clone.run("dvc", "exp", "run", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]")
+    everything = {"plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "report"}
+    for name in ("openai_224", "dfn_378"):
+        everything |= {f"backbone@{name}", f"train@{name}"}
+        everything |= {f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot") for w in ("pretrained", "diva")}
+    assert sorted(stages_run(output)) == sorted(everything)
+    assert stages_run(output)[0] == "plan"
+    assert "not among clip-benchmark's sets, so left out of 3: birdsnap" in output
+    assert "hf://gone/sd@main" in output  # the first address does not answer, the mirror does
+    assert "their licence: apple-amlr" in output
+    metrics = clone.root / "metrics/paper"
+    report = json.loads((metrics / "report.json").read_text())
+    assert report["openai_224"]["published"] == {"pairs_plain": 19.3, "pairs_published": 25.9}
+    assert {"pretrained", "diva", "gain", "published"} == report["dfn_378"].keys()
+    assert json.loads((metrics / "backbone/dfn_378.json").read_text())["weights"]["revision"] == COMMIT
+    assert json.loads((metrics / "images.json").read_text())["images"] == 12
+
+    fetched = len(hub.requests)
+    output = clone.run(
+        "dvc", "exp", "run", "-S", "run.backbones=[siglip_224]", "-S", "run.weights=[pretrained,released]"
+    )
+    expected = {"plan", "backbone@siglip_224", "released@siglip_224", "report"}
+    expected |= {f"{scoring}@siglip_224-{w}" for scoring in ("mmvp", "zeroshot") for w in ("pretrained", "released")}
+    assert sorted(stages_run(output)) == sorted(expected)
+    asked = {
+        request.path for request in hub.requests[fetched:] if request.method == "GET" and "/resolve/" in request.path
+    }
+    assert {path.rpartition("/")[2] for path in asked} == {
+        "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "siglip.pth",
+    }  # fmt: skip
+    report = json.loads((metrics / "report.json").read_text())
+    assert {"pretrained", "released", "gain_released", "published"} == report["siglip_224"].keys()
+    assert stages_run(clone.run("dvc", "repro")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda hub: hub.corrupt("open_clip_model.safetensors"), r"other bytes than stated: expected sha256"),
+        (lambda hub: hub.missing("tokenizer.json"), r"tokenizer\.json.*404|404.*tokenizer\.json"),
+    ],
+)
+def test_a_faulty_download_stops_the_stage_and_leaves_nothing(hub: Hub, folder: Path, fault: Any, message: str) -> None:
+    fault(hub)
+    try:
+        output = stage(folder, hub, "pipeline.backbone", "siglip_224", status=1)
+    finally:
+        hub.heal()
+    assert re.search(message, output, re.DOTALL), output
+    assert "Traceback" not in output
+    assert not [path for path in (folder / "models").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert not list((folder / "metrics").rglob("*.json"))
+    stage(folder, hub, "pipeline.backbone", "siglip_224")  # the second try, with the hub well again
+    assert Backbone.load(folder / "models/paper/pretrained/siglip_224").width == 96
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    checkpoints.save_tokenizer(tmp_path / "short", 320)
+    hub.add_repo("timm/short", tmp_path / "short")
+    content = yaml.safe_load((folder / "params.yaml").read_text())
+    content["backbones"]["siglip_224"]["source"]["tokenizer"]["at"] = ["hf://timm/short@main"]
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    output = stage(folder, hub, "pipeline.backbone", "siglip_224", status=1)
+    assert "the tokenizer has 320 entries, the text tower 32000" in output
+
+
+@pytest.mark.slow
+def test_another_model_of_open_clip_takes_one_entry(hub: Hub, folder: Path) -> None:
+    """ViT-B-16 at its true size, which is in no code of ours."""
+    model = checkpoints.build("ViT-B-16", 5)
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    hub.add_repo("laion/ViT-B-16", {"open_clip_pytorch_model.bin": checkpoints.torch_file(weights)}, lfs=1000)
+    content = yaml.safe_load((folder / "params.yaml").read_text())
+    content["backbones"]["b16"] = {
+        "profile": "paper",
+        "source": {
+            "kind": "checkpoint",
+            "architecture": "ViT-B-16",
+            "preprocessing": content["backbones"]["openai_224"]["source"]["preprocessing"],
+            "weights": {
+                "at": ["hf://laion/ViT-B-16@main"], "licence": "MIT", "files": {"open_clip_pytorch_model.bin": None}
+            },
+        },
+        "condition": {"tokens": {"kind": "all"}, "text": "mean"},
+        "published_read_out": {"tokens": {"kind": "none"}, "unit_tokens": False, "unit_sum": True},
+    }  # fmt: skip
+    content["run"] = {"profile": "paper", "backbones": ["b16"], "weights": ["pretrained"]}
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    for command in (["plan"], ["mmvp_vlm"], ["backbone", "b16"], ["mmvp", "b16", "pretrained"]):
+        stage(folder, hub, f"pipeline.{command[0]}", *command[1:])
+    scores = json.loads((folder / "metrics/paper/mmvp/b16-pretrained.json").read_text())
+    assert scores["pairs"] == 9
+    backbone = Backbone.load(folder / "models/paper/pretrained/b16")
+    pixels = torch.stack([backbone.preprocess(checkpoints.picture(i)) for i in range(2)])
+    with torch.no_grad():
+        similarity = F.cosine_similarity(backbone.encode_image(pixels), model.encode_image(pixels))
+    assert similarity.min() > 0.999
+
+
+@pytest.mark.slow
+def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
+    """ViT-L/14 and stable-diffusion-2-1-base with random weights, from download to score, one picture at a time.
+
+    Its stages' times and memory stand in the README.
+    """
+    served = tmp_path / "served"
+    served.mkdir()
+    try:
+        checkpoints.openai_archive(served / "ViT-L-14.pt", 1, checkpoints.VIT_L_14)
+        checkpoints.stable_diffusion(served / "sd", checkpoints.STABLE_DIFFUSION_2_1_BASE)
+        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        paper, entry = content["profiles"]["paper"], content["backbones"]["openai_224"]
+        paper["train"] |= {"steps": 1, "batch": 1, "micro_batch": 1, "warmup_ratio": 0.0}
+        paper["mmvp"] |= {"draws": 2, "batch": 1}
+        paper["mmvp_vlm"]["pairs_per_pattern"] = 1
+        for download in (paper["images"]["shards"], paper["mmvp_vlm"]["download"]):
+            download["at"] = [f"{download['at'][0].partition('@')[0]}@main"]
+        paper["denoiser"]["download"] |= {
+            "at": ["hf://sd2-community/sd@main"], "files": dict.fromkeys(paper["denoiser"]["download"]["files"])
+        }  # fmt: skip
+        content["run"] = {"profile": "paper", "backbones": ["openai_224"], "weights": ["pretrained", "diva"]}
+        with Hub() as hub:
+            entry["source"]["weights"] |= {"at": [f"{hub.endpoint}/clip"], "files": {"ViT-L-14.pt": None}}
+            (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+            hub.add_files("/clip", {"ViT-L-14.pt": served / "ViT-L-14.pt"})
+            hub.add_repo("sd2-community/sd", served / "sd")
+            hub.add_repo("MMVP/MMVP_VLM", checkpoints.mmvp_vlm(1), kind="dataset")
+            hub.add_repo("pixparse/cc3m-wds", {"cc3m-train-0000.tar": checkpoints.shard(0, 2)}, kind="dataset")
+            for command in ("images", "mmvp_vlm", "denoiser", "backbone openai_224", "train openai_224"):
+                stage(tmp_path, hub, *f"pipeline.{command}".split())
+        stage(tmp_path, hub, "pipeline.mmvp", "openai_224", "diva")
+
+        made = json.loads((tmp_path / "models/paper/diva/openai_224/diva.json").read_text())
+        assert made["result"]["steps"] == 1
+        assert made["result"]["loss_first_tenth"] > 0
+        assert (
+            json.loads((tmp_path / "metrics/paper/backbone/openai_224.json").read_text())["parameters"] == 427_616_513
+        )
+        assert json.loads((tmp_path / "metrics/paper/denoiser.json").read_text())["unet_parameters"] == 865_910_724
+        before, after = (
+            load_file(tmp_path / "models/paper" / weights / "openai_224" / backbones.WEIGHTS)
+            for weights in ("pretrained", "diva")
+        )
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved
+        assert all(name.startswith("visual.") for name in moved)
+        for line in map(json.loads, (tmp_path / "metrics/timings.jsonl").read_text().splitlines()):
+            print(line["stage"], line["seconds"], "s", line["peak_memory_mb"], "MB")
+            assert line["peak_memory_mb"] < 16_000
+    finally:
+        shutil.rmtree(tmp_path)  # 20 GB, which pytest would keep for three runs
