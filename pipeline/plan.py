@@ -139,7 +139,11 @@ def gpus() -> list[tuple[str, float]]:
 
 
 def show(items: list[Item]) -> None:
-    table = Table("what", "from", "files", "GB", "licence", title="What will be fetched")
+    table = Table("what", title="What will be fetched")
+    table.add_column("from", overflow="fold")
+    for figure in ("files", "GB"):
+        table.add_column(figure, justify="right")
+    table.add_column("licence")
     for item in items:
         figures = f"{item.about}{item.files:,}", f"{item.about}{item.size / 1e9:,.2f}"
         table.add_row(str(item.folder), item.origin, *figures, item.licence)

@@ -91,20 +91,21 @@ def download(
         successes |= came
         left = _failed(left, scratch, names)
         downloaded = sum(successes.values())
-        enough = 0 < downloaded >= min_success * links.num_rows
+        rate = downloaded / links.num_rows
+        enough = rate > 0 and rate >= min_success
         if not left.num_rows or (len(rounds) > retries and (asked or enough)):
             break
 
     report: dict[str, Any] = {
         "urls": links.num_rows,
         "downloaded": downloaded,
-        "success_rate": downloaded / links.num_rows,
+        "success_rate": rate,
         "failures": _most_frequent(reasons),
     }
     if not enough:
         table = "\n".join(f"{count:>10}  {reason}" for reason, count in report["failures"].items())
         raise UserError(
-            f"{downloaded} of {links.num_rows} images came ({report['success_rate']:.1%}), too few for min_success = "
+            f"{downloaded} of {links.num_rows} images came ({rate:.1%}), too few for min_success = "
             f"{min_success:.1%}. What went wrong:\n{table}\n"
             "Mend the cause (network? an outdated list?) and run again, or lower min_success in params.yaml."
         )
