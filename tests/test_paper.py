@@ -294,7 +294,8 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     assert json.loads((metrics / "backbone/dfn_378.json").read_text())["weights"]["revision"] == COMMIT
     assert json.loads((metrics / "images.json").read_text())["images"] == 12
 
-    assert "bytes=3000-" in {request.range for request in hub.requests if request.path.endswith("cc3m-train-0000.tar")}
+    asked = [request.method for request in hub.requests if request.path.endswith("/cc3m-train-0000.tar")]
+    assert asked.count("GET") == 2  # a file of a few bytes is cut before any of them is kept
     assert not [fault for fault in hub.faults if fault.times]
 
     fetched = len(hub.requests)
