@@ -199,6 +199,11 @@ class Pixels(Section):
     generator_statistics: Literal["imagenet", "own"]
 
 
+class HeldOut(Section):
+    images: Count
+    every: Count
+
+
 class Train(Section):
     size: Count
     crop: Crop
@@ -207,6 +212,7 @@ class Train(Section):
     timesteps: list[int] = Field(min_length=2, max_length=2)
     draw_weights: list[PositiveFloat] = Field(min_length=1)
     batch: Count
+    streams: Count
     micro_batch: Count
     steps: Count
     lr: PositiveFloat
@@ -217,7 +223,10 @@ class Train(Section):
     projection_steps: Annotated[int, Field(ge=0)]
     projection_lr: PositiveFloat
     precision: Literal["float32", "bfloat16"]
+    compile: bool
     max_undecodable: Share
+    held_out: HeldOut
+    checkpoint_minutes: NonNegativeFloat
 
     @field_validator("timesteps")
     @classmethod
@@ -227,12 +236,12 @@ class Train(Section):
             raise ValueError(f"found {timesteps}, wanted [low, high) with 0 <= low < high")
         return timesteps
 
-    @field_validator("micro_batch")
+    @field_validator("streams")
     @classmethod
-    def _divides_the_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
-        if info.data.get("batch", 0) % micro_batch:
-            raise ValueError(f"found {micro_batch}, which does not divide batch {info.data['batch']}")
-        return micro_batch
+    def _divides_the_batch(cls, streams: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", 0) % streams:
+            raise ValueError(f"found {streams}, which does not divide batch {info.data['batch']}")
+        return streams
 
 
 class Mmvp(Section):

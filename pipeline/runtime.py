@@ -109,10 +109,12 @@ def seeded(*purpose: str | int) -> Iterator[None]:
         yield
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar and an ETA; in a log file a line every ten seconds."""
+def progress(items: Iterable[T], what: str, total: int | None = None, **options: Any) -> Iterator[T]:
+    """Iterate with a bar and an ETA; in a log file a line every ten seconds. `options` are tqdm's."""
     interval = 0.1 if sys.stderr.isatty() else 10
-    yield from tqdm(items, desc=what, total=total, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+    yield from tqdm(
+        items, desc=what, total=total, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options
+    )
 
 
 @contextmanager

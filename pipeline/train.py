@@ -2,133 +2,258 @@
 
 models/<profile>/diva/<backbone>/               the backbone's folder with the tuned weights, and diva.json
 metrics/<profile>/train/<backbone>/             metrics.json and the curves of both phases (DVCLive)
+
+It runs on every GPU of the machine, or as one of the processes that torchrun started (on several machines: with one
+folder, shared). From models/<profile>/diva/.<backbone>.checkpoint a killed run goes on; the end of the run removes it.
 """
 
+import dataclasses
+import hashlib
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from dvclive import Live
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from safetensors import SafetensorError
 
 from pipeline import params
+from pipeline.adapters import checkpoints
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
-from pipeline.diva import diffusion, pixels, training
+from pipeline.adapters.shards import INDEX, Shards
+from pipeline.batches import Batches
+from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
 from pipeline.params import Condition, Train
-from pipeline.runtime import UserError, device, generator, progress, remove, seeded, stage, whole, write_json
+from pipeline.runtime import UserError, device, progress, remove, seeded, stage, whole, write_json
+
+CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
 
 
-class Batches:
-    """The images of each step with their draws; step s of a phase is a pure function of the seed, given the stream."""
-
-    def __init__(
-        self, stream: Iterator[tuple[str, Image.Image]], backbone: Backbone, denoiser: Denoiser, rule: TokenRule,
-        p: Train, seed: int, phase: str, compute: torch.device,
-    ) -> None:  # fmt: skip
-        self.stream, self.denoiser, self.rule, self.p = stream, denoiser, rule, p
-        self.seed, self.phase, self.compute = seed, phase, compute
-        self.image_size, self.patches = backbone.image_size, backbone.patches
-        own = pixels.Statistics(backbone.mean, backbone.std)
-        self.tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
-        published = p.pixels.generator_statistics == "imagenet"
-        self.undone_by = pixels.IMAGENET if published else self.tower_statistics
-
-    def __call__(self, step: int) -> list[training.MicroBatch]:
-        size = self.p.micro_batch
-        return [self._micro_batch(step, range(first, first + size)) for first in range(0, self.p.batch, size)]
-
-    def _micro_batch(self, step: int, samples: range) -> training.MicroBatch:
-        raw_BCHW = torch.stack([self._crop(next(self.stream)[1], step, i) for i in samples]).to(self.compute)
-        latent = self.denoiser.latent(pixels.generator_pixels(raw_BCHW, self.tower_statistics, self.undone_by))
-        draws = []
-        for k in range(len(self.p.draw_weights)):
-            generators = [generator(self.seed, "draw", self.phase, step, i, k) for i in samples]
-            low, high = self.p.timesteps
-            draw = diffusion.draw(latent.shape[1:], self.patches, self.rule, (low, high), generators)
-            draws.append(draw.to(self.compute))
-        seen = pixels.tower_pixels(raw_BCHW, self.tower_statistics, self.image_size, self.p.pixels.tower_antialias)
-        return training.MicroBatch(seen, latent, draws)
-
-    def _crop(self, image: Image.Image, step: int, sample: int) -> torch.Tensor:
-        """A random crop, resized to the generator's size: float [3, size, size] in 0..1."""
-        crop, draws = self.p.crop, generator(self.seed, "crop", self.phase, step, sample)
-        width, height = image.size
-        box = pixels.crop_box(
-            width, height, scale=(crop.scale[0], crop.scale[1]), ratio=(crop.ratio[0], crop.ratio[1]), generator=draws
-        )
-        cropped = image.crop(box).resize((self.p.size, self.p.size), Image.Resampling.BICUBIC)
-        return pil_to_tensor(cropped).float() / 255
+def start_on_every_gpu() -> None:
+    """Become torchrun with a process for each GPU, unless there is one GPU at most, or torchrun started us."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", "pipeline.train", *sys.argv[1:]])
 
 
-def build_feedback(backbone: Backbone, denoiser: Denoiser, condition: Condition, prompt: str, seed: int) -> Feedback:
+def build_feedback(backbone: Backbone, denoiser: Denoiser, condition: Condition, p: Train, seed: int) -> Feedback:
     """The frozen parts, the tower, and a fresh projection initialised from the seed."""
-    width, wanted = backbone.width, denoiser.unet.config.cross_attention_dim
     with seeded(seed, "projection"):
-        projection = torch.nn.Linear(width, wanted)
+        projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
+    text_1LD = denoiser.text([p.prompt])
     backbone.clip.requires_grad_(False)
-    return Feedback(
-        backbone, projection, denoiser, denoiser.text([prompt]),
+    feedback = Feedback(
+        backbone.tower, projection, denoiser.for_feedback(getattr(torch, p.precision)), text_1LD,
         TokenRule(**condition.tokens.model_dump()), condition.text,
     )  # fmt: skip
+    if p.compile:
+        feedback.compile()
+        denoiser.vae.encoder.compile()
+    return feedback
+
+
+@dataclasses.dataclass
+class RunState:
+    """How far a run has come, in every process alike but for `after`, which tells of the process's own streams."""
+
+    records: list[training.Record]
+    after: dict[int, tuple[int, int]]
+    undecodable: set[str]
+
+
+class Checkpoint:
+    """The scratch file from which a killed run goes on; with `minutes` 0 it is written after every step."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], minutes: float, processes: Accelerator) -> None:
+        """fingerprint: all that the numbers of a run depend on, as JSON holds it."""
+        self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
+        self.saved = time.monotonic()
+
+    def resume(self, feedback: Feedback, phases: list[training.Phase]) -> RunState:
+        """Put back the state that was saved where it is of this very run; else say why not."""
+        state = checkpoints.state(self.path) if self.processes.is_main_process else None
+        if state and (changed := differences(state["fingerprint"], self.fingerprint)):
+            print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
+            state = None
+        (state,) = broadcast_object_list([state])
+        if not state:
+            return RunState([], {}, set())
+        records = [training.Record(**record) for record in state["records"]]
+        phase = next(phase for phase in phases if phase.name == records[-1].phase)
+        training.restore(feedback, phase, checkpoints.tensors(self.path))
+        if self.processes.is_main_process:
+            print(f"going on after step {records[-1].step} of phase '{phase.name}', from {self.path}")
+        after = {int(stream): (shard, image) for stream, (shard, image) in state["after"].items()}
+        return RunState(records, after, set(state["undecodable"]))
+
+    def save_if_due(self, feedback: Feedback, phase: training.Phase, so_far: RunState) -> None:
+        """A full disk costs the checkpoint, not the run: the one before it stays."""
+        due = self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
+        if not self.processes.reduce(torch.tensor(float(due), device=self.processes.device), "sum").item():
+            return
+        after = dict(gather_object(list(so_far.after.items())))
+        undecodable = gather_object(sorted(so_far.undecodable))
+        if self.processes.is_main_process:
+            state = {
+                "fingerprint": self.fingerprint,
+                "records": [dataclasses.asdict(record) for record in so_far.records],
+                "after": after,
+                "undecodable": sorted(set(undecodable)),
+            }
+            try:
+                checkpoints.save(self.path, training.state(feedback, phase), state)
+            except (OSError, SafetensorError) as error:
+                print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
+        self.saved = time.monotonic()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
+    found = []
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += [f"{key}.{inner}" for inner in differences(before, now)]
+        elif before != now:
+            short = max(len(str(before)), len(str(now))) < 40
+            found.append(f"{key} ({before}, now {now})" if short else key)
+    return found
+
+
+def fingerprint(p: params.Params, name: str, backbone: Backbone, denoiser: Path, images: Path) -> dict[str, Any]:
+    """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
+    own = sorted(module for module in sys.modules if module.startswith("pipeline."))
+    code = [Path(file) for module in own if (file := sys.modules[module].__file__)]
+    return {
+        "seed": p.seed,
+        "recipe": p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "condition": p.backbones[name].condition.model_dump(mode="json"),
+        "backbone": backbone.sha256,
+        "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
+        "images": digest([images / INDEX]),
+        "code": digest(code),
+        "torch": torch.__version__,
+    }
+
+
+def digest(files: list[Path]) -> str:
+    """sha256 of the files' own."""
+    together = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            together.update(hashlib.file_digest(file, "sha256").digest())
+    return together.hexdigest()
 
 
 def train(
-    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, stream: Iterator[tuple[str, Image.Image]], p: Train,
-    seed: int, curves: Path, compute: torch.device,
-) -> list[training.Record]:  # fmt: skip
-    """Run both phases, drawing the curves; returns every step's record. Raises training.NotFiniteError."""
+    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, seed: int, curves: Path,
+    processes: Accelerator, checkpoint: Checkpoint,
+) -> RunState:  # fmt: skip
+    """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError."""
     recipe = training.Recipe(**{name: getattr(p, name) for name in training.Recipe.__dataclass_fields__})
-    records: list[training.Record] = []
-    with Live(str(curves), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False) as live:
-        for phase in training.phases(feedback, list(backbone.tower.parameters()), recipe):
-            batches = Batches(stream, backbone, denoiser, feedback.tokens, p, seed, phase.name, compute)
-            steps = training.run(feedback, phase, batches, getattr(torch, p.precision))
-            for record in progress(steps, f"{phase.name} steps", phase.steps):
-                records.append(record)
-                live.step = record.step
-                for curve in ("loss", "lr", "gradient_norm"):
-                    live.log_metric(f"{phase.name}/{curve}", getattr(record, curve))
-    return records
+    phases, precision = training.phases(feedback, recipe), getattr(torch, p.precision)
+    so_far = checkpoint.resume(feedback, phases)
+    done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
+    batches = Batches(
+        shards, backbone, denoiser, feedback.tokens, p, seed, processes.device,
+        [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
+        process=processes.process_index, processes=processes.num_processes,
+        after=so_far.after, undecodable=so_far.undecodable,
+    )  # fmt: skip
+    so_far.after, so_far.undecodable = batches.after, batches.undecodable
+    held_out = batches.held_out()
+
+    def measure(steps: int) -> Callable[[int], float | None]:
+        def held_out_loss(step: int) -> float | None:
+            if step % p.held_out.every and step != steps - 1:
+                return None
+            return training.denoising_loss(feedback, *held_out, precision, processes)
+
+        return held_out_loss
+
+    main = processes.is_main_process
+    options = {"dvcyaml": None, "save_dvc_exp": False, "report": None, "monitor_system": False}
+    with Live(str(curves), **options) if main else nullcontext() as live:
+        for record in so_far.records:
+            draw(live, record)
+        for phase in phases:
+            first = done[phase.name]
+            steps = training.run(feedback, phase, batches, precision, processes, first, measure(phase.steps))
+            bar = {"initial": first, "unit": " images", "unit_scale": p.batch, "disable": not main}
+            for record in progress(steps, phase.name, phase.steps, **bar):
+                so_far.records.append(record)
+                draw(live, record)
+                checkpoint.save_if_due(feedback, phase, so_far)
+    so_far.undecodable = set(gather_object(sorted(so_far.undecodable)))
+    return so_far
+
+
+def draw(live: Live | None, record: training.Record) -> None:
+    """Add a step to the curves, in the process that draws them."""
+    if live is None:
+        return
+    live.step = record.step
+    for curve in CURVES:
+        value = getattr(record, curve)
+        if value is not None:
+            live.log_metric(f"{record.phase}/{curve}", value)
 
 
 def summary(records: list[training.Record], p: Train, undecodable: int) -> dict[str, float]:
-    """What stands in metrics.json: both ends of the tower's loss curve, and what it was fed."""
-    tower = [record.loss for record in records if record.phase == "tower"]
+    """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
+    tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
+    held_out = [record.held_out_loss for record in tower if record.held_out_loss is not None]
     return {
         "steps": p.steps,
         "images": len(records) * p.batch,
         "undecodable_images": undecodable,
-        "loss_first_tenth": round(sum(tower[:window]) / window, 5),
-        "loss_last_tenth": round(sum(tower[-window:]) / window, 5),
+        "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
+        "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
+        "held_out_loss_first": round(held_out[0], 5),
+        "held_out_loss_last": round(held_out[-1], 5),
     }
 
 
 @stage
 def main() -> None:
-    p, name, compute = params.load(), sys.argv[1], device()
+    start_on_every_gpu()
+    p, name = params.load(), sys.argv[1]
+    device()  # asks for deterministic kernels
+    # Frozen weights and buffers are the same in all processes from the start: nothing to send but gradients.
+    processes = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     profile, section = p.run.profile, p.profile.train
-    original = Path("models", profile, "pretrained", name)
+    original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, "diva", name), Path("metrics", profile, "train", name)
-    with whole(*outputs) as (folder, curves):
-        backbone = Backbone.load(original).to(compute)
-        denoiser = Denoiser.load(Path("models", profile, "denoiser")).to(compute)
+    scratch = outputs[0].with_name(f".{name}.checkpoint")
+    with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
+        backbone = Backbone.load(original)
+        denoiser = Denoiser.load(Path("models", profile, "denoiser"))
         if section.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
                 f"profiles.{profile}.train.timesteps ends at {section.timesteps[1]}, but the denoiser has "
                 f"{len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
-        feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section.prompt, p.seed).to(compute)
-        shards = Shards(Path("data", profile, "images"), section.max_undecodable)
+        feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section, p.seed)
+        feedback.to(processes.device)
+        shards = Shards(images, section.max_undecodable, section.held_out.images)
+        mark = fingerprint(p, name, backbone, Path("models", profile, "denoiser"), images)
+        checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
         try:
-            records = train(feedback, backbone, denoiser, shards.stream(p.seed), section, p.seed, curves, compute)
+            end = train(feedback, backbone, denoiser, shards, section, p.seed, curves, processes, checkpoint)
         except training.NotFiniteError as error:
+            if not processes.is_main_process:
+                sys.exit(1)
             kept = outputs[0].with_name(f"{name}.last-good")
             remove(kept)
             backbone.save_like(original, kept)
@@ -136,19 +261,23 @@ def main() -> None:
                 f"{error}. Training stopped; the weights before that step are in {kept}. "
                 f"Lower profiles.{profile}.train.lr (now {section.lr:g}), or use precision float32."
             ) from None
-        result = summary(records, section, len(shards.undecodable))
-        backbone.save_like(original, folder)
-        write_json(
-            folder / "diva.json",
-            {
-                "backbone": name,
-                "seed": p.seed,
-                "recipe": section.model_dump(),
-                **p.backbones[name].condition.model_dump(),
-                "result": result,
-            },
-        )
-        write_json(curves / "metrics.json", result)
+        if processes.is_main_process:
+            result = summary(end.records, section, len(end.undecodable))
+            backbone.save_like(original, folder)
+            write_json(
+                folder / "diva.json",
+                {
+                    "backbone": name,
+                    "seed": p.seed,
+                    "recipe": section.model_dump(),
+                    **p.backbones[name].condition.model_dump(),
+                    "result": result,
+                },
+            )
+            write_json(curves / "metrics.json", result)
+    if processes.is_main_process:
+        remove(scratch)
+    processes.end_training()
 
 
 if __name__ == "__main__":

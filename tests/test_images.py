@@ -12,7 +12,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline import images, params
 from pipeline.adapters import shards
-from pipeline.adapters.shards import Shards, download
+from pipeline.adapters.shards import Sample, Shards, download
 from pipeline.mini import world
 from pipeline.runtime import UserError, remove, whole, write_json
 
@@ -71,11 +71,19 @@ def spoil(folder: Path, *keys: str) -> None:
     write_tar(path, members)
 
 
-def keys(stream, count: int | None = None) -> list[str]:
-    return [key for key, _ in itertools.islice(stream, count)]
+def epoch(reader: Shards, seed: int, number: int = 0) -> list[Sample]:
+    """Every sample of an epoch, in its order."""
+    start = (number * len(reader.counts), 0)
+    return list(itertools.islice(reader.stream(seed, start=start), len(reader)))
+
+
+def keys(samples: Iterable[Sample], count: int | None = None) -> list[str]:
+    return [sample.key for sample in itertools.islice(samples, count)]
 
 
 # The stream
+
+HELD = {"0000200", "0000201", "0000202"}
 
 
 def test_every_epoch_holds_every_sample_once_in_an_order_of_its_own(folder: Path) -> None:
@@ -94,15 +102,46 @@ def test_stream_is_a_pure_function_of_the_seed(folder: Path) -> None:
     first = list(itertools.islice(reader.stream(7), 60))
     second = list(itertools.islice(other.stream(7), 60))
     assert [key for key, _ in first] == [key for key, _ in second]
-    assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in zip(first, second, strict=True))
-    assert keys(reader.stream(8), 60) != [key for key, _ in first]
-    assert keys(reader.epoch(7, 1)) == keys(reader.stream(7), 80)[40:]
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, second, strict=True))
+    assert keys(reader.stream(8), 60) != keys(first)
+    assert keys(epoch(reader, 7, 1)) == keys(reader.stream(7), 80)[40:]
+
+
+@pytest.mark.parametrize("of", [2, 3, 5])
+def test_streams_share_the_shards_of_an_epoch(folder: Path, of: int) -> None:
+    """Two epochs' worth of samples, each shard read by one stream in each."""
+    reader = Shards(folder)
+    read = [(sample.key, sample.after[0]) for n in range(of) for sample in stream_until(reader, n, of, 6)]
+    assert sorted(read) == sorted((sample.key, sample.after[0]) for sample in stream_until(reader, 0, 1, 6))
+    assert len(read) == len(set(read)) == 2 * len(reader)
+
+
+def stream_until(reader: Shards, number: int, of: int, end: int) -> Iterator[Sample]:
+    """The samples of a stream that lie in the first `end` shards of the endless row."""
+    return itertools.takewhile(lambda sample: sample.after[0] < end, reader.stream(7, number, of))
+
+
+def test_a_stream_goes_on_after_any_sample(folder: Path) -> None:
+    reader = Shards(folder)
+    samples = list(itertools.islice(reader.stream(7, 1, 2), 50))
+    for i in range(0, 40, 3):
+        assert keys(reader.stream(7, 1, 2, samples[i].after), 9) == keys(samples[i + 1 : i + 10])
+
+
+def test_what_is_held_out_is_in_no_stream(folder: Path) -> None:
+    reader = Shards(folder, held_out=3)
+    held = [Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (200, 201, 202)]
+    assert [image.tobytes() for image in reader.held_out()] == held
+    seen = keys(reader.stream(7), 2 * 37)
+    assert sorted(seen) == sorted(2 * [key for key in keys(epoch(Shards(folder), 7)) if key not in HELD])
+    with pytest.raises(UserError, match=r"00002\.tar has 8 images, of which 8 are to be held out"):
+        Shards(folder, held_out=8)
 
 
 def test_shards_and_their_images_are_shuffled_by_seed_and_by_epoch(folder: Path) -> None:
     reader = Shards(folder)
     for draws in ([(seed, 0) for seed in range(8)], [(0, epoch) for epoch in range(8)]):
-        orders = [keys(reader.epoch(*draw)) for draw in draws]
+        orders = [keys(epoch(reader, *draw)) for draw in draws]
         assert len({tuple(dict.fromkeys(key[:5] for key in order)) for order in orders}) > 1  # of the shards
         for shard in ("00000", "00001", "00002"):
             assert len({tuple(key for key in order if key[:5] == shard) for order in orders}) == 8
@@ -113,7 +152,7 @@ def test_key_and_image_belong_together_and_grey_becomes_rgb(folder: Path) -> Non
     Image.new("L", (64, 48), 128).save(grey, "JPEG")
     write_tar(folder / "00002.tar", [("0000200.jpg", grey.getvalue()), ("0000200.txt", b"")])
     write_json(folder / "shards.json", {"size": 64, "samples": 33, "shards": {**COUNTS, "00002.tar": 1}})
-    found = dict(Shards(folder).epoch(0, 0))
+    found = {sample.key: sample.image for sample in epoch(Shards(folder), 0)}
     assert (found["0000200"].mode, found["0000200"].size) == ("RGB", (64, 48))
     for key in ("0000003", "0000115"):
         assert found[key].tobytes() == Image.open(io.BytesIO(jpeg(int(key)))).convert("RGB").tobytes()
@@ -123,7 +162,7 @@ def test_truncated_inside_a_member(folder: Path) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[: 512 + 700])
     with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:images"):
-        keys(Shards(folder).epoch(0, 0))
+        epoch(Shards(folder), 0)
 
 
 @pytest.mark.parametrize("member", ["0000108.jpg", "0000108.txt"])
@@ -133,7 +172,7 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(UserError, match=r"00001\.tar holds 8 images where shards\.json says 16.*--force \S+:images"):
-        keys(Shards(folder).epoch(0, 0))
+        epoch(Shards(folder), 0)
 
 
 def test_damaged_header_and_missing_tar(folder: Path) -> None:
@@ -144,19 +183,19 @@ def test_damaged_header_and_missing_tar(folder: Path) -> None:
     data[start : start + 512] = b"\xff" * 512
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
-        keys(Shards(folder).epoch(0, 0))
+        epoch(Shards(folder), 0)
     path.unlink()
     with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
-        keys(Shards(folder).epoch(0, 0))
+        epoch(Shards(folder), 0)
 
 
 def test_undecodable_images_are_skipped_and_counted_up_to_the_share(folder: Path) -> None:
     spoil(folder, "0000003", "0000004")
     reader = Shards(folder, max_undecodable=2 / 16)
-    assert len(keys(reader.stream(0), 76)) == 76  # two epochs of 38
-    assert reader.undecodable == {"0000003", "0000004"}
+    samples = [*epoch(reader, 0), *epoch(reader, 0, 1)]
+    assert sorted(sample.key for sample in samples if sample.image is None) == 2 * ["0000003"] + 2 * ["0000004"]
     with pytest.raises(UserError, match=r"00000\.tar: 2 of its 16 images.*the last is 000000[34]"):
-        keys(Shards(folder, max_undecodable=1 / 16).epoch(0, 0))
+        epoch(Shards(folder, max_undecodable=1 / 16), 0)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +325,8 @@ def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str
     report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
     found, seen = {}, []
     for name in Shards(folder / "out").counts:
-        for key, url in Shards(folder / "out")._read(name):
+        for key, offset, size in Shards(folder / "out")._members(name):
+            url = (folder / "out" / name).read_bytes()[offset : offset + size]
             found[url.decode()] = name
             seen.append(key)
         with tarfile.open(folder / "out" / name) as tar:
@@ -467,7 +507,7 @@ def test_a_mirrors_shards_are_counted_and_left_as_they_are(tmp_path: Path) -> No
     assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.tar"))] == before
     reader = Shards(tmp_path)
     assert (reader.size, reader.counts) == (512, {"more/train-0001.tar": 4, "train-0000.tar": 3})
-    found = sorted(image.tobytes() for _, image in reader.epoch(0, 0))
+    found = sorted(sample.image.tobytes() for sample in epoch(reader, 0))
     assert found == sorted(Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (0, 1, 2, 10, 11, 12, 13))
 
 
@@ -560,7 +600,7 @@ def test_the_stage_takes_a_mirrors_shards(server: Server, tmp_path: Path, monkey
     output = Path("data/paper/images")
     assert {name: (output / name).read_bytes() for name in names} == server.answers
     assert json.loads((output / "shards.json").read_text())["size"] == 512
-    assert len(list(Shards(output).epoch(0, 0))) == 7
+    assert len(epoch(Shards(output), 0)) == 7
     report = json.loads(Path("metrics/paper/images.json").read_text())
     assert (report["shards"], report["images"]) == (2, 7)
     assert (report["source"]["address"], report["source"]["licence"]) == (server.address, "none")
@@ -628,7 +668,7 @@ def test_the_stage_follows_a_list_with_all_that_the_web_brings(server: Server, t
     for name in reader.counts:
         with tarfile.open(folder / name) as tar:
             captions |= {m.name[:-4]: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")}
-    found = {LINES[captions[key]]: image for key, image in reader.epoch(0, 0)}
+    found = {LINES[captions[key]]: image for key, image, _ in epoch(reader, 0)}
     sizes = {"jpeg": (80, 64), "grey": (64, 70), "cmyk": (64, 64), "rgba": (64, 64), "big": (96, 64), "tiny": (20, 10)}
     assert {name: image.size for name, image in found.items()} == {**sizes, "flaky": (64, 64)}
     colors = {"jpeg": (0, 0, 255), "grey": (128,) * 3, "cmyk": (255, 0, 0), "rgba": (255,) * 3, "big": (0, 255, 0)}
@@ -671,7 +711,7 @@ def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name, _ in files[0]] == [*COUNTS, "shards.json"]
     assert not any(b"127.0.0.1" in data for _, data in files[0])
     assert reports[0] == reports[1] == {"urls": 40, "downloaded": 40, "success_rate": 1.0, "failures": {}}
-    for key, image in Shards(tmp_path / "first").epoch(0, 0):
+    for key, image, _ in epoch(Shards(tmp_path / "first"), 0):
         pixels, _ = world.picture(images.SET, int(key) // 100 * 16 + int(key) % 100)
         assert np.abs(np.asarray(image, float) - pixels).mean() < 8  # the JPEG of this very picture
 

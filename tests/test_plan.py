@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipeline import params, plan
 from pipeline.adapters import downloads
-from pipeline.adapters.backbones import image_tokens
+from pipeline.adapters.backbones import ImageTower
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.downloads import Listing, Remote
 from pipeline.diva.condition import TokenRule
@@ -340,17 +340,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     return FakeTensorMode()
 
 
-class Tower(torch.nn.Module):
-    """A whole CLIP, as the backbone that is trained."""
-
-    def __init__(self, clip: torch.nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return image_tokens(self.clip.visual, pixels_BCHW)
-
-
 def stable_diffusion() -> Denoiser:
     """stable-diffusion-2-1-base, without its tokenizer."""
     unet = UNet2DConditionModel(
@@ -390,14 +379,13 @@ def bytes_of(tensors: list[torch.nn.Parameter]) -> int:
 def test_declared_gpu_memory_is_what_training_takes(name: str, fake_gpu: FakeTensorMode) -> None:
     """Counted without a GPU for the step of pipeline/train.py, in bfloat16, with two draws at 512 px.
 
-    fixed: weights of everything in float32, gradients and momentum of what is trained, and what autograd keeps whatever
-    the number of images, the casts of the weights (frozen ones for every draw anew).
+    fixed: weights (of the tower in float32, frozen ones in bfloat16), gradients and momentum of what is trained, and
+    what autograd keeps whatever the number of images, the casts of the tower's weights.
     image: what autograd keeps for one image, of the tower once and of the UNet for both draws, until backward.
 
     Left out, and covered by plan.MARGIN: tensors that live shorter than a layer (1 to 2 % of the whole by the CPU's
-    rules), CUDA's own half GB, the workspaces of kernels, the allocator's fragmentation, and the pixels of all
-    micro-batches of a step, which wait on the GPU (640 of 378 px: 1.1 GB). The VAE, which comes first, takes 0.7 GB an
-    image and gives them back.
+    rules), CUDA's own half GB, the workspaces of kernels and the allocator's fragmentation. The VAE, which comes first,
+    and the copy of the weights from which the update's norm is taken, which comes last, give back what they take.
     """
     backbone = params.load(COMMITTED).backbones[name]
     with torch.device("meta"):
@@ -407,14 +395,15 @@ def test_declared_gpu_memory_is_what_training_takes(name: str, fake_gpu: FakeTen
 
     with fake_gpu, torch.device("cuda"):
         clip.load_state_dict({key: torch.empty(shape) for key, shape in shapes.items()}, assign=True)
-        tower = Tower(clip.requires_grad_(False))
+        tower = ImageTower(clip.visual)
         pooled, patches = tower.image_tokens(torch.zeros(1, 3, size, size))
         projection = torch.nn.Linear(pooled.shape[1], 1024)
         rule = TokenRule(**backbone.condition.tokens.model_dump())
         feedback = Feedback(
-            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule, backbone.condition.text
-        )
-        trained = [*clip.visual.requires_grad_(True).parameters(), *projection.parameters()]
+            tower, projection, stable_diffusion().for_feedback(torch.bfloat16), torch.zeros(1, 77, 1024), rule,
+            backbone.condition.text,
+        )  # fmt: skip
+        trained = [*tower.parameters(), *projection.parameters()]
         everything = list(feedback.parameters())
 
         def forward(images: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from pipeline.adapters import benchmarks
 from pipeline.adapters.backbones import WEIGHTS, Backbone
 from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.shards import Shards
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.training import Record
 from pipeline.mini import pretrain, world
@@ -60,7 +62,9 @@ SHRUNK = {
     "profiles.mini.denoiser.steps": 2,
     "profiles.mini.denoiser.batch": 8,
     "profiles.mini.train.batch": 4,
+    "profiles.mini.train.streams": 2,
     "profiles.mini.train.micro_batch": 2,
+    "profiles.mini.train.held_out": {"images": 3, "every": 2},
     "profiles.mini.train.steps": 4,
     "profiles.mini.train.projection_steps": 3,
     "profiles.mini.train.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
@@ -328,21 +332,23 @@ def test_a_backbone_without_its_weights_is_refused(here: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def trained(seed: int = 42) -> tuple[Backbone, Denoiser, list[Record]]:
+def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backbone, Denoiser, list[Record]]:
     """Three steps of the projection, four of the tower."""
-    p = params.load()
+    p, processes = params.load(), processes or Accelerator(cpu=True)
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
     section, condition = p.profile.train, p.backbones["mini"].condition
-    feedback = train.build_feedback(backbone, denoiser, condition, section.prompt, seed)
-    stream = train.Shards(Path("data/mini/images")).stream(seed)
-    records = train.train(feedback, backbone, denoiser, stream, section, seed, Path("curves"), CPU)
-    return backbone, denoiser, records
+    feedback = train.build_feedback(backbone, denoiser, condition, section, seed)
+    shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
+    checkpoint = train.Checkpoint(Path("checkpoint"), {}, 60, processes)
+    end = train.train(feedback, backbone, denoiser, shards, section, seed, Path("curves"), processes, checkpoint)
+    return backbone, denoiser, end.records
 
 
 def test_training_moves_the_image_tower_and_nothing_else(here: Path) -> None:
     original = Backbone.load(MODELS / "pretrained/mini")
     backbone, denoiser, _ = trained()
-    assert equal(denoiser, Denoiser.load(MODELS / "denoiser"))
+    frozen = Denoiser.load(MODELS / "denoiser").state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in denoiser.state_dict().items())
     before = original.clip.state_dict()
     moved = {name for name, value in backbone.clip.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.startswith("visual.")}

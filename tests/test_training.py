@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from pipeline.diva.condition import TokenRule, condition, recap
@@ -20,7 +21,7 @@ RULES = [
     TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_share", 0.3), TokenRule("windows", 3)
 ]  # fmt: skip
 RECIPE = Recipe(
-    steps=3, lr=0.05, momentum=0.9, weight_decay=0.0, warmup_ratio=0.0, clip_norm=1.0,
+    batch=8, steps=3, lr=0.05, momentum=0.9, weight_decay=0.0, warmup_ratio=0.0, clip_norm=1.0,
     draw_weights=[5.0, 1.0], projection_steps=2, projection_lr=0.01,
 )  # fmt: skip
 
@@ -69,19 +70,19 @@ def micro_batches(step: int, rule: TokenRule = RULES[1]) -> list[MicroBatch]:
         ]
         noise = generator("images", step, micro)
         pixels, latent = (torch.randn(4, *shape, generator=noise) for shape in ((3, 8, 8), LATENT))
-        batches.append(MicroBatch(pixels, latent, draws))
+        batches.append(MicroBatch(pixels, latent, draws, last=micro == 1))
     return batches
 
 
 def both(feedback: Feedback, recipe: Recipe = RECIPE) -> tuple[Phase, Phase]:
-    projection, tower = phases(feedback, list(feedback.tower.parameters()), recipe)
+    projection, tower = phases(feedback, recipe)
     return projection, tower
 
 
 def train(
     feedback: Feedback, phase: Phase, batch: Callable[[int], list[MicroBatch]] = micro_batches, precision=torch.float32
 ) -> list[Record]:
-    return list(run(feedback, phase, batch, precision))
+    return list(run(feedback, phase, batch, precision, Accelerator(cpu=True)))
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -147,7 +148,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_parameters() -> None:
         return [good, dataclasses.replace(last, latent_BChw=last.latent_BChw + poison)]
 
     feedback = build()
-    steps = run(feedback, both(feedback)[1], batch, torch.float32)
+    steps = run(feedback, both(feedback)[1], batch, torch.float32, Accelerator(cpu=True))
     next(steps), next(steps)
     good = snapshot(feedback)
     with pytest.raises(NotFiniteError, match="the loss is nan in step 2 of phase 'tower'"):

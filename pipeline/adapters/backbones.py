@@ -63,6 +63,18 @@ def _(visual: TimmModel, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch
     return visual.head(pooled_BD), visual.head(patches_BND)
 
 
+class ImageTower(nn.Module):
+    """The part of a CLIP that is trained."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pooled [B, D], patches [B, N, D]); see the function of the same name."""
+        return image_tokens(self.visual, pixels_BCHW)
+
+
 class Backbone(nn.Module):
     """One CLIP with its own preprocessing and tokenizer."""
 
@@ -96,12 +108,11 @@ class Backbone(nn.Module):
         return cls(clip.eval(), tokenizer, config["preprocess_cfg"], sha256)
 
     @property
-    def tower(self) -> nn.Module:
-        return self.clip.visual
+    def tower(self) -> ImageTower:
+        return ImageTower(self.clip.visual)
 
     def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pooled [B, D], patches [B, N, D]); see the function of the same name."""
-        return image_tokens(self.clip.visual, pixels_BCHW)
+        return self.tower.image_tokens(pixels_BCHW)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """The backbone's own evaluation transform: a picture to float [3, size, size]."""

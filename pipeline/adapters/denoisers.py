@@ -3,6 +3,7 @@
 vae/ unet/ text_encoder/ tokenizer/ scheduler/      each with its config; tensors as safetensors
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Literal
@@ -84,10 +85,26 @@ class Denoiser(nn.Module):
         self.tokenizer.save_pretrained(folder / "tokenizer")
         scheduler.save_pretrained(folder / "scheduler")
 
+    def for_feedback(self, precision: torch.dtype) -> "Denoiser":
+        """The form in which the frozen parts are fastest: in `precision`, channels last. Returns self.
+
+        The text encoder and the VAE's decoder, which feedback does not use, are dropped.
+        """
+        self.text_encoder = self.vae.decoder = None
+        for part in (self.vae, self.unet):
+            nn.Module.to(part, dtype=precision, memory_format=torch.channels_last)  # diffusers' own warns of nothing
+        return self
+
+    def latent_shape(self, size: int) -> torch.Size:
+        """[C, h, w] of the latent of a picture of size x size pixels."""
+        vae, pixels = copy.deepcopy(self.vae).to("meta"), torch.empty(1, 3, size, size, device="meta")
+        return vae.encode(pixels.to(vae.dtype)).latent_dist.mean.shape[1:]
+
     @torch.no_grad()
     def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Pixels, nominally -1..1, to the posterior mean times the scaling factor (0.18215 for SD-2-1-base)."""
-        return self.vae.encode(pixels_BCHW).latent_dist.mean * self.vae.config.scaling_factor
+        """Pixels, nominally -1..1, to float32 posterior mean times scaling factor (0.18215 for SD-2-1-base)."""
+        mean = self.vae.encode(pixels_BCHW.to(self.vae.dtype)).latent_dist.mean
+        return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def pixels(self, latent_BCHW: torch.Tensor) -> torch.Tensor:
@@ -102,5 +119,10 @@ class Denoiser(nn.Module):
         return self.text_encoder(padded.to(self.alphas_cumprod.device))[0]
 
     def forward(self, noised_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor) -> torch.Tensor:
-        """What the UNet predicts under a condition: noise or velocity, by `prediction_type`."""
-        return self.unet(noised_BCHW, timestep_B, condition_BTD).sample
+        """What the UNet predicts under a condition: noise or velocity, by `prediction_type`; in the UNet's precision.
+
+        Autocast stays outside: it would cast the weights anew at every call, and run the norms in float32.
+        """
+        precision = self.unet.dtype
+        with torch.autocast(noised_BCHW.device.type, enabled=False):
+            return self.unet(noised_BCHW.to(precision), timestep_B, condition_BTD.to(precision)).sample

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow.compute
 import pyarrow.parquet
@@ -297,7 +297,7 @@ def index(folder: Path, size: int) -> dict[str, int]:
         raise UserError(f"{folder} has no file *.tar: the download that params.yaml describes is no folder of shards.")
     counts = {}
     for tar in progress(tars, "counting images"):
-        counts[tar.relative_to(folder).as_posix()] = count = len(_samples(tar))
+        counts[tar.relative_to(folder).as_posix()] = count = len(_members(tar))
         if not count:
             raise UserError(f"{tar} has no image with a caption (members KEY.jpg, KEY.txt). Choose another mirror.")
     _write_index(folder, size, counts)
@@ -308,29 +308,39 @@ def _write_index(folder: Path, size: int, counts: dict[str, int]) -> None:
     write_json(folder / INDEX, {"size": size, "samples": sum(counts.values()), "shards": counts})
 
 
-def _samples(tar: Path) -> list[tuple[str, bytes]]:
-    """The (key, JPEG bytes) of a tar's images that have a caption, in the order of the tar. UserError if unreadable."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch
+def _members(tar: Path) -> list[tuple[str, int, int]]:
+    """(key, offset, bytes) of a tar's images that have a caption, in the order of the tar. UserError if unreadable."""
+    from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
-        with tar.open("rb") as file:
-            samples = list(group_by_keys(tar_file_expander([{"url": tar.name, "stream": file}])))
+        with tarfile.open(tar) as file:
+            members = [(*base_plus_ext(member.name), member) for member in file if member.isfile()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
-    return [(sample["__key__"], sample["jpg"]) for sample in samples if "jpg" in sample and "txt" in sample]
+    captioned = {key for key, extension, _ in members if extension == "txt"}
+    return [(key, m.offset_data, m.size) for key, extension, m in members if extension == "jpg" and key in captioned]
+
+
+class Sample(NamedTuple):
+    """image: None where it cannot be decoded; after: where its stream goes on, for `Shards.stream(start=...)`."""
+
+    key: str
+    image: Image.Image | None
+    after: tuple[int, int]
 
 
 class Shards:
     """The images of a folder of shards; `len()` is their number, those that cannot be decoded included.
 
-    Keys of images that could not be decoded gather in `undecodable`. A shard is read whole before its first image is
-    given; of the mirror's, that takes 450 MB of memory and about a second.
+    Images are read one by one where they lie, so that memory does not grow with the size of a shard.
     """
 
-    def __init__(self, folder: Path, max_undecodable: float = 0.01) -> None:
-        """Bear with a share `max_undecodable` of each shard. Raises UserError where the index is missing or wrong."""
+    def __init__(self, folder: Path, max_undecodable: float = 0.01, held_out: int = 0) -> None:
+        """Bear with a share `max_undecodable` of each shard; keep the last shard's first `held_out` from the streams.
+
+        Raises UserError where the index is missing or wrong, or the last shard has no more than `held_out`.
+        """
         self.folder, self.max_undecodable = folder, max_undecodable
-        self.undecodable: set[str] = set()
         path = folder / INDEX
         if not path.is_file():
             raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro`.")
@@ -343,50 +353,74 @@ class Shards:
             raise UserError(f"{path} is damaged ({error!r}). {MEND}") from error
         if not whole:
             raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {MEND}")
+        self.names = list(self.counts)
+        last = self.names[-1]
+        self.reserved = {last: held_out}
+        if held_out and self.counts[last] <= held_out:
+            raise UserError(
+                f"{folder / last} has {self.counts[last]} images, of which {held_out} are to be held out of training: "
+                "none would be left. Lower train.held_out.images in params.yaml."
+            )
 
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def stream(self, seed: int) -> Iterator[tuple[str, Image.Image]]:
-        """Yield (key, RGB image) without end, epoch after epoch: a pure function of the seed.
+    def stream(self, seed: int, number: int = 0, of: int = 1, start: tuple[int, int] | None = None) -> Iterator[Sample]:
+        """Samples without end: stream `number` of `of`, which share the shards, a pure function of these and the seed.
 
+        The shards of all epochs, each epoch in an order of its own, make one endless row, of which a stream takes every
+        `of`-th: in an epoch no shard is read by two streams. `start` is the `after` of an earlier sample.
         Raises UserError for a shard that is missing, truncated or damaged, or that has too many undecodable images.
         """
-        for epoch in itertools.count():
-            yield from self.epoch(seed, epoch)
+        first, image = start or (number, 0)
+        for shard in itertools.count(first, of):
+            yield from self._shuffled(shard, seed, image)
+            image = 0
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[str, Image.Image]]:
-        """Every image once: shards in random order, and each shard's images in random order."""
-        names = list(self.counts)
-        for i in _permutation(len(names), seed, "order", epoch):
-            yield from self._shuffled(names[i], seed, epoch)
+    def held_out(self) -> list[Image.Image]:
+        """The images that are kept from the streams, those that cannot be decoded left out."""
+        ((name, count),) = self.reserved.items()
+        with (self.folder / name).open("rb") as file:
+            found = [self._decode(file, offset, size)[0] for _, offset, size in self._members(name)[:count]]
+        return [image for image in found if image]
 
-    def _shuffled(self, name: str, seed: int, epoch: int) -> Iterator[tuple[str, Image.Image]]:
-        samples = self._read(name)
+    def _shuffled(self, shard: int, seed: int, first: int) -> Iterator[Sample]:
+        """The images of a shard of the endless row in random order, from the `first` on."""
+        epoch, i = divmod(shard, len(self.names))
+        name = self.names[_permutation(len(self.names), seed, "order", epoch)[i]]
+        members = self._members(name)
         failed = 0
-        for j in _permutation(len(samples), seed, "order", epoch, name):
-            key, encoded = samples[j]
-            try:
-                image = Image.open(io.BytesIO(encoded)).convert("RGB")  # convert() decodes to the end
-            except (OSError, SyntaxError, ValueError) as error:
-                self.undecodable.add(key)
-                failed += 1
-                if failed > self.max_undecodable * len(samples):
-                    raise UserError(
-                        f"{self.folder / name}: {failed} of its {len(samples)} images cannot be decoded, more than the "
-                        f"share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
-                    ) from error
-                continue
-            yield key, image
+        with (self.folder / name).open("rb") as file:
+            for after, j in enumerate(_permutation(len(members), seed, "order", epoch, name)[first:], first + 1):
+                if j < self.reserved.get(name, 0):
+                    continue
+                key, offset, size = members[j]
+                image, error = self._decode(file, offset, size)
+                if error:
+                    failed += 1
+                    if failed > self.max_undecodable * len(members):
+                        raise UserError(
+                            f"{self.folder / name}: {failed} of its {len(members)} images cannot be decoded, more than "
+                            f"the share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
+                        )
+                yield Sample(key, image, (shard, after))
 
-    def _read(self, name: str) -> list[tuple[str, bytes]]:
-        """The (key, JPEG bytes) of one shard, in the order of the tar."""
-        samples = _samples(self.folder / name)
+    @staticmethod
+    def _decode(file: BinaryIO, offset: int, size: int) -> tuple[Image.Image | None, Exception | None]:
+        file.seek(offset)
+        try:
+            return Image.open(io.BytesIO(file.read(size))).convert("RGB"), None  # convert() decodes to the end
+        except (OSError, SyntaxError, ValueError) as error:
+            return None, error
+
+    def _members(self, name: str) -> list[tuple[str, int, int]]:
+        """The (key, offset, bytes) of one shard's images, in the order of the tar."""
+        members = _members(self.folder / name)
         # A tar cut between two members, or in a header, reads like a shorter tar: only the count tells.
-        if len(samples) != self.counts[name]:
+        if len(members) != self.counts[name]:
             path = self.folder / name
-            raise UserError(f"{path} holds {len(samples)} images where {INDEX} says {self.counts[name]}. {MEND}")
-        return samples
+            raise UserError(f"{path} holds {len(members)} images where {INDEX} says {self.counts[name]}. {MEND}")
+        return members
 
 
 def _permutation(n: int, *purpose: str | int) -> list[int]:

@@ -1,8 +1,7 @@
 """Noising and its target, and the random draws of one step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -11,8 +10,7 @@ from pipeline.diva.condition import TokenRule, draw_positions
 Prediction = Literal["epsilon", "v_prediction"]
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What is random in one noising of B images: timestep [B], noise [B, C, h, w], token positions [B, K] or None."""
 
     timestep_B: torch.Tensor
@@ -20,8 +18,16 @@ class Draw:
     positions_BK: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Draw":
-        positions = None if self.positions_BK is None else self.positions_BK.to(device)
-        return Draw(self.timestep_B.to(device), self.noise_BChw.to(device), positions)
+        """Asynchronously, where the tensors lie in pinned memory."""
+        return Draw(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+
+    def images(self, chosen: slice) -> "Draw":
+        return Draw(*(None if part is None else part[chosen] for part in self))
+
+    @staticmethod
+    def cat(draws: Sequence["Draw"]) -> "Draw":
+        """The draws of several lots of images as one."""
+        return Draw(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*draws, strict=True)))
 
 
 def draw(

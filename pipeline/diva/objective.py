@@ -1,5 +1,6 @@
 """The feedback: how well a frozen denoiser restores an image when the image tower tells it what is there."""
 
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import torch
@@ -11,7 +12,11 @@ from pipeline.diva.diffusion import Draw, Prediction, add_noise, target
 
 
 class Tower(Protocol):
-    """An image tower whose parameters are trained."""
+    """An image tower, all of whose parameters are trained."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(pooled [B, D], patches [B, N, D])"""
@@ -55,17 +60,13 @@ class Feedback(nn.Module):
     def forward(self, pixels_BCHW: torch.Tensor, latent_BChw: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         """Mean squared error of each draw, [draws].
 
-        The published code runs the tower once for each draw. The tower itself is deterministic, so one run serves all
-        draws: their gradients meet at its tokens (tests/test_golden.py holds both against the published arrays).
+        The published code runs tower and UNet once for each draw. The tower is deterministic, so one run serves all
+        draws, and their gradients meet at its tokens; the UNet sees all draws as one batch.
         """
         pooled_BD, patches_BND = self.tower.image_tokens(pixels_BCHW)
-        return torch.stack([self._error(pooled_BD, patches_BND, latent_BChw, draw) for draw in draws])
-
-    def _error(
-        self, pooled_BD: torch.Tensor, patches_BND: torch.Tensor, latent_BChw: torch.Tensor, draw: Draw
-    ) -> torch.Tensor:
-        alphas, t_B, noise = self.denoiser.alphas_cumprod, draw.timestep_B, draw.noise_BChw
-        noised = add_noise(latent_BChw, noise, t_B, alphas)
-        predicted = self.denoiser(noised, t_B, self.condition(pooled_BD, patches_BND, draw.positions_BK))
-        wanted = target(latent_BChw, noise, t_B, alphas, self.denoiser.prediction_type)
-        return F.mse_loss(predicted.float(), wanted)
+        condition_BTD = torch.cat([self.condition(pooled_BD, patches_BND, draw.positions_BK) for draw in draws])
+        t_B, noise = (torch.cat(parts) for parts in ([d.timestep_B for d in draws], [d.noise_BChw for d in draws]))
+        latent, alphas = latent_BChw.repeat(len(draws), 1, 1, 1), self.denoiser.alphas_cumprod
+        predicted = self.denoiser(add_noise(latent, noise, t_B, alphas), t_B, condition_BTD)
+        wanted = target(latent, noise, t_B, alphas, self.denoiser.prediction_type)
+        return F.mse_loss(predicted.float(), wanted, reduction="none").flatten(1).mean(1).view(len(draws), -1).mean(1)

@@ -5,8 +5,10 @@ the second phase alone; `projection_steps` fits the fresh visual projection firs
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,12 +19,14 @@ from pipeline.diva.objective import Feedback
 
 @dataclass(frozen=True)
 class Recipe:
-    """draw_weights: one noising of every image for each; a step's gradient is the sum of weight x mean over the batch.
+    """batch: images of a step, over all processes.
+    draw_weights: one noising of every image for each; a step's gradient is the sum of weight x mean over the batch.
 
     The released code gives two draws [A, 1]: it divides by the accumulation steps A = 5 what the trainer
     back-propagates, the last draw, and not what is back-propagated inside forward (tests/golden/README.md).
     """
 
+    batch: int
     steps: int
     lr: float
     momentum: float
@@ -36,28 +40,54 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """pixels [B, C, H, W] for the tower, latent [B, c, h, w], and the draws of its images."""
+    """pixels [B, C, H, W] for the tower, latent [B, c, h, w], and the draws of its images.
+
+    last: of this process in this step; only then do processes exchange gradients.
+    """
 
     pixels_BCHW: torch.Tensor
     latent_BChw: torch.Tensor
     draws: list[Draw]
+    last: bool
+
+
+class Processes(Protocol):
+    """What `accelerate.Accelerator` is to a step; each process has the same parameters and a part of the batch."""
+
+    num_processes: int
+
+    def prepare(self, model: nn.Module) -> nn.Module: ...
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager: ...
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor: ...
+
+    def free_memory(self) -> object: ...
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished step. loss: mean over images and draws; gradient_norm: before clipping."""
+    """One finished step.
+
+    loss: mean over images and draws; gradient_norm: before clipping; parameter_norm: after the step; update_norm: of
+    what the step changed; held_out_loss: after the step, None where it was not measured.
+    """
 
     phase: str
     step: int
     loss: float
     lr: float
     gradient_norm: float
+    parameter_norm: float
+    update_norm: float
+    held_out_loss: float | None
 
 
 @dataclass(frozen=True)
 class Phase:
     name: str
     steps: int
+    batch: int
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     lr: Callable[[int], float]
@@ -81,16 +111,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def phases(feedback: Feedback, tower_parameters: list[nn.Parameter], recipe: Recipe) -> list[Phase]:
+def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
     """What the recipe trains, in order. The tower's phase trains tower and projection together, as published."""
     projection = list(feedback.projection.parameters())
-    trained = [*tower_parameters, *projection]
+    trained = [*feedback.tower.parameters(), *projection]
     return [
         Phase(
             name="projection",
             steps=recipe.projection_steps,
+            batch=recipe.batch,
             parameters=projection,
-            optimizer=torch.optim.AdamW(projection, lr=recipe.projection_lr),
+            optimizer=torch.optim.AdamW(projection, lr=recipe.projection_lr, fused=True),
             lr=lambda step: recipe.projection_lr,
             draw_weights=[1.0] * len(recipe.draw_weights),
             clip_norm=recipe.clip_norm,
@@ -98,9 +129,10 @@ def phases(feedback: Feedback, tower_parameters: list[nn.Parameter], recipe: Rec
         Phase(
             name="tower",
             steps=recipe.steps,
+            batch=recipe.batch,
             parameters=trained,
             optimizer=torch.optim.SGD(
-                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
             ),
             lr=lambda step: learning_rate(step, recipe.steps, recipe.lr, recipe.warmup_ratio),
             draw_weights=recipe.draw_weights,
@@ -110,34 +142,103 @@ def phases(feedback: Feedback, tower_parameters: list[nn.Parameter], recipe: Rec
 
 
 def run(
-    feedback: Feedback, phase: Phase, batch: Callable[[int], list[MicroBatch]], precision: torch.dtype
+    feedback: Feedback,
+    phase: Phase,
+    batch: Callable[[int], Iterable[MicroBatch]],
+    precision: torch.dtype,
+    processes: Processes,
+    start: int = 0,
+    held_out: Callable[[int], float | None] = lambda step: None,
 ) -> Iterator[Record]:
-    """Train one phase, yielding a record after every step. `batch(step)` gives the step's micro-batches.
+    """Train one phase from step `start` on, yielding a record after every step.
 
-    Raises NotFiniteError before the parameters are touched.
+    `batch(step)` gives the micro-batches of this process, one at a time; `held_out(step)` measures after the step.
+    Raises NotFiniteError, in all processes alike, before the parameters are touched.
     """
     feedback.requires_grad_(False)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
-    for step in range(phase.steps):
+    model = processes.prepare(feedback)
+    for step in range(start, phase.steps):
         # --------------------------------------------------------------------------------------------------- one step
-        micro_batches = batch(step)
         phase.optimizer.zero_grad(set_to_none=True)
-        mean_loss = 0.0
-        for micro in micro_batches:
-            device = micro.pixels_BCHW.device.type
-            with torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
-                losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
-            weights = torch.tensor(phase.draw_weights, device=losses.device) / len(micro_batches)
-            (weights * losses).sum().backward()
-            mean_loss += losses.mean().item() / len(micro_batches)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm).item()
+        loss = torch.zeros(())
+        for micro in batch(step):
+            share = len(micro.pixels_BCHW) / phase.batch
+            with nullcontext() if micro.last else processes.no_sync(model):
+                with autocast(micro.pixels_BCHW.device, precision):
+                    losses = model(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
+                weights = losses.new_tensor(phase.draw_weights) * (share * processes.num_processes)  # processes average
+                (weights * losses).sum().backward()
+            loss = loss.to(losses.device) + losses.detach().mean() * share
+        mean_loss = processes.reduce(loss, "sum").item()
+        gradient_norm = nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm).item()
         for what, value in (("the loss", mean_loss), ("the gradient's norm", gradient_norm)):
             if not math.isfinite(value):
                 raise NotFiniteError(phase.name, step, what, value)
         lr = phase.lr(step)
         for group in phase.optimizer.param_groups:
             group["lr"] = lr
+        before = [parameter.detach().clone() for parameter in phase.parameters]
         phase.optimizer.step()
         # ------------------------------------------------------------------------------------------------------------
-        yield Record(phase.name, step, mean_loss, lr, gradient_norm)
+        updates = torch._foreach_sub([parameter.detach() for parameter in phase.parameters], before)
+        parameter_norm, update_norm = (norm(tensors) for tensors in (phase.parameters, updates))
+        yield Record(
+            phase.name, step, mean_loss, lr, gradient_norm, parameter_norm, update_norm, held_out(step)
+        )  # fmt: skip
+    processes.free_memory()  # the wrapper of this phase's parameters
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+@torch.no_grad()
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return nn.utils.get_total_norm(tensors).item()
+
+
+@torch.no_grad()
+def denoising_loss(
+    feedback: Feedback, micro_batches: list[MicroBatch], images: int, precision: torch.dtype, processes: Processes
+) -> float:
+    """Mean squared error over `images` and draws, of which this process has `micro_batches`."""
+    loss = torch.zeros((), device=feedback.text_1LD.device)
+    for micro in micro_batches:
+        with autocast(loss.device, precision):
+            losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
+        loss += losses.mean() * (len(micro.pixels_BCHW) / images)
+    return processes.reduce(loss, "sum").item()
+
+
+def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
+    """Every tensor that the next step of a phase depends on, by name."""
+    return {
+        **{f"model.{name}": tensor for name, tensor in _trained(feedback).items()},
+        **{
+            f"optimizer.{i}.{name}": tensor
+            for i, tensors in phase.optimizer.state_dict()["state"].items()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        },
+    }
+
+
+@torch.no_grad()
+def restore(feedback: Feedback, phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `state` gave."""
+    for name, parameter in _trained(feedback).items():
+        parameter.copy_(tensors[f"model.{name}"])
+    optimizer: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            i, _, name = rest.partition(".")
+            optimizer.setdefault(int(i), {})[name] = tensor
+    phase.optimizer.load_state_dict({**phase.optimizer.state_dict(), "state": optimizer})
+
+
+def _trained(feedback: Feedback) -> dict[str, nn.Parameter]:
+    parts = {"tower": feedback.tower.named_parameters(), "projection": feedback.projection.named_parameters()}
+    return {f"{part}.{name}": parameter for part, named in parts.items() for name, parameter in named}

@@ -1,0 +1,43 @@
+"""One file that a long computation can go on from: tensors by name and a state that JSON can hold."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from pipeline.runtime import remove
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
+    """Write all or nothing: until the new file lies on the disk, the one before it stands.
+
+    Raises OSError or SafetensorError where it cannot be written (a full disk, say).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"state": json.dumps(state)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
+def state(path: Path) -> Any | None:
+    """The state alone; None where there is no checkpoint, or none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["state"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)

@@ -1,0 +1,192 @@
+"""What each step is fed: the images of this process's streams, their crops and draws, as micro-batches on its device.
+
+A step's batch is cut into as many equal chunks as there are streams (profiles.<profile>.train.streams), however many
+processes and workers share these: what sample i of step s is, and how it is drawn, depends on the seed alone.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision.transforms.functional import pil_to_tensor
+
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.shards import Shards
+from pipeline.diva import diffusion, pixels
+from pipeline.diva.condition import TokenRule
+from pipeline.diva.training import MicroBatch
+from pipeline.params import Train
+from pipeline.runtime import UserError, generator
+
+Position = tuple[int, int]  # of a stream: see adapters.shards.Sample
+
+
+class Chunk(NamedTuple):
+    """What one stream gives to one step: uint8 pixels at the generator's size; `after`: where the stream goes on."""
+
+    stream: int
+    pixels_BCHW: torch.Tensor
+    draws: list[diffusion.Draw]
+    after: Position
+    undecodable: list[str]
+
+
+def share(total: int, index: int, of: int) -> range:
+    """The part of range(total) that falls to process `index` of `of`; the parts are as equal as can be."""
+    return range(total * index // of, total * (index + 1) // of)
+
+
+class Chunks(IterableDataset):
+    """The chunks of some streams, step by step in the streams' order; a worker process makes those of its streams.
+
+    DataLoader asks its workers in turn, so each gives as many items a step as any other, None where it has no chunk;
+    a UserError travels as an item, too, since DataLoader would put a traceback into its message.
+    """
+
+    def __init__(
+        self, shards: Shards, p: Train, seed: int, streams: range, after: dict[int, Position],
+        steps: list[tuple[str, int]], latent_shape: torch.Size, patches: int, rule: TokenRule,
+    ) -> None:  # fmt: skip
+        self.shards, self.p, self.seed, self.streams, self.after, self.steps = shards, p, seed, streams, after, steps
+        self.latent_shape, self.patches, self.rule = latent_shape, patches, rule
+
+    def __iter__(self) -> Iterator[Chunk | UserError | None]:
+        worker = get_worker_info()
+        index, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        own = [self.of_stream(number) for number in self.streams[index::of]]
+        empty = [None] * (math.ceil(len(self.streams) / of) - len(own))
+        try:
+            for _ in self.steps:
+                yield from (next(chunks) for chunks in own)
+                yield from empty
+        except UserError as error:
+            yield error
+
+    def of_stream(self, number: int) -> Iterator[Chunk]:
+        size = self.p.batch // self.p.streams
+        samples = range(number * size, (number + 1) * size)
+        stream = self.shards.stream(self.seed, number, self.p.streams, self.after.get(number))
+        for phase, step in self.steps:
+            cropped: list[torch.Tensor] = []
+            undecodable = []
+            while len(cropped) < size:
+                key, image, after = next(stream)
+                if image is None:
+                    undecodable.append(key)
+                else:
+                    draws = generator(self.seed, "crop", phase, step, samples[len(cropped)])
+                    cropped.append(self.crop(image, draws))
+            drawn = [
+                self.draw([generator(self.seed, "draw", phase, step, i, k) for i in samples])
+                for k in range(len(self.p.draw_weights))
+            ]
+            yield Chunk(number, torch.stack(cropped), drawn, after, undecodable)
+
+    def crop(self, image: Image.Image, draws: torch.Generator) -> torch.Tensor:
+        """A random crop, resized to the generator's size: uint8 [3, size, size]."""
+        (width, height), (low, high), (narrow, wide) = image.size, self.p.crop.scale, self.p.crop.ratio
+        box = pixels.crop_box(width, height, scale=(low, high), ratio=(narrow, wide), generator=draws)
+        return pil_to_tensor(image.crop(box).resize((self.p.size, self.p.size), Image.Resampling.BICUBIC))
+
+    def draw(self, generators: list[torch.Generator]) -> diffusion.Draw:
+        low, high = self.p.timesteps
+        return diffusion.draw(self.latent_shape, self.patches, self.rule, (low, high), generators)
+
+
+class Batches:
+    """Call with a step, in order, for the micro-batches of this process.
+
+    after: where each stream of this process goes on after the last micro-batch given; undecodable: keys of the images
+    that were passed over; waited: seconds spent waiting for images.
+    """
+
+    def __init__(
+        self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, seed: int,
+        compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
+        after: dict[int, Position] | None = None, undecodable: set[str] | None = None, workers: int | None = None,
+    ) -> None:  # fmt: skip
+        """steps: (phase, step) of all that will be asked for; workers: processes that decode, by default one for each
+        core of this process where a GPU computes, none where the cores do.
+        """
+        if processes > p.streams:
+            raise UserError(
+                f"{processes} processes share {p.streams} streams of images: some would have none. Start fewer, or "
+                "raise train.streams in params.yaml."
+            )
+        self.denoiser, self.p, self.compute = denoiser, p, compute
+        self.process, self.processes = process, processes
+        self.image_size = backbone.image_size
+        own = pixels.Statistics(backbone.mean, backbone.std)
+        self.tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
+        published = p.pixels.generator_statistics == "imagenet"
+        self.undone_by = pixels.IMAGENET if published else self.tower_statistics
+        self.after, self.undecodable, self.waited = dict(after or {}), set(undecodable or ()), 0.0
+        streams = share(p.streams, process, processes)
+        self.count = len(streams) * (p.batch // p.streams)
+        self.chunks = Chunks(
+            shards, p, seed, streams, dict(self.after), steps, denoiser.latent_shape(p.size), backbone.patches, rule
+        )
+        gpu = compute.type == "cuda"
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = max(1, min(cores, len(streams))) if gpu else 0
+        self.loader = iter(DataLoader(self.chunks, batch_size=None, num_workers=workers, pin_memory=gpu))
+
+    def __call__(self, step: int) -> Iterator[MicroBatch]:
+        raw_BCHW: torch.Tensor | None = None
+        draws: list[diffusion.Draw] = []
+        left = self.count
+        while left:
+            size = min(self.p.micro_batch, left)
+            while raw_BCHW is None or len(raw_BCHW) < size:
+                chunk = self._next()
+                more = chunk.pixels_BCHW.to(self.compute, non_blocking=True)
+                drawn = [draw.to(self.compute) for draw in chunk.draws]
+                raw_BCHW = more if raw_BCHW is None else torch.cat([raw_BCHW, more])
+                draws = [diffusion.Draw.cat(two) for two in zip(draws, drawn, strict=True)] if draws else drawn
+            left -= size
+            yield self._micro_batch(raw_BCHW[:size], [draw.images(slice(size)) for draw in draws], last=not left)
+            raw_BCHW, draws = raw_BCHW[size:], [draw.images(slice(size, None)) for draw in draws]
+
+    def held_out(self) -> tuple[list[MicroBatch], int]:
+        """This process's part of the images that are never trained on, and the number of all of them.
+
+        Crops and draws are the same in every run: one draw an image, its timestep the middle of an equal part of their
+        range.
+        """
+        images = self.chunks.shards.held_out()
+        own = share(len(images), self.process, self.processes)
+        low, high = self.p.timesteps
+        micro_batches = []
+        for first in range(own.start, own.stop, self.p.micro_batch):
+            chosen = range(first, min(first + self.p.micro_batch, own.stop))
+            cropped = [self.chunks.crop(images[i], generator("held out", "crop", i)) for i in chosen]
+            timestep_B = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * len(images)) for i in chosen])
+            draw = self.chunks.draw([generator("held out", "draw", i) for i in chosen])._replace(timestep_B=timestep_B)
+            raw_BCHW = torch.stack(cropped).to(self.compute)
+            micro_batches.append(self._micro_batch(raw_BCHW, [draw.to(self.compute)], last=False))
+        return micro_batches, len(images)
+
+    def _next(self) -> Chunk:
+        start = time.perf_counter()
+        chunk = None
+        while chunk is None:
+            chunk = next(self.loader)
+            if isinstance(chunk, UserError):
+                raise chunk
+        self.waited += time.perf_counter() - start
+        self.after[chunk.stream] = (chunk.after[0], chunk.after[1])
+        self.undecodable.update(chunk.undecodable)
+        return chunk
+
+    def _micro_batch(self, raw_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool) -> MicroBatch:
+        pixels_BCHW = raw_BCHW.float() / 255
+        latent = self.denoiser.latent(pixels.generator_pixels(pixels_BCHW, self.tower_statistics, self.undone_by))
+        seen = pixels.tower_pixels(pixels_BCHW, self.tower_statistics, self.image_size, self.p.pixels.tower_antialias)
+        return MicroBatch(seen, latent, draws, last)

@@ -1,0 +1,388 @@
+"""The engine around the step: what it is fed, several processes, kills and resumes, full disks."""
+
+import dataclasses
+import json
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import launch
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+from test_stages import METRICS, MODELS, finished, here, run, trained, write_params, write_shards  # noqa: F401
+
+from pipeline import params, train
+from pipeline.adapters import checkpoints
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.shards import Shards
+from pipeline.batches import Batches, share
+from pipeline.diva.condition import TokenRule
+from pipeline.diva.training import MicroBatch
+from pipeline.params import Train
+from pipeline.runtime import UserError, write_json
+
+RULE = TokenRule("random", 5)
+CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
+
+
+# -------------------------------------------------------------------------------------------------- what steps are fed
+
+
+@pytest.fixture
+def models(here: Path) -> tuple[Backbone, Denoiser]:  # noqa: F811
+    """Beside three shards of images, of which two cannot be decoded."""
+    shutil.rmtree("data/mini/images")
+    counts = {}
+    for i, count in enumerate((9, 8, 7)):
+        write_shards(Path("data/mini/images", str(i)), count)
+        counts[f"{i}/00000.tar"] = count
+    path = Path("data/mini/images/1/00000.tar")
+    content = path.read_bytes()
+    for _ in range(2):
+        start = content.index(b"\xff\xd8\xff")
+        content = content[:start] + b"none" + content[start + 4 :]
+    path.write_bytes(content)
+    write_json(Path("data/mini/images/shards.json"), {"size": 64, "samples": 24, "shards": counts})
+    return Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser").for_feedback(torch.float32)
+
+
+def section(**changes: object) -> Train:
+    found = params.load().profile.train.model_dump()
+    return Train(**(found | {"batch": 8, "streams": 4, "micro_batch": 3, "max_undecodable": 0.5} | changes))
+
+
+STEPS = [("projection", 0), ("projection", 1), ("tower", 0), ("tower", 1), ("tower", 2)]
+
+
+def feed(models: tuple[Backbone, Denoiser], p: Train, steps: list[tuple[str, int]] = STEPS, **options) -> Batches:
+    shards = Shards(Path("data/mini/images"), p.max_undecodable, held_out=2)
+    return Batches(shards, *models, RULE, p, 42, torch.device("cpu"), steps, **options)
+
+
+def whole(parts: list[MicroBatch]) -> list[torch.Tensor]:
+    """All tensors of a step, however it was cut."""
+    draws = [draw for micro in parts for draw in micro.draws]
+    each = [draws[k :: len(parts[0].draws)] for k in range(len(parts[0].draws))]
+    return [
+        torch.cat([micro.pixels_BCHW for micro in parts]),
+        torch.cat([micro.latent_BChw for micro in parts]),
+        *(torch.cat(tensors) for same in each for tensors in zip(*same, strict=True)),
+    ]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "micro_batch"), [(1, 0, 8), (1, 2, 3), (1, 2, 5), (2, 0, 3), (3, 1, 2), (4, 0, 1)]
+)
+def test_a_step_is_the_same_however_it_is_shared(
+    models: tuple[Backbone, Denoiser], processes: int, workers: int, micro_batch: int
+) -> None:
+    expected = feed(models, section())
+    parts = [
+        feed(models, section(micro_batch=micro_batch), process=i, processes=processes, workers=workers)
+        for i in range(processes)
+    ]
+    for _, step in STEPS:
+        cut = [list(part(step)) for part in parts]
+        assert all([micro.last for micro in own] == [False] * (len(own) - 1) + [True] for own in cut)
+        assert all(len(micro.pixels_BCHW) <= micro_batch for own in cut for micro in own)
+        assert same(whole(list(expected(step))), whole([micro for own in cut for micro in own]))
+    positions = {stream: after for part in parts for stream, after in part.after.items() if stream in part_of(part)}
+    assert positions == expected.after
+    assert set().union(*(part.undecodable for part in parts)) == expected.undecodable != set()
+
+
+def part_of(part: Batches) -> range:
+    return share(4, part.process, part.processes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_feed_goes_on_where_it_was(models: tuple[Backbone, Denoiser], workers: int) -> None:
+    """However far ahead its workers have read."""
+    expected, first = feed(models, section()), feed(models, section(), workers=workers)
+    for _, step in STEPS[:2]:
+        list(expected(step)), list(first(step))
+    rest = feed(models, section(), STEPS[2:], after=first.after, undecodable=first.undecodable, workers=workers)
+    for _, step in STEPS[2:]:
+        assert same(whole(list(expected(step))), whole(list(rest(step))))
+    assert (rest.after, rest.undecodable) == (expected.after, expected.undecodable)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_told_in_its_own_words(models: tuple[Backbone, Denoiser], workers: int) -> None:
+    Path("data/mini/images/2/00000.tar").write_bytes(b"")
+    batches = feed(models, section(), workers=workers)
+    with pytest.raises(UserError, match=r"^data/mini/images/2/00000\.tar cannot be read"):
+        [list(batches(step)) for _, step in STEPS]
+
+
+def test_more_processes_than_streams_are_refused(models: tuple[Backbone, Denoiser]) -> None:
+    with pytest.raises(UserError, match="5 processes share 4 streams of images"):
+        feed(models, section(), process=0, processes=5)
+
+
+def test_held_out_images_and_their_draws_never_change(models: tuple[Backbone, Denoiser]) -> None:
+    (alone,), number = feed(models, section()).held_out()
+    assert number == len(alone.pixels_BCHW) == 2
+    assert [len(draw.timestep_B) for draw in alone.draws] == [2]
+    assert alone.draws[0].timestep_B.tolist() == [250, 750]
+    parts = [feed(models, section(), process=i, processes=2).held_out()[0] for i in range(2)]
+    assert same(whole([alone]), whole([micro for part in parts for micro in part]))
+    assert feed(models, section(), process=0, processes=4).held_out()[0] == []  # two images for four processes
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """The bytes of what the stage makes."""
+    roots = folder / MODELS / "diva", folder / METRICS / "train"
+    files = [path for root in roots for path in root.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    plots = folder / METRICS / "train/mini/plots/metrics"
+    return {
+        f"{phase}/{curve}": pd.read_csv(plots / phase / f"{curve}.tsv", sep="\t")[curve].tolist()
+        for phase in ("projection", "tower")
+        for curve in CURVES
+    }
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path) -> None:  # noqa: F811
+    write_params(
+        **{f"profiles.mini.train.{key}": value for key, value in {"batch": 8, "streams": 4, "micro_batch": 3}.items()},
+        **{"profiles.mini.train.lr": 0.05},
+    )
+    found = {}
+    for world in (1, 2, 3, 4):
+        folder = tmp_path / str(world)
+        shutil.copytree(here, folder)
+        launch.finish(folder, world)
+        found[world] = curves(folder)
+    assert all(found[1].values())
+    for world in (2, 3, 4):
+        for curve, values in found[1].items():
+            assert found[world][curve] == pytest.approx(values, rel=1e-5), (world, curve)
+    made = [Backbone.load(tmp_path / str(world) / MODELS / "diva/mini").clip.state_dict() for world in (1, 4)]
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: called.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["train.py", "openai_224"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for gpus in (0, 1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        train.start_on_every_gpu()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224"]]
+    monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
+    train.start_on_every_gpu()
+    assert len(called) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- kills and resume
+
+LONGER = {
+    "profiles.mini.train.steps": 25,
+    "profiles.mini.train.projection_steps": 10,
+    "profiles.mini.train.checkpoint_minutes": 0.0,
+    "profiles.mini.train.lr": 0.05,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_ten_kills_at_random_moments_change_no_bit(here: Path, tmp_path: Path, world: int) -> None:  # noqa: F811
+    write_params(**LONGER)
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(here, undisturbed)
+    start = time.monotonic()
+    launch.finish(undisturbed, world)
+    seconds = time.monotonic() - start
+    expected, draws, kills, resumed = outputs(undisturbed), random.Random(world), 0, 0
+    assert len(expected) > 10
+
+    while kills < 10:
+        processes = launch.start(here, world)
+        processes[0].join(draws.uniform(0.1, 0.8) * seconds)
+        if processes[0].exitcode is None:
+            draws.choice(processes).kill()  # the other one misses it, and ends
+            kills += 1
+        for process in processes:
+            process.join(60)
+        output = (here / "output0").read_text()
+        resumed += "going on after step" in output
+        if processes[0].exitcode == 0:
+            assert outputs(here) == expected
+            for folder in (MODELS / "diva", METRICS / "train"):
+                shutil.rmtree(here / folder)
+    launch.finish(here, world)
+    assert outputs(here) == expected
+    assert resumed >= 3
+    assert sorted(path.name for path in (here / MODELS / "diva").iterdir()) == [".mini.lock", "mini"]
+
+
+class KilledError(Exception):
+    """Stands for a kill, in the process of the test."""
+
+
+@contextmanager
+def killed_after(saves: int) -> Iterator[None]:
+    """Let the stage die just after it has written so many checkpoints."""
+    save, left = checkpoints.save, [saves]
+
+    def save_and_die(*arguments) -> None:
+        save(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_and_die)
+        yield
+
+
+@pytest.mark.parametrize("saves", [1, 3, 5, 7])
+def test_a_run_goes_on_from_its_checkpoint(
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], saves: int  # noqa: F811
+) -> None:  # fmt: skip
+    """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    with pytest.raises(KilledError), killed_after(saves):
+        run(train, "mini")
+    assert outputs(here) == {}
+    capsys.readouterr()
+    run(train, "mini")
+    phase, step = ("projection", saves - 1) if saves <= 3 else ("tower", saves - 4)
+    assert f"going on after step {step} of phase '{phase}'" in capsys.readouterr().out
+    expected = outputs(finished)
+    notes = f"{MODELS}/diva/mini/diva.json"
+    made = outputs(here)
+    assert json.loads(made.pop(notes))["result"] == json.loads(expected.pop(notes))["result"]
+    assert made == expected
+
+
+def change_the_rate() -> None:
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.train.lr": 0.25})
+
+
+def change_the_seed() -> None:
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(content | {"seed": 3}))
+
+
+def change_the_backbone() -> None:
+    path = MODELS / "pretrained/mini/open_clip_model.safetensors"
+    tensors = checkpoints.tensors(path)
+    tensors["visual.proj"] += 1e-3
+    checkpoints.save(path, tensors, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_the_rate, "recipe.lr (0.5, now 0.25)"),
+        (change_the_seed, "seed (42, now 3)"),
+        (change_the_backbone, "backbone"),
+    ],
+)
+def test_another_recipe_never_goes_on_from_a_checkpoint(
+    here: Path, capsys: pytest.CaptureFixture[str], change, named: str  # noqa: F811
+) -> None:  # fmt: skip
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    with pytest.raises(KilledError), killed_after(5):
+        run(train, "mini")
+    change()
+    capsys.readouterr()
+    run(train, "mini")
+    printed = capsys.readouterr().out
+    assert f"mini.checkpoint is of another run, which differs in {named}: training starts anew" in printed
+    assert "going on" not in printed
+    made = outputs(here)
+    shutil.rmtree(MODELS / "diva")
+    run(train, "mini")
+    assert outputs(here) == made
+
+
+@contextmanager
+def full_disk(size: int = 1000) -> Iterator[None]:
+    """No file grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / ".x.checkpoint"
+    checkpoints.save(path, {"a": torch.arange(3.0)}, {"step": 1})
+    with pytest.raises((OSError, SafetensorError)), full_disk():
+        checkpoints.save(path, {"a": torch.zeros(5000)}, {"step": 2})
+    assert checkpoints.state(path) == {"step": 1}
+    assert checkpoints.tensors(path)["a"].tolist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == [".x.checkpoint"]
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    save = checkpoints.save
+
+    def save_on_a_full_disk(*arguments) -> None:
+        with full_disk():
+            save(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
+    run(train, "mini")
+    assert capsys.readouterr().err.count("warning: no checkpoint written to models/mini/diva/.mini.checkpoint") == 7
+    weights = f"{MODELS}/diva/mini/open_clip_model.safetensors"
+    assert outputs(here)[weights] == outputs(finished)[weights]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "checkpoint"
+    if content is not None:
+        path.write_bytes(content)
+    assert checkpoints.state(path) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ to watch
+
+
+def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:  # noqa: F811
+    """Of seven steps; every second step and the last of each phase measure the images that are held out."""
+    backbone, _, records = trained()
+    measured = [(record.phase, record.step) for record in records if record.held_out_loss is not None]
+    assert measured == [("projection", 0), ("projection", 2), ("tower", 0), ("tower", 2), ("tower", 3)]
+    first, *_, last = [record for record in records if record.phase == "tower"]
+    assert first.lr == first.update_norm == 0  # the warm-up's
+    assert last.update_norm > 0
+    moved = next(record for record in records if record.phase == "projection")
+    assert 0 < moved.update_norm < moved.parameter_norm
+    assert dataclasses.asdict(first).keys() == {"phase", "step", *CURVES}
+    squares = sum(parameter.square().sum().item() for parameter in backbone.tower.parameters())
+    assert squares**0.5 < last.parameter_norm < squares**0.5 + 10  # the projection's part is small
