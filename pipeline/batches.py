@@ -126,8 +126,9 @@ class Batches:
         self.tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
         published = p.pixels.generator_statistics == "imagenet"
         self.undone_by = pixels.IMAGENET if published else self.tower_statistics
-        self.after, self.undecodable, self.waited = dict(after or {}), set(undecodable or ()), 0.0
         streams = share(p.streams, process, processes)
+        self.after = {stream: position for stream, position in (after or {}).items() if stream in streams}
+        self.undecodable, self.waited = set(undecodable or ()), 0.0
         self.count = len(streams) * (p.batch // p.streams)
         self.chunks = Chunks(
             shards, p, seed, streams, dict(self.after), steps, denoiser.latent_shape(p.size), backbone.patches, rule

@@ -224,6 +224,7 @@ class Train(Section):
     projection_lr: PositiveFloat
     precision: Literal["float32", "bfloat16"]
     compile: bool
+    shard: bool
     max_undecodable: Share
     held_out: HeldOut
     checkpoint_minutes: NonNegativeFloat
@@ -242,6 +243,13 @@ class Train(Section):
         if info.data.get("batch", 0) % streams:
             raise ValueError(f"found {streams}, which does not divide batch {info.data['batch']}")
         return streams
+
+    @field_validator("shard")
+    @classmethod
+    def _not_compiled(cls, shard: bool, info: ValidationInfo) -> bool:
+        if shard and info.data.get("compile"):
+            raise ValueError("found true, but a sharded tower is not compiled here. Set compile to false")
+        return shard
 
 
 class Mmvp(Section):

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from dvclive import Live
 from safetensors import SafetensorError
 
 from pipeline import params
 from pipeline.adapters import checkpoints
-from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.backbones import Backbone, save_like
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import INDEX, Shards
 from pipeline.batches import Batches
@@ -69,6 +69,7 @@ class RunState:
     records: list[training.Record]
     after: dict[int, tuple[int, int]]
     undecodable: set[str]
+    optimizer: tuple[str, dict[str, torch.Tensor]] | None = None  # of the phase that the checkpoint was written in
 
 
 class Checkpoint:
@@ -79,7 +80,7 @@ class Checkpoint:
         self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
         self.saved = time.monotonic()
 
-    def resume(self, feedback: Feedback, phases: list[training.Phase]) -> RunState:
+    def resume(self, feedback: Feedback) -> RunState:
         """Put back the state that was saved where it is of this very run; else say why not."""
         state = checkpoints.state(self.path) if self.processes.is_main_process else None
         if state and (changed := differences(state["fingerprint"], self.fingerprint)):
@@ -89,12 +90,12 @@ class Checkpoint:
         if not state:
             return RunState([], {}, set())
         records = [training.Record(**record) for record in state["records"]]
-        phase = next(phase for phase in phases if phase.name == records[-1].phase)
-        training.restore(feedback, phase, checkpoints.tensors(self.path))
+        last, tensors = records[-1], checkpoints.tensors(self.path)
+        training.restore(feedback, tensors)
         if self.processes.is_main_process:
-            print(f"going on after step {records[-1].step} of phase '{phase.name}', from {self.path}")
+            print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
         after = {int(stream): (shard, image) for stream, (shard, image) in state["after"].items()}
-        return RunState(records, after, set(state["undecodable"]))
+        return RunState(records, after, set(state["undecodable"]), (last.phase, tensors))
 
     def save_if_due(self, feedback: Feedback, phase: training.Phase, so_far: RunState) -> None:
         """A full disk costs the checkpoint, not the run: the one before it stays."""
@@ -103,6 +104,7 @@ class Checkpoint:
             return
         after = dict(gather_object(list(so_far.after.items())))
         undecodable = gather_object(sorted(so_far.undecodable))
+        tensors = training.state(feedback, phase)
         if self.processes.is_main_process:
             state = {
                 "fingerprint": self.fingerprint,
@@ -111,7 +113,7 @@ class Checkpoint:
                 "undecodable": sorted(set(undecodable)),
             }
             try:
-                checkpoints.save(self.path, training.state(feedback, phase), state)
+                checkpoints.save(self.path, tensors, state)
             except (OSError, SafetensorError) as error:
                 print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
         self.saved = time.monotonic()
@@ -162,7 +164,7 @@ def train(
     """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError."""
     recipe = training.Recipe(**{name: getattr(p, name) for name in training.Recipe.__dataclass_fields__})
     phases, precision = training.phases(feedback, recipe), getattr(torch, p.precision)
-    so_far = checkpoint.resume(feedback, phases)
+    so_far = checkpoint.resume(feedback)
     done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
     batches = Batches(
         shards, backbone, denoiser, feedback.tokens, p, seed, processes.device,
@@ -186,8 +188,13 @@ def train(
     with Live(str(curves), **options) if main else nullcontext() as live:
         for record in so_far.records:
             draw(live, record)
-        for phase in phases:
+        for i, phase in enumerate(phases):
             first = done[phase.name]
+            if p.shard and phase.name == "tower":
+                training.shard(feedback, processes.num_processes)
+                phase = training.phases(feedback, recipe)[i]
+            if so_far.optimizer and so_far.optimizer[0] == phase.name:
+                training.restore_optimizer(phase, so_far.optimizer[1])
             steps = training.run(feedback, phase, batches, precision, processes, first, measure(phase.steps))
             bar = {"initial": first, "unit": " images", "unit_scale": p.batch, "disable": not main}
             for record in progress(steps, phase.name, phase.steps, **bar):
@@ -229,9 +236,7 @@ def summary(records: list[training.Record], p: Train, undecodable: int) -> dict[
 def main() -> None:
     start_on_every_gpu()
     p, name = params.load(), sys.argv[1]
-    device()  # asks for deterministic kernels
-    # Frozen weights and buffers are the same in all processes from the start: nothing to send but gradients.
-    processes = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    processes = Accelerator(cpu=device().type == "cpu")
     profile, section = p.run.profile, p.profile.train
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, "diva", name), Path("metrics", profile, "train", name)
@@ -252,18 +257,20 @@ def main() -> None:
         try:
             end = train(feedback, backbone, denoiser, shards, section, p.seed, curves, processes, checkpoint)
         except training.NotFiniteError as error:
+            weights = {name: training.whole(tensor) for name, tensor in backbone.clip.state_dict().items()}
             if not processes.is_main_process:
                 sys.exit(1)
             kept = outputs[0].with_name(f"{name}.last-good")
             remove(kept)
-            backbone.save_like(original, kept)
+            save_like(original, weights, kept)
             raise UserError(
                 f"{error}. Training stopped; the weights before that step are in {kept}. "
                 f"Lower profiles.{profile}.train.lr (now {section.lr:g}), or use precision float32."
             ) from None
+        weights = {name: training.whole(tensor) for name, tensor in backbone.clip.state_dict().items()}
         if processes.is_main_process:
             result = summary(end.records, section, len(end.undecodable))
-            backbone.save_like(original, folder)
+            save_like(original, weights, folder)
             write_json(
                 folder / "diva.json",
                 {

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from pipeline.mini import world
+from pipeline.tools import bench
 
 OPENAI = {
     "embed_dim": 32, "quick_gelu": True,
@@ -42,7 +43,8 @@ STABLE_DIFFUSION = {  # the shapes of stable-diffusion-2-1-base, smaller
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "attention_head_dim": (1, 2), "cross_attention_dim": 32, "norm_num_groups": 4, "use_linear_projection": True,
     },
-    "vae": {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64},
+    "vae": {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
     "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                      "projection_dim": 32},
 }  # fmt: skip
@@ -92,15 +94,7 @@ VIT_L_14 = {
     "context_length": 77, "vocab_size": 49408, "transformer_width": 768, "transformer_heads": 12,
     "transformer_layers": 12,
 }  # fmt: skip
-STABLE_DIFFUSION_2_1_BASE = {
-    "unet": {
-        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
-    },
-    "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768},
+STABLE_DIFFUSION_2_1_BASE = bench.STABLE_DIFFUSION_2_1_BASE | {
     "text_encoder": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
                      "num_attention_heads": 16, "projection_dim": 512},
 }  # fmt: skip
@@ -141,10 +135,7 @@ def stable_diffusion(folder: Path, shapes: Mapping[str, Mapping[str, Any]] = STA
     with torch.random.fork_rng():
         torch.manual_seed(0)
         UNet2DConditionModel(**shapes["unet"]).save_pretrained(folder / "unet")
-        levels = len(shapes["vae"]["block_out_channels"])
-        AutoencoderKL(
-            3, 3, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, latent_channels=4, **shapes["vae"]
-        ).save_pretrained(folder / "vae")
+        AutoencoderKL(**shapes["vae"]).save_pretrained(folder / "vae")
         text = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, hidden_act="gelu", **shapes["text_encoder"])
         CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(

@@ -16,19 +16,23 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors import SafetensorError
-from test_stages import METRICS, MODELS, finished, here, run, trained, write_params, write_shards  # noqa: F401
+from test_stages import CPU, METRICS, MODELS, finished, here, run, trained, write_params, write_shards  # noqa: F401
 
 from pipeline import params, train
 from pipeline.adapters import checkpoints
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
-from pipeline.batches import Batches, share
+from pipeline.batches import Batches
+from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.training import MicroBatch
+from pipeline.diva.objective import Feedback
+from pipeline.diva.training import MicroBatch, Recipe
 from pipeline.params import Train
 from pipeline.runtime import UserError, write_json
+from pipeline.tools import bench
 
 RULE = TokenRule("random", 5)
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
@@ -101,13 +105,8 @@ def test_a_step_is_the_same_however_it_is_shared(
         assert all([micro.last for micro in own] == [False] * (len(own) - 1) + [True] for own in cut)
         assert all(len(micro.pixels_BCHW) <= micro_batch for own in cut for micro in own)
         assert same(whole(list(expected(step))), whole([micro for own in cut for micro in own]))
-    positions = {stream: after for part in parts for stream, after in part.after.items() if stream in part_of(part)}
-    assert positions == expected.after
+    assert dict(position for part in parts for position in part.after.items()) == expected.after
     assert set().union(*(part.undecodable for part in parts)) == expected.undecodable != set()
-
-
-def part_of(part: Batches) -> range:
-    return share(4, part.process, part.processes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,6 +144,89 @@ def test_held_out_images_and_their_draws_never_change(models: tuple[Backbone, De
     assert feed(models, section(), process=0, processes=4).held_out()[0] == []  # two images for four processes
 
 
+# ----------------------------------------------------------------------------------------------------- the same numbers
+
+RULES = [
+    TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_share", 0.3), TokenRule("windows", 3)
+]  # fmt: skip
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, relative: float) -> bool:
+    return bool((found - expected).norm() <= relative * expected.norm())
+
+
+def gradients(feedback: Feedback) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in feedback.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
+def test_the_engine_s_gradient_is_that_of_the_released_schedule(
+    models: tuple[Backbone, Denoiser], rule: TokenRule
+) -> None:
+    """Real tower, UNet and data path, in float32; the reference has its frozen parts as they come from disk."""
+    backbone, frozen = models
+    p = section(steps=1, projection_steps=0, clip_norm=1e9, draw_weights=[5.0, 1.0])
+    projection = torch.nn.Linear(backbone.width, frozen.unet.config.cross_attention_dim)
+    text = torch.randn(1, 9, projection.out_features)
+    found, expected = {}, {}
+    for denoiser, gradient in ((Denoiser.load(MODELS / "denoiser"), expected), (frozen, found)):
+        feedback = Feedback(backbone.tower, projection, denoiser, text, rule, "mean")
+        batches = Batches(
+            Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, 42, CPU, [("tower", 0)]
+        )  # fmt: skip
+        recipe = Recipe(**{name: getattr(p, name) for name in Recipe.__dataclass_fields__})
+        _, phase = training.phases(feedback, recipe)
+        if gradient is found:
+            (record,) = training.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
+        else:
+            loss = bench.published_gradient(feedback, batches(0), p.batch, p.draw_weights, torch.float32)
+        gradient |= {name: tensor.clone() for name, tensor in gradients(feedback).items()}
+        feedback.zero_grad()
+    assert record.loss == pytest.approx(loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    assert all(tensor.any() for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert close(found[name], tensor, 1e-5), name
+
+
+@pytest.mark.slow
+def test_compiled_feedback_has_the_same_losses_and_gradients(models: tuple[Backbone, Denoiser]) -> None:
+    found = []
+    for compiled in (False, True):
+        backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
+        p = section(compile=compiled, batch=4, micro_batch=4)
+        feedback = train.build_feedback(backbone, denoiser, params.load().backbones["mini"].condition, p, 42)
+        (micro,) = feed((backbone, denoiser), p)(0)
+        feedback.tower.requires_grad_(True)
+        losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
+        (losses * torch.tensor([5.0, 1.0])).sum().backward()
+        found.append((losses.detach(), gradients(feedback)))
+    (losses, plain), (others, compiled_gradients) = found
+    assert not torch.equal(losses, others) or any(not torch.equal(plain[n], compiled_gradients[n]) for n in plain)
+    assert close(others, losses, 1e-5)
+    assert all(close(compiled_gradients[name], tensor, 1e-4) for name, tensor in plain.items())
+
+
+def test_in_bfloat16_the_frozen_parts_are_bfloat16_and_the_trained_are_not(models: tuple[Backbone, Denoiser]) -> None:
+    backbone, exact = models
+    rough = Denoiser.load(MODELS / "denoiser").for_feedback(torch.bfloat16)
+    assert {tensor.dtype for tensor in rough.parameters()} == {torch.bfloat16}
+    assert rough.alphas_cumprod.dtype == torch.float32
+    projection = torch.nn.Linear(backbone.width, exact.unet.config.cross_attention_dim)
+    text, losses = torch.randn(1, 9, projection.out_features), []
+    for denoiser, precision in ((exact, torch.float32), (rough, torch.bfloat16)):
+        feedback = Feedback(backbone.tower, projection, denoiser, text, RULE, "mean").requires_grad_(False)
+        feedback.tower.requires_grad_(True)
+        (micro, *_) = feed((backbone, denoiser), section())(0)
+        assert micro.latent_BChw.dtype == torch.float32
+        with training.autocast(CPU, precision):
+            losses.append(feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws))
+        losses[-1].sum().backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in feedback.tower.parameters())
+    assert close(losses[1], losses[0], 1e-2)
+    assert not torch.equal(losses[0], losses[1])
+
+
 # --------------------------------------------------------------------------------------------------- several processes
 
 
@@ -170,19 +252,22 @@ def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Pat
         **{f"profiles.mini.train.{key}": value for key, value in {"batch": 8, "streams": 4, "micro_batch": 3}.items()},
         **{"profiles.mini.train.lr": 0.05},
     )
-    found = {}
-    for world in (1, 2, 3, 4):
-        folder = tmp_path / str(world)
+    found, made = {}, {}
+    for world, shard in ((1, False), (2, False), (3, False), (4, False), (2, True)):
+        folder = tmp_path / f"{world}{shard}"
         shutil.copytree(here, folder)
+        content = yaml.safe_load((folder / "params.yaml").read_text())
+        content["profiles"]["mini"]["train"]["shard"] = shard
+        (folder / "params.yaml").write_text(yaml.safe_dump(content))
         launch.finish(folder, world)
-        found[world] = curves(folder)
-    assert all(found[1].values())
-    for world in (2, 3, 4):
-        for curve, values in found[1].items():
-            assert found[world][curve] == pytest.approx(values, rel=1e-5), (world, curve)
-    made = [Backbone.load(tmp_path / str(world) / MODELS / "diva/mini").clip.state_dict() for world in (1, 4)]
-    for name, tensor in made[0].items():
-        torch.testing.assert_close(made[1][name], tensor, rtol=1e-4, atol=1e-6)
+        found[world, shard] = curves(folder)
+        made[world, shard] = Backbone.load(folder / MODELS / "diva/mini").clip.state_dict()
+    assert all(found[1, False].values())
+    for which in found:
+        for curve, values in found[1, False].items():
+            assert found[which][curve] == pytest.approx(values, rel=1e-5), (which, curve)
+        for name, tensor in made[1, False].items():
+            torch.testing.assert_close(made[which][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +296,11 @@ LONGER = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_ten_kills_at_random_moments_change_no_bit(here: Path, tmp_path: Path, world: int) -> None:  # noqa: F811
-    write_params(**LONGER)
+@pytest.mark.parametrize(("world", "shard"), [(1, False), (2, False), (2, True)])
+def test_ten_kills_at_random_moments_change_no_bit(
+    here: Path, tmp_path: Path, world: int, shard: bool  # noqa: F811
+) -> None:  # fmt: skip
+    write_params(**LONGER, **{"profiles.mini.train.shard": shard})
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(here, undisturbed)
     start = time.monotonic()

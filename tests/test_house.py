@@ -22,6 +22,7 @@ TOOLS = {
 BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
+    "pipeline/tools/bench.py": {"diffusers", "open_clip"},
 }
 
 

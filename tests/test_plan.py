@@ -15,7 +15,6 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch._subclasses import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipeline import params, plan
 from pipeline.adapters import downloads
@@ -26,6 +25,7 @@ from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import Draw
 from pipeline.diva.objective import Feedback
 from pipeline.params import Download
+from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 GB = 10**9
@@ -341,18 +341,15 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
 
 def stable_diffusion() -> Denoiser:
-    """stable-diffusion-2-1-base, without its tokenizer."""
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
-        cross_attention_dim=1024, use_linear_projection=True,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    text = CLIPTextConfig(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096)
+    """What training takes of stable-diffusion-2-1-base, in bfloat16; the cast in place wants tensors with content."""
+    torch.set_default_dtype(torch.bfloat16)
+    unet, vae = (
+        cls(**STABLE_DIFFUSION_2_1_BASE[part]) for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
     assert sum(q.numel() for q in unet.parameters()) == 865_910_724
-    return Denoiser(vae, unet, CLIPTextModel(text), None, DDPMScheduler(beta_schedule="scaled_linear"))
+    vae.decoder = None
+    torch.set_default_dtype(torch.float32)
+    return Denoiser(vae, unet, None, None, DDPMScheduler(beta_schedule="scaled_linear"))
 
 
 def saved(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter]) -> int:
@@ -400,7 +397,7 @@ def test_declared_gpu_memory_is_what_training_takes(name: str, fake_gpu: FakeTen
         projection = torch.nn.Linear(pooled.shape[1], 1024)
         rule = TokenRule(**backbone.condition.tokens.model_dump())
         feedback = Feedback(
-            tower, projection, stable_diffusion().for_feedback(torch.bfloat16), torch.zeros(1, 77, 1024), rule,
+            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule,
             backbone.condition.text,
         )  # fmt: skip
         trained = [*tower.parameters(), *projection.parameters()]

@@ -29,6 +29,8 @@ class Denoiser(Protocol):
     alphas_cumprod: torch.Tensor
     prediction_type: Prediction
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
     def __call__(
         self, noised_BChw: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor
     ) -> torch.Tensor: ...

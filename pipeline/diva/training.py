@@ -12,6 +12,9 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.diva.diffusion import Draw
 from pipeline.diva.objective import Feedback
@@ -115,6 +118,7 @@ def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
     """What the recipe trains, in order. The tower's phase trains tower and projection together, as published."""
     projection = list(feedback.projection.parameters())
     trained = [*feedback.tower.parameters(), *projection]
+    fused = not isinstance(feedback, FSDPModule)  # shards have no fused kernel
     return [
         Phase(
             name="projection",
@@ -132,7 +136,7 @@ def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
             batch=recipe.batch,
             parameters=trained,
             optimizer=torch.optim.SGD(
-                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
             ),
             lr=lambda step: learning_rate(step, recipe.steps, recipe.lr, recipe.warmup_ratio),
             draw_weights=recipe.draw_weights,
@@ -158,7 +162,7 @@ def run(
     feedback.requires_grad_(False)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
-    model = processes.prepare(feedback)
+    model = feedback if isinstance(feedback, FSDPModule) else processes.prepare(feedback)
     for step in range(start, phase.steps):
         # --------------------------------------------------------------------------------------------------- one step
         phase.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +176,7 @@ def run(
                 (weights * losses).sum().backward()
             loss = loss.to(losses.device) + losses.detach().mean() * share
         mean_loss = processes.reduce(loss, "sum").item()
-        gradient_norm = nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm).item()
+        gradient_norm = whole(nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)).item()
         for what, value in (("the loss", mean_loss), ("the gradient's norm", gradient_norm)):
             if not math.isfinite(value):
                 raise NotFiniteError(phase.name, step, what, value)
@@ -196,7 +200,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 @torch.no_grad()
 def norm(tensors: Iterable[torch.Tensor]) -> float:
-    return nn.utils.get_total_norm(tensors).item()
+    return whole(nn.utils.get_total_norm(tensors)).item()
 
 
 @torch.no_grad()
@@ -212,12 +216,34 @@ def denoising_loss(
     return processes.reduce(loss, "sum").item()
 
 
+def shard(feedback: Feedback, processes: int) -> None:
+    """Spread what is trained over the processes (FSDP), block by block; parameters made before are void afterwards.
+
+    Weights, gradients and optimizer state of the tower then take 1/processes of the memory each.
+    """
+    mesh = init_device_mesh(feedback.text_1LD.device.type, (processes,))
+    for block in _blocks(feedback.tower):
+        fully_shard(block, mesh=mesh)
+    fully_shard(feedback, mesh=mesh, ignored_params=set(feedback.denoiser.parameters()))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of the outermost lists of layers."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList | nn.Sequential) else _blocks(child)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all its shards; where there are any, all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
-    """Every tensor that the next step of a phase depends on, by name."""
+    """Every tensor that the next step of a phase depends on, whole, by name."""
     return {
-        **{f"model.{name}": tensor for name, tensor in _trained(feedback).items()},
+        **{f"model.{name}": whole(tensor.detach()) for name, tensor in _trained(feedback).items()},
         **{
-            f"optimizer.{i}.{name}": tensor
+            f"optimizer.{i}.{name}": whole(tensor)
             for i, tensors in phase.optimizer.state_dict()["state"].items()
             for name, tensor in tensors.items()
             if tensor is not None
@@ -226,15 +252,22 @@ def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def restore(feedback: Feedback, phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `state` gave."""
+def restore(feedback: Feedback, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back the parameters that `state` gave, before they are sharded."""
     for name, parameter in _trained(feedback).items():
         parameter.copy_(tensors[f"model.{name}"])
+
+
+def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back the optimizer that `state` gave, of the same phase."""
     optimizer: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")
         if kind == "optimizer":
             i, _, name = rest.partition(".")
+            like = phase.parameters[int(i)]
+            if isinstance(like, DTensor) and tensor.shape == like.shape:
+                tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
             optimizer.setdefault(int(i), {})[name] = tensor
     phase.optimizer.load_state_dict({**phase.optimizer.state_dict(), "state": optimizer})
 

@@ -1,0 +1,398 @@
+"""How fast the training engine is on the machine it finds, side by side with the schedule of the released code.
+
+    python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
+    python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
+
+Weights are random and of true shape, pictures are made here. Both schedules take turns, A B A B, step by step, in one
+process, fed by the same loader; the released one runs the tower once for each draw, one UNet batch a draw, under
+autocast with float32 weights (FACTS: 5437 against 4945 GFLOP an image for openai_224). Results go to metrics/bench/.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import params
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
+from pipeline.adapters.shards import INDEX, Shards
+from pipeline.batches import Batches, Chunks
+from pipeline.diva import training
+from pipeline.diva.condition import TokenRule
+from pipeline.diva.objective import Feedback
+from pipeline.params import Condition, MiniDenoiser, Params, Train
+from pipeline.runtime import device, progress, remove, seeded, stage, whole, write_json
+
+OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
+LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
+STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    },
+}  # fmt: skip
+ONE_BLOCK: dict[str, dict[str, Any]] = {  # that UNet's first block, down and up; the VAE at an eighth of its channels
+    "unet": STABLE_DIFFUSION_2_1_BASE["unet"] | {
+        "block_out_channels": (320,), "layers_per_block": 1, "attention_head_dim": 5,
+        "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+    "vae": STABLE_DIFFUSION_2_1_BASE["vae"] | {
+        "block_out_channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 16,
+    },
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what is timed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone with a denoiser, and how they train; `text`: [1, L, D], random."""
+
+    name: str
+    backbone: Backbone
+    denoiser: Denoiser
+    text: torch.Tensor
+    condition: Condition
+    train: Train
+
+    def feedback(self, projection: torch.nn.Linear) -> Feedback:
+        rule = TokenRule(**self.condition.tokens.model_dump())
+        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, rule, self.condition.text)
+
+
+def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:
+    """By name: a backbone of params.yaml, or `block`, one layer of openai_224's tower and of its denoiser."""
+    entry = p.backbones["openai_224" if name == "block" else name]
+    section = p.profiles[entry.profile].train
+    size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
+    on_gpu = compute.type == "cuda"
+    changes = {"batch": 2 * size, "streams": 2, "micro_batch": size, "compile": section.compile and on_gpu}
+    precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
+    architecture = entry.source.architecture
+    config = dict(open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture)
+    if name == "block":
+        config["vision_cfg"] = config["vision_cfg"] | {"layers": 1}
+    custom = config.pop("custom_text", False) or "hf_tokenizer_name" in config["text_cfg"]
+    with seeded("bench", name):
+        clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval().requires_grad_(False)
+        denoiser, width = _denoiser(name, p.profiles[entry.profile].denoiser)
+        text = torch.randn(1, 77, width)
+    preprocessing = {"size": config["vision_cfg"]["image_size"], **entry.source.preprocessing.model_dump()}
+    return Subject(
+        name, Backbone(clip, None, preprocessing, ""), denoiser, text, entry.condition,
+        section.model_copy(update=changes | {"precision": precision}),
+    )  # fmt: skip
+
+
+def _denoiser(name: str, p: Any) -> tuple[Denoiser, int]:
+    """A denoiser without text encoder and tokenizer, and the width of its condition."""
+    if isinstance(p, MiniDenoiser):
+        vae = PatchAutoencoder(**p.autoencoder.model_dump())
+        channels, size = p.autoencoder.latent_channels, 64 // p.autoencoder.patch_size
+        unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **p.unet)
+        scheduler = DDPMScheduler(**p.scheduler.model_dump())
+    else:
+        shape = ONE_BLOCK if name == "block" else STABLE_DIFFUSION_2_1_BASE
+        vae, unet = AutoencoderKL(**shape["vae"]), UNet2DConditionModel(**shape["unet"])
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return Denoiser(vae, unet, None, None, scheduler), unet.config.cross_attention_dim
+
+
+class PublishedDenoiser(Denoiser):
+    """As the released code runs it: float32 weights under autocast."""
+
+    def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        with training.autocast(pixels_BCHW.device, self.precision), torch.no_grad():
+            return self.vae.encode(pixels_BCHW).latent_dist.mean.float() * self.vae.config.scaling_factor
+
+    def forward(self, noised_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor) -> torch.Tensor:
+        return self.unet(noised_BCHW, timestep_B, condition_BTD).sample
+
+
+def published_gradient(
+    feedback: Feedback, micro_batches: Iterator[training.MicroBatch], batch: int, draw_weights: list[float],
+    precision: torch.dtype,
+) -> float:  # fmt: skip
+    """Add a step's gradient as the released code does, the tower run for each draw in turn; returns the mean loss."""
+    mean = 0.0
+    for micro in micro_batches:
+        share = len(micro.pixels_BCHW) / batch
+        for weight, draw in zip(draw_weights, micro.draws, strict=True):
+            with training.autocast(micro.pixels_BCHW.device, precision):
+                (loss,) = feedback(micro.pixels_BCHW, micro.latent_BChw, [draw])
+            (weight * share * loss).backward()
+            mean += loss.item() * share / len(draw_weights)
+    return mean
+
+
+def published_steps(
+    phase: training.Phase, feedback: Feedback, batches: Batches, precision: torch.dtype
+) -> Iterator[float]:
+    """The released schedule, a loss a step."""
+    optimizer = torch.optim.SGD(phase.parameters, lr=phase.lr(1), momentum=0.9)
+    for parameter in phase.parameters:
+        parameter.requires_grad_(True)
+    for step in range(phase.steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss = published_gradient(feedback, batches(step), phase.batch, phase.draw_weights, precision)
+        torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)
+        optimizer.step()
+        yield loss
+
+
+# ------------------------------------------------------------------------------------------------------- the timing
+
+
+def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute: torch.device) -> dict[str, Any]:
+    """Time both schedules step by step in turns; the figures of one subject."""
+    steps: dict[str, Iterator[Any]] = {}
+    fed: dict[str, Batches] = {}
+    compiled: list[Callable[[], None]] = []
+    for schedule in ("engine", "published"):
+        s = subject(name, p, micro_batch, compute)
+        precision = getattr(torch, s.train.precision)
+        with seeded("bench", "projection"):
+            projection = torch.nn.Linear(s.backbone.width, s.text.shape[-1])
+        if schedule == "engine":
+            s.denoiser.for_feedback(precision)
+        else:
+            s.denoiser.__class__, s.denoiser.precision = PublishedDenoiser, precision
+        feedback = s.feedback(projection).to(compute)
+        if schedule == "engine" and s.train.compile:
+            compiled += [feedback.compile, s.denoiser.vae.encoder.compile]
+        recipe = {key: getattr(s.train, key) for key in training.Recipe.__dataclass_fields__}
+        _, phase = training.phases(feedback, training.Recipe(**recipe | {"steps": rounds + 2, "projection_steps": 0}))
+        schedule_of = [(phase.name, step) for step in range(phase.steps)]
+        shards = Shards(pictures(s.train.size, 64))
+        batches = Batches(shards, s.backbone, s.denoiser, feedback.tokens, s.train, 0, compute, schedule_of)
+        fed[schedule] = batches
+        steps[schedule] = (
+            training.run(feedback, phase, batches, precision, Accelerator(cpu=compute.type == "cpu"))
+            if schedule == "engine"
+            else published_steps(phase, feedback, batches, precision)
+        )
+
+    seconds: dict[str, list[float]] = {"engine": [], "published": []}
+    memory, flops = dict.fromkeys(steps, 0.0), dict.fromkeys(steps, 0)
+    for schedule, iterator in steps.items():  # the first step counts operations, not time
+        with FlopCounterMode(display=False) as counter:
+            next(iterator)
+        flops[schedule] = counter.get_total_flops()
+    for compilation in compiled:
+        compilation()
+    for iterator in steps.values():  # the second compiles, and warms caches
+        next(iterator)
+    waited = fed["engine"].waited
+    for _ in progress(range(rounds), f"{name}, A B"):
+        for schedule, iterator in steps.items():
+            if compute.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            next(iterator)
+            if compute.type == "cuda":
+                torch.cuda.synchronize()
+                memory[schedule] = max(memory[schedule], torch.cuda.max_memory_allocated() / 1e9)
+            seconds[schedule].append(time.perf_counter() - start)
+
+    batch = s.train.batch
+    ratios = [b / a for a, b in zip(seconds["engine"], seconds["published"], strict=True)]
+    rate = matmul_rate(compute, getattr(torch, s.train.precision))
+    speed = {schedule: batch / statistics.median(times) for schedule, times in seconds.items()}
+    result: dict[str, Any] = {
+        "precision": s.train.precision,
+        "compiled": bool(compiled),
+        "micro_batch": s.train.micro_batch,
+        "images_per_second": {schedule: round(value, 3) for schedule, value in speed.items()},
+        "ratio": {
+            "median": round(statistics.median(ratios), 3),
+            "min": round(min(ratios), 3),
+            "max": round(max(ratios), 3),
+        },
+        "gflop_per_image": {schedule: round(count / batch / 1e9, 2) for schedule, count in flops.items()},
+        "matmul_tflop_per_second": round(rate / 1e12, 3),
+        "utilisation": {schedule: round(speed[schedule] * flops[schedule] / batch / rate, 3) for schedule in speed},
+        "waiting_for_images": round((fed["engine"].waited - waited) / sum(seconds["engine"]), 4),
+        "most_time": longest(steps["engine"], compute),
+    }
+    return result | ({"peak_memory_gb": {k: round(v, 2) for k, v in memory.items()}} if compute.type == "cuda" else {})
+
+
+def longest(steps: Iterator[Any], compute: torch.device, count: int = 8) -> dict[str, float]:
+    """Shares of a step's time, of the operations that take most of it."""
+    gpu = compute.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        next(steps, None)
+    times = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in profile.key_averages()}
+    ranked = sorted(times.items(), key=lambda item: -item[1])[:count]
+    return {name: round(value / sum(times.values()), 3) for name, value in ranked}
+
+
+def matmul_rate(compute: torch.device, precision: torch.dtype) -> float:
+    """FLOP/s of a large square product, the best of ten."""
+    n = 8192 if compute.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=compute, dtype=precision) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        if compute.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+# ------------------------------------------------------------------------------------------------------- the loader
+
+
+def pictures(size: int, count: int, of: int = 64, shard_size: int = 5000) -> Path:
+    """A folder of shards with `count` pictures that compress like photographs, of which `of` are distinct."""
+    folder = SCRATCH / f"{size}-{count}"
+    if (folder / INDEX).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = [_jpeg(size, i) for i in range(min(of, count))]
+    counts = {}
+    for shard in progress(range(-(-count // shard_size)), "shards of pictures"):
+        name, numbers = f"{shard:05d}.tar", range(shard * shard_size, min(count, (shard + 1) * shard_size))
+        with tarfile.open(folder / name, "w") as tar:
+            for i in numbers:
+                for extension, data in (("jpg", encoded[i % len(encoded)]), ("txt", b"-")):
+                    member = tarfile.TarInfo(f"{i:07d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        counts[name] = len(numbers)
+    write_json(folder / INDEX, {"size": size, "samples": count, "shards": counts})
+    return folder
+
+
+def _jpeg(size: int, number: int) -> bytes:
+    """Noise at every scale, the coarser the stronger, in the shape of a photo: shorter edge `size`, 3:2."""
+    draws, shape = np.random.default_rng(number), (size * 3 // 2, size)
+    total = np.zeros((size, size * 3 // 2, 3))
+    for scale in (4, 16, 64, 256):
+        coarse = Image.fromarray(draws.integers(0, 256, (scale * 2 // 3 + 1, scale, 3), dtype=np.uint8))
+        total += np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC), float) / scale**0.7
+    pixels = 255 * (total - total.min()) / np.ptp(total)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def loader(p: Params, images: int) -> dict[str, Any]:
+    """Speed and memory of the loader that feeds openai_224, with one worker and with one for each core."""
+    section, rule = p.profiles["paper"].train, TokenRule("random", 76)
+    folder, cores = pictures(section.size, images), len(os.sched_getaffinity(0))
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
+    for workers, number in ((1, min(images, 4000)), (cores, images)):
+        steps = [("tower", step) for step in range(max(1, number // section.batch))]
+        chunks = Chunks(
+            Shards(folder), section, 0, range(section.streams), {}, steps, torch.Size([4, 64, 64]), 256, rule
+        )
+        start, memory, done = time.perf_counter(), [], 0
+        total = len(steps) * section.streams
+        for chunk in progress(DataLoader(chunks, batch_size=None, num_workers=workers), f"{workers} workers", total):
+            if isinstance(chunk, tuple):
+                done += len(chunk[1])
+                if done % section.batch == 0:
+                    memory.append(_memory())
+        quarter = max(1, len(memory) // 4)
+        result[f"workers_{workers}"] = {
+            "images": done,
+            "images_per_second": round(done / (time.perf_counter() - start), 1),
+            "memory_mb_first_quarter": max(memory[:quarter]),
+            "memory_mb_last_quarter": max(memory[-quarter:]),
+        }
+    return result
+
+
+def _memory() -> int:
+    """MB that this process and its workers have for themselves."""
+    here = psutil.Process()
+    return sum(process.memory_full_info().uss for process in (here, *here.children())) // 10**6
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+def markdown(results: dict[str, dict[str, Any]], machine: str) -> str:
+    """A row a subject."""
+    lines = [
+        f"Engine against the released schedule on {machine}; random weights, A B A B in one process.",
+        "",
+        "| subject | precision | at once | images/s, engine | images/s, released | ratio (range) | GFLOP an image | "
+        "of the matmul rate | waiting for images | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        keys = ("images_per_second", "ratio", "gflop_per_image", "peak_memory_gb")
+        speed, ratio, flop, memory = (r.get(key, {}) for key in keys)
+        cells = [
+            name, r["precision"], r["micro_batch"], f"{speed['engine']:g}", f"{speed['published']:g}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            f"{flop['engine']:g} / {flop['published']:g}", f"{r['utilisation']['engine']:.0%}",
+            f"{r['waiting_for_images']:.1%}", " / ".join(f"{value:g}" for value in memory.values()) or "-",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@stage
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--images", type=int, default=100_000)
+    arguments = parser.parse_args()
+    p, compute = params.load(), device()
+    gpu = compute.type == "cuda"
+    machine = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
+    try:
+        if arguments.subjects == ["loader"]:
+            with whole(OUTPUT / "loader.json") as (file,):
+                result = loader(p, arguments.images)
+                write_json(file, result)
+            print(json.dumps(result, indent=2))
+            return
+        names = arguments.subjects or (LARGE if gpu else ["mini", "block"])
+        results = {name: compare(name, p, arguments.rounds, arguments.micro_batch, compute) for name in names}
+        stem = machine.lower().replace(" ", "-")
+        with whole(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
+            write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})
+            markdown_file.write_text(markdown(results, machine))
+        print(markdown(results, machine))
+    finally:
+        remove(SCRATCH)
+
+
+if __name__ == "__main__":
+    main()
