@@ -163,7 +163,7 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
 
 def check_gpu(p: params.Params) -> str | None:
     """The same for the GPU's memory."""
-    size = p.profile.train.micro_batch
+    size, batch = p.profile.train.micro_batch, p.profile.train.batch
     needed, found = gpu(p, size), gpus()
     most = max(needed, key=lambda backbone: needed[backbone])
     listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"
@@ -172,7 +172,7 @@ def check_gpu(p: params.Params) -> str | None:
     if found and needed[most] <= found[0][1]:
         return None
     ways = ["Train where there is more", "choose other run.backbones"]
-    fitting = [m for m in range(1, size) if max(gpu(p, m).values()) <= found[0][1]] if found else []
+    fitting = [m for m in range(1, size) if batch % m == 0 and max(gpu(p, m).values()) <= found[0][1]] if found else []
     if fitting:
         ways.insert(0, f"Set -S profiles.{p.run.profile}.train.micro_batch={fitting[-1]}, which changes memory alone")
     return f"{line}. {', '.join(ways)}, or {NO_TRAINING}."

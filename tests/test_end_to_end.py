@@ -32,7 +32,14 @@ SMALLER: dict[str, dict[str, dict]] = {
         "mmvp_vlm": {"pairs_per_pattern": 2},
         "zeroshot_sets": {"classification": 20, "retrieval": 10, "probe_train": 80, "probe_test": 20},
         "denoiser": {"pictures": 100, "held_out": 16, "steps": 3, "batch": 8},
-        "train": {"batch": 4, "micro_batch": 4, "steps": 3, "projection_steps": 2},
+        "train": {
+            "batch": 4,
+            "streams": 2,
+            "micro_batch": 4,
+            "steps": 3,
+            "projection_steps": 2,
+            "held_out": {"images": 4, "every": 2},
+        },
         "mmvp": {"draws": 2},
     },
     "source": {

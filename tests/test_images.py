@@ -101,7 +101,7 @@ def test_stream_is_a_pure_function_of_the_seed(folder: Path) -> None:
     reader, other = Shards(folder), Shards(folder)
     first = list(itertools.islice(reader.stream(7), 60))
     second = list(itertools.islice(other.stream(7), 60))
-    assert [key for key, _ in first] == [key for key, _ in second]
+    assert keys(first) == keys(second)
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, second, strict=True))
     assert keys(reader.stream(8), 60) != keys(first)
     assert keys(epoch(reader, 7, 1)) == keys(reader.stream(7), 80)[40:]

@@ -136,7 +136,7 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
     assert {row[1]: row[3:5] for row in rows if row[1]}["models/paper/denoiser"] == ["11", "22.00"]
     assert "\nto download in all: 42.0 GB; there already: nothing\n" in out
     assert "\ndisk: 49.9 GB needed, 10,000.0 GB free in " in out  # checkpoint 2 beside two models of 3.9
-    needed = f"{1.15 * (18.8 + 16 * 2.4):.1f}"
+    needed = f"{1.15 * (10.7 + 16 * 1.9):.1f}"
     assert (
         f"\nGPU memory: {needed} GB needed to train dfn_224 with micro_batch 16; GPU found: Board 0 with 100.0" in out
     )
@@ -283,9 +283,9 @@ def test_gpu_memory_grows_with_the_micro_batch_and_is_needed_for_training_alone(
     ("memory", "found", "ways"),
     [
         ([], "none", "Train where there is more"),
-        ([9], "Board 0 with 9.0 GB", "Train where there is more"),
-        ([25.4, 80], "Board 0 with 25.4 GB, Board 1 with 80.0 GB", "Set -S profiles.paper.train.micro_batch=2,"),
-        ([55], "Board 0 with 55.0 GB", "Set -S profiles.paper.train.micro_batch=8,"),
+        ([8.9], "Board 0 with 8.9 GB", "Train where there is more"),
+        ([24, 80], "Board 0 with 24.0 GB, Board 1 with 80.0 GB", "Set -S profiles.paper.train.micro_batch=8,"),
+        ([55], "Board 0 with 55.0 GB", "Set -S profiles.paper.train.micro_batch=10,"),
     ],
 )
 def test_too_little_gpu_memory_is_refused(
