@@ -473,3 +473,22 @@ def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:  # noqa: 
     assert dataclasses.asdict(first).keys() == {"phase", "step", *CURVES}
     squares = sum(parameter.square().sum().item() for parameter in backbone.tower.parameters())
     assert squares**0.5 < last.parameter_norm < squares**0.5 + 10  # the projection's part is small
+
+
+# ---------------------------------------------------------------------------------------------------------- to measure
+
+
+@pytest.mark.slow
+def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    run(bench, "mini", "--rounds", "2", "--micro-batch", "2")
+    (written,) = Path("metrics/bench").glob("*.json")
+    figures = json.loads(written.read_text())["subjects"]["mini"]
+    speed, flops = figures["images_per_second"], figures["gflop_per_image"]
+    assert figures["ratio"]["min"] <= figures["ratio"]["median"] <= figures["ratio"]["max"]
+    assert 0 < flops["engine"] < flops["published"]  # the tower runs once, not twice
+    assert 0 < figures["utilisation"]["engine"] < 1
+    assert f"| mini | float32 | 2 | {speed['engine']:g} |" in capsys.readouterr().out
+    run(bench, "loader", "--images", "640")
+    figures = json.loads(Path("metrics/bench/loader.json").read_text())
+    assert figures["workers_1"]["images"] == 640
+    assert not bench.SCRATCH.exists()
