@@ -487,8 +487,9 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     assert figures["ratio"]["min"] <= figures["ratio"]["median"] <= figures["ratio"]["max"]
     assert 0 < flops["engine"] < flops["published"]  # the tower runs once, not twice
     assert 0 < figures["utilisation"]["engine"] < 1
+    assert 0 < sum(figures["most_time"].values()) <= 1
     assert f"| mini | float32 | 2 | {speed['engine']:g} |" in capsys.readouterr().out
     run(bench, "loader", "--images", "640")
     figures = json.loads(Path("metrics/bench/loader.json").read_text())
-    assert figures["workers_1"]["images"] == 640
+    assert figures["workers_1"]["images"] == 1280
     assert not bench.SCRATCH.exists()
