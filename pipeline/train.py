@@ -134,8 +134,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def fingerprint(p: params.Params, name: str, backbone: Backbone, denoiser: Path, images: Path) -> dict[str, Any]:
     """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
-    own = sorted(module for module in sys.modules if module.startswith("pipeline."))
-    code = [Path(file) for module in own if (file := sys.modules[module].__file__)]
+    imported = {sys.modules[module].__file__ for module in sys.modules if module.startswith("pipeline.")}
+    code = sorted(Path(file) for file in imported | {__file__} if file)
     return {
         "seed": p.seed,
         "recipe": p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),

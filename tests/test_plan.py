@@ -349,7 +349,11 @@ def stable_diffusion() -> Denoiser:
     assert sum(q.numel() for q in unet.parameters()) == 865_910_724
     vae.decoder = None
     torch.set_default_dtype(torch.float32)
-    return Denoiser(vae, unet, None, None, DDPMScheduler(beta_schedule="scaled_linear"))
+    denoiser = Denoiser(vae, unet, None, None, DDPMScheduler())
+    denoiser.alphas_cumprod = torch.zeros(
+        1000
+    )  # the scheduler's may lie on the CPU, if models were loaded before
+    return denoiser
 
 
 def saved(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter]) -> int:

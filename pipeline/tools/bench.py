@@ -236,7 +236,7 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
             "min": round(min(ratios), 3),
             "max": round(max(ratios), 3),
         },
-        "gflop_per_image": {schedule: round(count / batch / 1e9, 2) for schedule, count in flops.items()},
+        "gflop_per_image": {schedule: float(f"{count / batch / 1e9:.4g}") for schedule, count in flops.items()},
         "matmul_tflop_per_second": round(rate / 1e12, 3),
         "utilisation": {schedule: round(speed[schedule] * flops[schedule] / batch / rate, 3) for schedule in speed},
         "waiting_for_images": round((fed["engine"].waited - waited) / sum(seconds["engine"]), 4),
