@@ -350,9 +350,7 @@ def stable_diffusion() -> Denoiser:
     vae.decoder = None
     torch.set_default_dtype(torch.float32)
     denoiser = Denoiser(vae, unet, None, None, DDPMScheduler())
-    denoiser.alphas_cumprod = torch.zeros(
-        1000
-    )  # the scheduler's may lie on the CPU, if models were loaded before
+    denoiser.alphas_cumprod = torch.zeros(1000)  # the scheduler's may lie on the CPU, if models were loaded before
     return denoiser
 
 
