@@ -1,0 +1,189 @@
+"""What the scorings wrote, read as figures and as paired answers, and what follows from it.
+
+A column is a figure of the headline table. Its answers come in strata that weigh equally: the patterns of the pairs,
+the sets of zero-shot ability; an answer is a share of right ones (in %) about one pair or one image.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.evidence import statistics
+from pipeline.evidence.statistics import Interval
+from pipeline.runtime import UserError
+
+COLUMNS = {
+    "pairs_plain": "pairs, plain read-out",
+    "pairs_published": "pairs, published read-out",
+    "image_to_statement_plain": "image to statement, plain",
+    "image_to_statement_published": "image to statement, published",
+    "zeroshot": "zero-shot classification",
+    "retrieval": "retrieval, recall@k",
+    "probe": "detail probe",
+}
+PAIRS = {
+    "pairs_plain": ("plain", "statement_to_image"),
+    "pairs_published": ("published", "statement_to_image"),
+    "image_to_statement_plain": ("plain", "image_to_statement"),
+    "image_to_statement_published": ("published", "image_to_statement"),
+}
+KINDS = {"zeroshot": "classification", "retrieval": "retrieval", "probe": "probe"}
+READ_OUTS = ("plain", "published")
+GAINS = {"diva": "gain", "released": "gain_released", "shuffled": "gain_shuffled", "drift": "gain_drift"}
+CONTROLS = ("shuffled", "drift")
+
+Read = Callable[[Path], bytes]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that the scorings say of one backbone with one set of weights."""
+
+    mmvp: dict
+    pairs: pd.DataFrame
+    zeroshot: dict
+    answers: pd.DataFrame
+
+    @classmethod
+    def read(cls, profile: str, backbone: str, weights: str, read: Read = Path.read_bytes) -> "Scores":
+        """`read` gives the bytes of a path, of this folder or of another commit."""
+        mmvp, zeroshot = (Path("metrics", profile, kind, f"{backbone}-{weights}") for kind in ("mmvp", "zeroshot"))
+        return cls(
+            json.loads(read(mmvp.with_suffix(".json"))),
+            pd.read_csv(io.BytesIO(read(mmvp.with_suffix(".csv")))),
+            json.loads(read(zeroshot.with_suffix(".json"))),
+            pd.read_parquet(io.BytesIO(read(zeroshot.with_suffix(".parquet")))),
+        )
+
+    def headline(self) -> dict[str, float]:
+        """The figures of COLUMNS that there are, in %."""
+        return headline(self.mmvp, self.zeroshot)
+
+    def strata(self, column: str) -> dict[str, np.ndarray]:
+        """The answers of a column in %, by stratum; none where nothing of that kind was scored."""
+        if column in PAIRS:
+            read_out, direction = PAIRS[column]
+            asked = self.pairs[self.pairs.read_out == read_out]
+            return {name: 100 * group.to_numpy() for name, group in asked.groupby("pattern", sort=False)[direction]}
+        sets = [name for name, scores in self.zeroshot.items() if scores["kind"] == KINDS[column]]
+        asked = self.answers[self.answers.set.isin(sets)]
+        by_measure = asked.groupby(["set", "image", "measure"], sort=False).right.mean()
+        by_image = by_measure.groupby(["set", "image"], sort=False).mean()  # an image with all its texts is one sample
+        return {name: 100 * group.to_numpy() for name, group in by_image.groupby("set", sort=False)}
+
+    def right(self, read_out: str) -> pd.Series:
+        """Whether a pair is right in most draws, statement to image, by the pair's number."""
+        asked = self.pairs[self.pairs.read_out == read_out].set_index("pair")
+        return asked.statement_to_image > 0.5
+
+
+def headline(mmvp: dict, zeroshot: dict) -> dict[str, float]:
+    """The figures of COLUMNS that there are, in %, of the summaries that the scorings write."""
+    values = {column: mmvp[read_out][direction]["average"] for column, (read_out, direction) in PAIRS.items()}
+    for column, kind in KINDS.items():
+        averages = [scores["average"] for scores in zeroshot.values() if scores["kind"] == kind]
+        if averages:
+            values[column] = sum(averages) / len(averages)
+    return {column: round(value, 2) for column, value in values.items()}
+
+
+def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Interval:
+    """After minus before, in points, answer by answer. Raises UserError where the questions are not the same."""
+    asked = [{name: len(answers) for name, answers in strata.items()} for strata in (before, after)]
+    if asked[0] != asked[1]:
+        raise UserError(f"answers to other questions cannot be compared: {asked[0]} before, {asked[1]} after")
+    return statistics.stratified([after[name] - before[name] for name in before])
+
+
+def gains(before: Scores, after: Scores) -> dict[str, Interval]:
+    """The change of every column that both have."""
+    columns = [column for column in COLUMNS if column in before.headline().keys() & after.headline().keys()]
+    return {column: change(before.strata(column), after.strata(column)) for column in columns}
+
+
+def changed_pairs(before: Scores, after: Scores, read_out: str) -> dict[str, list[int]]:
+    """Numbers of the pairs that were won and of those that were lost, statement to image."""
+    was, now = before.right(read_out), after.right(read_out)
+    return {"won": [int(pair) for pair in was.index[~was & now]], "lost": [int(pair) for pair in was.index[was & ~now]]}
+
+
+def won_and_lost(before: Scores, after: Scores, read_out: str) -> dict:
+    """Counts of those, the exact McNemar test, and the smallest gain that so many pairs can show, in points."""
+    changed, pairs = changed_pairs(before, after, read_out), len(before.right(read_out))
+    won, lost = len(changed["won"]), len(changed["lost"])
+    smallest = 100 * statistics.smallest_gain(pairs, won + lost)
+    return {
+        "won": won,
+        "lost": lost,
+        "pairs": pairs,
+        "p": float(f"{statistics.mcnemar(won, lost):.2g}"),
+        "smallest_gain": round(smallest, 1),
+    }
+
+
+def evidence(
+    scores: dict[str, Scores], embeddings: dict[str, np.ndarray], published: tuple[float, float] | None
+) -> dict:
+    """Everything that follows from one backbone's scores, by weights; intervals as [value, low, high].
+
+    gain: over pretrained, each column. as_published: plain read-out before, published one after, as the paper's table
+    has it; read_out: the part of that which is owed to the read-out alone. remains: diva less a control. pairs: won,
+    lost, McNemar's p, smallest gain. cosine: of the pairs' pictures' stock embeddings to the original ones. verdict: by
+    the README's rule. published: the paper's pairs before and after, in %.
+    """
+    before, found = scores["pretrained"], {}
+    for weights, after in scores.items():
+        if weights == "pretrained":
+            continue
+        gain = gains(before, after)
+        as_published = change(before.strata("pairs_plain"), after.strata("pairs_published"))
+        judged = (as_published, published[1] - published[0]) if published else (gain["pairs_plain"], None)
+        cosine = statistics.stratified([_cosine(embeddings["pretrained"], embeddings[weights])])
+        found[weights] = {
+            "gain": {column: _rounded(interval) for column, interval in gain.items()},
+            "as_published": _rounded(as_published),
+            "pairs": {read_out: won_and_lost(before, after, read_out) for read_out in READ_OUTS},
+            "cosine": _rounded(cosine, 4),
+            "verdict": {
+                "pairs": statistics.gain_verdict(*judged),
+                **({"zeroshot": statistics.preserved_verdict(gain["zeroshot"])} if "zeroshot" in gain else {}),
+            },
+        }
+    remains = {
+        control: {column: _rounded(interval) for column, interval in gains(scores[control], scores["diva"]).items()}
+        for control in CONTROLS
+        if control in scores and "diva" in scores
+    }
+    read_out = change(before.strata("pairs_plain"), before.strata("pairs_published"))
+    return {"weights": found, "remains": remains, "read_out": _rounded(read_out)}
+
+
+def failures(evidence: dict) -> list[str]:
+    """What keeps a backbone from passing: a gain that is not there, a zero-shot ability that is not preserved."""
+    return [
+        f"{backbone}, {weights}: {what} {verdict}"
+        for backbone, found in evidence.items()
+        for weights, result in found["weights"].items()
+        if weights not in CONTROLS
+        for what, verdict in result["verdict"].items()
+        if verdict not in ("reproduced", "gained", "preserved")
+    ]
+
+
+def _cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    units = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (first, second)]
+    return (units[0] * units[1]).sum(1).astype(float)
+
+
+def _rounded(interval: Interval, digits: int = 2) -> list[float]:
+    return [round(float(value), digits) + 0.0 for value in interval]  # + 0.0: no minus zero
+
+
+def seeds_table(profile: str) -> pd.DataFrame:
+    """What tools/sweep.py found for several training seeds: gains in points, one row a backbone, weights and seed."""
+    return pd.read_csv(Path("metrics", "seeds", f"{profile}.csv"))
