@@ -110,16 +110,18 @@ class Batches:
         self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, seed: int,
         compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
         after: dict[int, Position] | None = None, undecodable: set[str] | None = None, workers: int | None = None,
+        shuffled: bool = False,
     ) -> None:  # fmt: skip
         """steps: (phase, step) of all that will be asked for; workers: processes that decode, by default one for each
-        core of this process where a GPU computes, none where the cores do.
+        core of this process where a GPU computes, none where the cores do; shuffled: a control in which the tower is
+        shown another image than the one to be restored, namely the one before it in its stream's part of the step.
         """
         if processes > p.streams:
             raise UserError(
                 f"{processes} processes share {p.streams} streams of images: some would have none. Start fewer, or "
                 "raise train.streams in params.yaml."
             )
-        self.denoiser, self.p, self.compute = denoiser, p, compute
+        self.denoiser, self.p, self.compute, self.shuffled = denoiser, p, compute, shuffled
         self.process, self.processes = process, processes
         self.image_size = backbone.image_size
         own = pixels.Statistics(backbone.mean, backbone.std)
@@ -141,19 +143,24 @@ class Batches:
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
         raw_BCHW: torch.Tensor | None = None
+        shown_BCHW: torch.Tensor | None = None  # to the tower
         draws: list[diffusion.Draw] = []
         left = self.count
         while left:
             size = min(self.p.micro_batch, left)
-            while raw_BCHW is None or len(raw_BCHW) < size:
+            while raw_BCHW is None or shown_BCHW is None or len(raw_BCHW) < size:
                 chunk = self._next()
                 more = chunk.pixels_BCHW.to(self.compute, non_blocking=True)
                 drawn = [draw.to(self.compute) for draw in chunk.draws]
+                shown = more.roll(1, 0) if self.shuffled else more
                 raw_BCHW = more if raw_BCHW is None else torch.cat([raw_BCHW, more])
+                shown_BCHW = shown if shown_BCHW is None else torch.cat([shown_BCHW, shown])
                 draws = [diffusion.Draw.cat(two) for two in zip(draws, drawn, strict=True)] if draws else drawn
             left -= size
-            yield self._micro_batch(raw_BCHW[:size], [draw.images(slice(size)) for draw in draws], last=not left)
-            raw_BCHW, draws = raw_BCHW[size:], [draw.images(slice(size, None)) for draw in draws]
+            first = [draw.images(slice(size)) for draw in draws]
+            yield self._micro_batch(raw_BCHW[:size], shown_BCHW[:size], first, last=not left)
+            raw_BCHW, shown_BCHW = raw_BCHW[size:], shown_BCHW[size:]
+            draws = [draw.images(slice(size, None)) for draw in draws]
 
     def held_out(self) -> tuple[list[MicroBatch], int]:
         """This process's part of the images that are never trained on, and the number of all of them.
@@ -171,7 +178,7 @@ class Batches:
             timestep_B = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * len(images)) for i in chosen])
             draw = self.chunks.draw([generator("held out", "draw", i) for i in chosen])._replace(timestep_B=timestep_B)
             raw_BCHW = torch.stack(cropped).to(self.compute)
-            micro_batches.append(self._micro_batch(raw_BCHW, [draw.to(self.compute)], last=False))
+            micro_batches.append(self._micro_batch(raw_BCHW, raw_BCHW, [draw.to(self.compute)], last=False))
         return micro_batches, len(images)
 
     def _next(self) -> Chunk:
@@ -186,8 +193,10 @@ class Batches:
         self.undecodable.update(chunk.undecodable)
         return chunk
 
-    def _micro_batch(self, raw_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool) -> MicroBatch:
-        pixels_BCHW = raw_BCHW.float() / 255
-        latent = self.denoiser.latent(pixels.generator_pixels(pixels_BCHW, self.tower_statistics, self.undone_by))
-        seen = pixels.tower_pixels(pixels_BCHW, self.tower_statistics, self.image_size, self.p.pixels.tower_antialias)
+    def _micro_batch(
+        self, raw_BCHW: torch.Tensor, shown_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool
+    ) -> MicroBatch:
+        restored, shown = raw_BCHW.float() / 255, shown_BCHW.float() / 255
+        latent = self.denoiser.latent(pixels.generator_pixels(restored, self.tower_statistics, self.undone_by))
+        seen = pixels.tower_pixels(shown, self.tower_statistics, self.image_size, self.p.pixels.tower_antialias)
         return MicroBatch(seen, latent, draws, last)

@@ -2,6 +2,7 @@
 
 metrics/<profile>/mmvp/<backbone>-<weights>.json    averages and patterns in %, ties, spread over evaluation draws
 metrics/<profile>/mmvp/<backbone>-<weights>.csv     one row a pair and read-out: share of draws that were right
+data/<profile>/embeddings/<backbone>-<weights>.safetensors    the pictures' stock embeddings, to measure how they drift
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
@@ -51,8 +53,10 @@ def logits(
     return backbone.logit_scale * torch.stack(per_statement, 1)
 
 
-def score(backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device):
-    """(summary for the JSON file, a table of pairs)."""
+def score(
+    backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device
+) -> tuple[dict, pd.DataFrame, torch.Tensor]:
+    """(summary for the JSON file, a table of pairs, the pictures' stock embeddings [Q, D])."""
     pooled, patches = tokens(backbone, questions, p.batch, compute)
     summary: dict = {"pairs": len(questions) // 2}
     tables = []
@@ -70,16 +74,18 @@ def score(backbone: Backbone, questions: list[Question], published: ReadOut, p: 
             right = torch.stack([result.right_P for result in results]).double()  # [draws, pairs]
             table[direction] = right.mean(0).numpy()
             patterns = 100 * table.groupby("pattern", sort=False)[direction].mean()
-            by_draw = [100 * pd.Series(row.numpy()).groupby(table["pattern"]).mean().mean() for row in right]
+            by_draw = 100 * pd.DataFrame(right.T.numpy()).groupby(table["pattern"], sort=False).mean()
+            sd = by_draw.std(axis=1, ddof=1).fillna(0)  # of one draw there is none
             summary[name][direction] = {
                 "average": round(float(patterns.mean()), 3),
-                "sd_over_draws": round(float(pd.Series(by_draw).std(ddof=1)), 3) if draws > 1 else 0.0,
+                "sd_over_draws": round(float(by_draw.mean().std(ddof=1)), 3) if draws > 1 else 0.0,
                 "draws": draws,
                 "ties": sum(result.ties for result in results),
                 "patterns": {pattern: round(float(value), 3) for pattern, value in patterns.items()},
+                "patterns_sd_over_draws": {pattern: round(float(value), 3) for pattern, value in sd.items()},
             }
         tables.append(table)
-    return summary, pd.concat(tables)
+    return summary, pd.concat(tables), pooled.cpu()
 
 
 def read_out_of(section: ReadOutSection) -> ReadOut:
@@ -91,13 +97,17 @@ def main() -> None:
     p, (name, weights), compute = params.load(), sys.argv[1:3], device()
     profile = p.run.profile
     stem = Path("metrics", profile, "mmvp", f"{name}-{weights}")
-    with whole(stem.with_suffix(".json"), stem.with_suffix(".csv")) as (summary_file, table_file):
+    embeddings = Path("data", profile, "embeddings", f"{stem.name}.safetensors")
+    with whole(stem.with_suffix(".json"), stem.with_suffix(".csv"), embeddings) as (
+        summary_file, table_file, embeddings_file
+    ):  # fmt: skip
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
         published = read_out_of(p.backbones[name].published_read_out)
-        summary, table = score(backbone, questions, published, p.profile.mmvp, compute)
+        summary, table, pooled = score(backbone, questions, published, p.profile.mmvp, compute)
         write_json(summary_file, {"weights_sha256": backbone.sha256, **summary})
         table.to_csv(table_file, index=False, float_format="%.4f")
+        save_file({"images": pooled}, embeddings_file)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ class Section(BaseModel):
 class Run(Section):
     profile: Name
     backbones: list[Name] = Field(min_length=1)
-    weights: list[Literal["pretrained", "diva", "released"]] = Field(min_length=1)
+    weights: list[Literal["pretrained", "diva", "released", "shuffled", "drift"]] = Field(min_length=1)
+
+    @property
+    def trained(self) -> bool:
+        """Do these weights need training? The controls `shuffled` and `drift` do like diva."""
+        return not {"diva", "shuffled", "drift"}.isdisjoint(self.weights)
 
 
 class Download(Section):
@@ -348,13 +353,17 @@ class ReadOutSection(Section):
 
 
 class Published(Section):
-    """What the paper's table says: million parameters; pairs right in %, average and by pattern."""
+    """What the paper's table says: million parameters; pairs right in %, average and by pattern.
+
+    later: what later methods report for the same backbone and pairs, each under a read-out of its own.
+    """
 
     parameters: PositiveFloat
     before: PositiveFloat
     after: PositiveFloat
     before_patterns: list[NonNegativeFloat] = Field(min_length=9, max_length=9)
     after_patterns: list[NonNegativeFloat] | None = Field(min_length=9, max_length=9)
+    later: dict[str, PositiveFloat] = {}
 
 
 class GpuMemory(Section):
@@ -402,6 +411,13 @@ class Params(Section):
                 raise ValueError(
                     f"run.weights names 'released', but backbones.{key} has none. Take it out, or add them there"
                 )
+        train = self.profile.train
+        if "shuffled" in self.run.weights and train.batch == train.streams:
+            raise ValueError(
+                f"run.weights names 'shuffled', which exchanges images within a stream's part of a step, but of "
+                f"profiles.{self.run.profile}.train.batch {train.batch} each of {train.streams} streams has one. "
+                "Lower streams"
+            )
         return self
 
 

@@ -55,7 +55,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
             wanted += [(models / "pretrained" / backbone, download) for download in files]
         if "released" in p.run.weights and released:
             wanted.append((models / "released" / backbone, released))
-    if "diva" in p.run.weights:
+    if p.run.trained:
         if isinstance(images, params.PublishedImages) and images.kind == "shards":
             wanted.append((data / "images", images.shards))
         if isinstance(denoiser, PublishedDenoiser):
@@ -66,7 +66,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
 def links_of(p: params.Params) -> list[Item]:
     """The pictures, where they come from a list of links: about how many will come."""
     images = p.profile.images
-    if "diva" not in p.run.weights or not isinstance(images, params.PublishedImages) or images.kind != "links":
+    if not p.run.trained or not isinstance(images, params.PublishedImages) or images.kind != "links":
         return []
     files, folder = round(ALIVE * images.links.rows), Path("data", p.run.profile, "images")
     return [Item(folder, images.links.tsv, files, PICTURE * files, images.shards.licence, about="about ")]
@@ -126,7 +126,7 @@ def _left(profile: str) -> int:
 
 def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
     """GB of GPU memory that the training of each backbone takes, if it says; the figures are those of bfloat16."""
-    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if "diva" in p.run.weights}
+    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if p.run.trained}
     return {name: MARGIN * (takes.fixed + micro_batch * takes.image) for name, takes in declared.items() if takes}
 
 
@@ -157,7 +157,7 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
     print(line)
     if needed <= free:
         return None
-    training = f", or {NO_TRAINING}" if "diva" in p.run.weights else ""
+    training = f", or {NO_TRAINING}" if p.run.trained else ""
     return f"{line}. Make room there, choose fewer run.backbones{training}."
 
 

@@ -86,6 +86,7 @@ def device():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would write every new tensor twice
+    torch.backends.cudnn.allow_tf32 = False  # a patch embedding is a convolution: float32 means float32
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

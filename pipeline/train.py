@@ -1,10 +1,14 @@
-"""Stage train@<backbone>: post-train an image tower by diffusion feedback, from images alone.
+"""Stage train@<backbone>-<weights>: post-train an image tower by diffusion feedback, from images alone.
 
-models/<profile>/diva/<backbone>/               the backbone's folder with the tuned weights, and diva.json
-metrics/<profile>/train/<backbone>/             metrics.json and the curves of both phases (DVCLive)
+models/<profile>/<weights>/<backbone>/          the backbone's folder with the tuned weights, and diva.json
+metrics/<profile>/train/<backbone>-<weights>/   metrics.json and the curves of both phases (DVCLive)
+
+The weights are called `diva`, or `shuffled` for the control: the same training in all but that the tower is shown
+another image than the one whose restoration is its teacher, so what it learns of details cannot be owed to feedback.
 
 It runs on every GPU of the machine, or as one of the processes that torchrun started (on several machines: with one
-folder, shared). From models/<profile>/diva/.<backbone>.checkpoint a killed run goes on; the end of the run removes it.
+folder, shared). From models/<profile>/<weights>/.<backbone>.checkpoint a killed run goes on; the end of the run removes
+it.
 """
 
 import dataclasses
@@ -132,12 +136,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def fingerprint(p: params.Params, name: str, backbone: Backbone, denoiser: Path, images: Path) -> dict[str, Any]:
+def fingerprint(
+    p: params.Params, name: str, weights: str, backbone: Backbone, denoiser: Path, images: Path
+) -> dict[str, Any]:
     """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
     imported = {sys.modules[module].__file__ for module in sys.modules if module.startswith("pipeline.")}
     code = sorted(Path(file) for file in imported | {__file__} if file)
     return {
         "seed": p.seed,
+        "weights": weights,
         "recipe": p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
         "condition": p.backbones[name].condition.model_dump(mode="json"),
         "backbone": backbone.sha256,
@@ -159,7 +166,7 @@ def digest(files: list[Path]) -> str:
 
 def train(
     feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, seed: int, curves: Path,
-    processes: Accelerator, checkpoint: Checkpoint,
+    processes: Accelerator, checkpoint: Checkpoint, shuffled: bool = False,
 ) -> RunState:  # fmt: skip
     """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError."""
     recipe = training.Recipe(**{name: getattr(p, name) for name in training.Recipe.__dataclass_fields__})
@@ -170,7 +177,7 @@ def train(
         shards, backbone, denoiser, feedback.tokens, p, seed, processes.device,
         [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
         process=processes.process_index, processes=processes.num_processes,
-        after=so_far.after, undecodable=so_far.undecodable,
+        after=so_far.after, undecodable=so_far.undecodable, shuffled=shuffled,
     )  # fmt: skip
     so_far.after, so_far.undecodable = batches.after, batches.undecodable
     held_out = batches.held_out()
@@ -216,12 +223,13 @@ def draw(live: Live | None, record: training.Record) -> None:
             live.log_metric(f"{record.phase}/{curve}", value)
 
 
-def summary(records: list[training.Record], p: Train, undecodable: int) -> dict[str, float]:
+def summary(records: list[training.Record], p: Train, seed: int, undecodable: int) -> dict[str, float]:
     """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
     tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
     held_out = [record.held_out_loss for record in tower if record.held_out_loss is not None]
     return {
+        "seed": seed,
         "steps": p.steps,
         "images": len(records) * p.batch,
         "undecodable_images": undecodable,
@@ -235,11 +243,11 @@ def summary(records: list[training.Record], p: Train, undecodable: int) -> dict[
 @stage
 def main() -> None:
     start_on_every_gpu()
-    p, name = params.load(), sys.argv[1]
+    p, (name, weights) = params.load(), sys.argv[1:3]
     processes = Accelerator(cpu=device().type == "cpu")
     profile, section = p.run.profile, p.profile.train
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
-    outputs = Path("models", profile, "diva", name), Path("metrics", profile, "train", name)
+    outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
     with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         backbone = Backbone.load(original)
@@ -252,29 +260,33 @@ def main() -> None:
         feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section, p.seed)
         feedback.to(processes.device)
         shards = Shards(images, section.max_undecodable, section.held_out.images)
-        mark = fingerprint(p, name, backbone, Path("models", profile, "denoiser"), images)
+        mark = fingerprint(p, name, weights, backbone, Path("models", profile, "denoiser"), images)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
         try:
-            end = train(feedback, backbone, denoiser, shards, section, p.seed, curves, processes, checkpoint)
+            end = train(
+                feedback, backbone, denoiser, shards, section, p.seed, curves, processes, checkpoint,
+                shuffled=weights == "shuffled",
+            )  # fmt: skip
         except training.NotFiniteError as error:
-            weights = {name: training.whole(tensor) for name, tensor in backbone.clip.state_dict().items()}
+            tensors = {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
             if not processes.is_main_process:
                 sys.exit(1)
             kept = outputs[0].with_name(f"{name}.last-good")
             remove(kept)
-            save_like(original, weights, kept)
+            save_like(original, tensors, kept)
             raise UserError(
                 f"{error}. Training stopped; the weights before that step are in {kept}. "
                 f"Lower profiles.{profile}.train.lr (now {section.lr:g}), or use precision float32."
             ) from None
-        weights = {name: training.whole(tensor) for name, tensor in backbone.clip.state_dict().items()}
+        tensors = {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
         if processes.is_main_process:
-            result = summary(end.records, section, len(end.undecodable))
-            save_like(original, weights, folder)
+            result = summary(end.records, section, p.seed, len(end.undecodable))
+            save_like(original, tensors, folder)
             write_json(
                 folder / "diva.json",
                 {
                     "backbone": name,
+                    "weights": weights,
                     "seed": p.seed,
                     "recipe": section.model_dump(),
                     **p.backbones[name].condition.model_dump(),

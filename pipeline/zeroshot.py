@@ -1,11 +1,13 @@
 """Stage zeroshot@<backbone>-<weights>: what the tower can still do, and what its embedding holds.
 
-metrics/<profile>/zeroshot/<backbone>-<weights>.json    accuracy, recall and probe accuracy in %, by set
+metrics/<profile>/zeroshot/<backbone>-<weights>.json       accuracy, recall and probe accuracy in %, by set
+metrics/<profile>/zeroshot/<backbone>-<weights>.parquet    what of it was right: one row an answer (set, measure, image)
 """
 
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from pipeline import params
@@ -15,31 +17,39 @@ from pipeline.params import Zeroshot
 from pipeline.runtime import device, stage, whole, write_json
 
 
-def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) -> dict[str, dict]:
+def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) -> tuple[dict[str, dict], pd.DataFrame]:
+    """(summary for the JSON file, a table of answers)."""
+
     @torch.no_grad()
     def embed(images) -> torch.Tensor:
         pixels = torch.stack([backbone.preprocess(image) for image in images]).to(compute)
         return torch.nn.functional.normalize(backbone.encode_image(pixels), dim=-1)
 
-    results: dict[str, dict] = {}
+    summary, tables = {}, []
     for name, kind in benchmarks.kinds(root).items():
         if kind == "classification":
-            values = {"accuracy": benchmarks.classification(backbone, root, name, p.batch, compute)}
+            answers = benchmarks.classification(backbone, root, name, p.batch, compute)
         elif kind == "retrieval":
-            values = benchmarks.retrieval(backbone, root, name, p.batch, p.recall, compute)
+            answers = benchmarks.retrieval(backbone, root, name, p.batch, p.recall, compute)
         else:
-            values = benchmarks.probe(embed, root, name, p.batch)
-        results[name] = {"kind": kind, "average": sum(values.values()) / len(values), **values}
-    return {n: {k: v if k == "kind" else round(v, 3) for k, v in values.items()} for n, values in results.items()}
+            answers = benchmarks.probe(embed, root, name, p.batch)
+        values = 100 * answers.groupby("measure", sort=False).right.mean()
+        scores = {"average": values.mean(), **values}
+        summary[name] = {"kind": kind, **{key: round(float(value), 3) for key, value in scores.items()}}
+        tables.append(answers.assign(set=name))
+    return summary, pd.concat(tables, ignore_index=True)
 
 
 @stage
 def main() -> None:
     p, (name, weights), compute = params.load(), sys.argv[1:3], device()
     profile = p.run.profile
-    with whole(Path("metrics", profile, "zeroshot", f"{name}-{weights}.json")) as (file,):
+    stem = Path("metrics", profile, "zeroshot", f"{name}-{weights}")
+    with whole(stem.with_suffix(".json"), stem.with_suffix(".parquet")) as (summary_file, answers_file):
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        write_json(file, score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute))
+        summary, answers = score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
+        write_json(summary_file, summary)
+        answers.to_parquet(answers_file, index=False)
 
 
 if __name__ == "__main__":

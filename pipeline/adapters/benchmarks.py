@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from pipeline.runtime import UserError, progress
@@ -87,25 +88,55 @@ def kinds(root: Path) -> dict[str, str]:
     return {name: file.read_text().strip() if file.exists() else "classification" for name, file in files.items()}
 
 
-def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> float:
-    """Zero-shot top-1 accuracy in %."""
+def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> pd.DataFrame:
+    """Zero-shot classification: whether the first answer is right, an image a row."""
     dataset, loader = _load(backbone, root, name, "zeroshot_classification", batch)
-    metrics = zeroshot_classification.evaluate(
-        backbone, loader, backbone.tokenizer, dataset.classes, dataset.templates, device.type, amp=False
+    classifier = zeroshot_classification.zero_shot_classifier(
+        backbone, backbone.tokenizer, dataset.classes, dataset.templates, device.type, amp=False
     )
-    return 100 * metrics["acc1"]
+    logits, labels = zeroshot_classification.run_classification(backbone, classifier, loader, device.type, amp=False)
+    return _answers("accuracy", logits.argmax(1) == labels)
 
 
-def retrieval(backbone, root: Path, name: str, batch: int, recall: int, device: torch.device) -> dict[str, float]:
-    """Recall@`recall` in %, image to text and text to image."""
+@torch.no_grad()
+def retrieval(backbone, root: Path, name: str, batch: int, recall: int, device: torch.device) -> pd.DataFrame:
+    """Retrieval in both directions: whether a right answer is among the first `recall`, a query a row.
+
+    clip_benchmark's evaluate gives the means of just this; here each query keeps its image, because an image and its
+    texts are one sample.
+    """
     _, loader = _load(backbone, root, name, "zeroshot_retrieval", batch)
-    metrics = zeroshot_retrieval.evaluate(
-        backbone, loader, backbone.tokenizer, device.type, amp=False, recall_k_list=[recall]
+    images, texts, of_text = [], [], []
+    for pixels, captions, numbers in progress(zeroshot_retrieval.dataloader_with_indices(loader), name):
+        images.append(normalize(backbone.encode_image(pixels.to(device)), dim=-1).cpu())
+        ids = backbone.tokenizer([caption for own in captions for caption in own]).to(device)
+        texts.append(normalize(backbone.encode_text(ids), dim=-1).cpu())
+        of_text += [number for number, own in zip(numbers.tolist(), captions, strict=True) for _ in own]
+    scores = torch.cat(texts) @ torch.cat(images).T
+    belongs = torch.zeros_like(scores, dtype=torch.bool)
+    belongs[torch.arange(len(scores)), of_text] = True
+
+    def found(scores: torch.Tensor, belongs: torch.Tensor) -> torch.Tensor:
+        args = (zeroshot_retrieval.recall_at_k, scores, belongs, batch, device.type)
+        return zeroshot_retrieval.batchify(*args, k=recall) > 0
+
+    return pd.concat(
+        [
+            _answers("image_to_text", found(scores.T, belongs.T)),
+            _answers("text_to_image", found(scores, belongs), of_text),
+        ]
     )
-    return {
-        "image_to_text": 100 * metrics[f"text_retrieval_recall@{recall}"],
-        "text_to_image": 100 * metrics[f"image_retrieval_recall@{recall}"],
-    }
+
+
+def _answers(measure: str, right: torch.Tensor | np.ndarray, images: list[int] | None = None) -> pd.DataFrame:
+    """A table of answers; images: the number of the image that each is about, by default its own."""
+    return pd.DataFrame(
+        {
+            "measure": measure,
+            "image": np.arange(len(right), dtype=np.int32) if images is None else np.array(images, np.int32),
+            "right": np.asarray(right, dtype=bool),
+        }
+    )
 
 
 def _load(backbone, root: Path, name: str, task: str, batch: int):
@@ -115,15 +146,15 @@ def _load(backbone, root: Path, name: str, task: str, batch: int):
     return dataset, DataLoader(dataset.batched(batch), batch_size=None, num_workers=0)
 
 
-def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: str, batch: int) -> dict[str, float]:
-    """Accuracy in % of a linear classifier from frozen image embeddings to each attribute of the set's pictures."""
+def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: str, batch: int) -> pd.DataFrame:
+    """Whether a linear classifier reads an attribute off the frozen image embedding, a picture and attribute a row."""
     (train_x, train_y), (test_x, test_y) = (_embedded(embed, root / "wds" / name / s, batch) for s in ("train", "test"))
-    scores = {}
+    answers = []
     for attribute in progress(train_y, "linear probe"):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
         classifier.fit(train_x, train_y[attribute])
-        scores[attribute] = 100 * float(np.mean(classifier.predict(test_x) == test_y[attribute]))
-    return scores
+        answers.append(_answers(attribute, classifier.predict(test_x) == test_y[attribute]))
+    return pd.concat(answers)
 
 
 def _embedded(

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
     def text(self, sign: str = "+") -> str:
         """E.g. '+1.9 [-0.3, +4.1]'."""
-        value, low, high = (f"{part + 0.0:{sign}.1f}" for part in self)
+        value, low, high = (f"{round(part, 1) + 0.0:{sign}.1f}" for part in self)
         return f"{value} [{low}, {high}]"
 
 

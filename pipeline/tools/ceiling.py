@@ -12,9 +12,9 @@ from pathlib import Path
 from pipeline import mmvp, params, zeroshot
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.evidence.results import headline
 from pipeline.mini import pretrain
 from pipeline.params import MiniSource
-from pipeline.report import headline
 from pipeline.runtime import UserError, device, stage, whole, write_json
 
 
@@ -32,8 +32,8 @@ def main() -> None:
         pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, pretrain.any_details)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
         published = mmvp.read_out_of(entry.published_read_out)
-        pairs, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
-        sets = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
+        pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
+        sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
         result = headline(pairs, sets)
         write_json(file, result)
         print(f"ceiling of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
