@@ -23,7 +23,7 @@ def leaves(value: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 def main() -> int:
     compared, wrong = 0, []
-    for file, points in (("report.json", True), ("denoiser.json", False), ("train/mini/metrics.json", False)):
+    for file, points in (("report.json", True), ("denoiser.json", False), ("train/mini-diva/metrics.json", False)):
         path = Path("metrics/mini", file)
         committed = json.loads(subprocess.check_output(["git", "show", f"HEAD:{path}"]))
         found = dict(leaves(json.loads(path.read_text())))

@@ -188,7 +188,7 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
             w: metrics / "train" / f"{backbone}-{w}" / "plots" / "metrics" for w in ("diva", "shuffled") if w in scores
         }
         drawn = [figures.patterns(scores, entry), *([figures.gains(found)] if found["weights"] else [])]
-        drawn += [figures.probe(scores), figures.losses(curves) if curves else None]
+        drawn += [figures.probe(scores), figures.losses(curves)]
         sections.append(
             {
                 "backbone": backbone,

@@ -24,8 +24,10 @@ import yaml
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[1]
-LOSS_CURVE = "metrics/mini/train/mini/plots/metrics/tower/loss.tsv"
+LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
+WEIGHTS = ("pretrained", "diva", "shuffled", "drift")
+VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
 SMALLER: dict[str, dict[str, dict]] = {
     "profiles": {
         "images": {"count": 24, "shard_size": 12, "processes": 1, "threads": 4},
@@ -62,7 +64,7 @@ class Clone:
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True
         )
         for name in listed.split("\0"):
-            if (REPOSITORY / name).is_file() and name not in LOCKS and not name.startswith("metrics/"):
+            if (REPOSITORY / name).is_file() and name not in LOCKS and not re.match(r"metrics/(?!seeds/)", name):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(REPOSITORY / name, root / name)
         content = yaml.safe_load((root / "params.yaml").read_text())
@@ -118,7 +120,7 @@ class Clone:
         return {
             str(file): (self.root / file).read_bytes()
             for file in files
-            if (self.root / file).is_file() and file.name != "timings.jsonl" and not re.search(r"(^|/)\.", str(file))
+            if (self.root / file).is_file() and file.name not in VIEWS and not re.search(r"(^|/)\.", str(file))
         }
 
     def outputs(self) -> list[str]:
@@ -186,8 +188,8 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     stop_once_written("data/mini/.images.partial", refuse_a_second_writer_then_kill_dvc)
     output = stop_once_written("models/mini/.denoiser.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGINT))
     assert "interrupted: nothing was written" in output
-    stop_once_written("metrics/mini/train/.mini.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
-    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
+    stop_once_written("metrics/mini/train/.mini-diva.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
+    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini-diva"
 
     expected = undisturbed().contents(*LOCKS, "data", "models", "metrics")
     assert clone.contents(*LOCKS, "data", "models", "metrics") == expected
@@ -199,14 +201,22 @@ def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed:
     imported = clone.run("python", "-c", "import pipeline; print(pipeline.__file__)")
     assert Path(imported.strip()) == clone.root / "pipeline" / "__init__.py"
     everything = [
-        "plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini",
-        "mmvp@mini-pretrained", "mmvp@mini-diva", "zeroshot@mini-pretrained", "zeroshot@mini-diva", "report",
+        "plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini-diva",
+        "train@mini-shuffled", "drift@mini", "report",
+        *(f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS),
     ]  # fmt: skip
     assert sorted(stages_run(clone.output)) == sorted(everything)
     assert all((clone.root / output).exists() for output in clone.outputs())
     _, table = clone.output.split("Running stage 'report':")
     assert "What feedback gained, and what it cost" in table
-    assert clone.run("git", "status", "--porcelain").split() == ["??", "dvc.lock", "??", "metrics/", "??", LOCKS[1]]
+    assert clone.run("git", "status", "--porcelain").split() == [
+        "??",
+        "dvc.lock",
+        "??",
+        "metrics/mini/",
+        "??",
+        LOCKS[1],
+    ]
 
 
 def test_a_second_repro_runs_nothing_within_five_seconds(undisturbed: Callable[[], Clone]) -> None:
@@ -226,14 +236,14 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
     before = clone.contents("metrics")
     # DVC writes this rate as 5e-05, which YAML 1.1 reads as a string.
     output = clone.run("dvc", "exp", "run", "--set-param", "seed=3", "-S", "profiles.mini.train.lr=0.00005")
-    assert stages_run(output)[0] == "train@mini"
-    assert sorted(stages_run(output)[1:]) == ["mmvp@mini-diva", "report", "zeroshot@mini-diva"]
+    rerun = {f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS[1:]}
+    assert set(stages_run(output)) == rerun | {"train@mini-diva", "train@mini-shuffled", "drift@mini", "report"}
     made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
     assert (made["seed"], made["recipe"]["lr"]) == (3, 5e-05)
     first_losses = [files[LOSS_CURVE].splitlines()[1] for files in (before, clone.contents("metrics"))]
     assert first_losses[0] != first_losses[1]  # the rate has no part in them yet, the seed has
 
-    assert re.search(r"^metrics/mini/train/mini/metrics.json +loss_first_tenth +\S+ +\S+ +\S+$",
+    assert re.search(r"^metrics/mini/train/mini-diva/metrics.json +loss_first_tenth +\S+ +\S+ +\S+$",
                      clone.run("dvc", "metrics", "diff"), re.MULTILINE)  # fmt: skip
     assert "mini.gain.pairs_plain" in clone.run("dvc", "metrics", "diff", "--all")
     table = clone.run("dvc", "exp", "show", "--csv").splitlines()
@@ -246,5 +256,5 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
 
     clone.commit("after")
     between = json.loads(clone.run("dvc", "metrics", "diff", "--json", "HEAD~1", "HEAD"))
-    change = between["metrics/mini/train/mini/metrics.json"]["loss_first_tenth"]
+    change = between["metrics/mini/train/mini-diva/metrics.json"]["loss_first_tenth"]
     assert change["diff"] == pytest.approx(change["new"] - change["old"]) != 0

@@ -109,6 +109,19 @@ def test_a_step_is_the_same_however_it_is_shared(
     assert set().union(*(part.undecodable for part in parts)) == expected.undecodable != set()
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_shuffled_control_shows_the_tower_another_image(models: tuple[Backbone, Denoiser], processes: int) -> None:
+    """The one before it among the images that its stream gives to the step; what is restored stays the same."""
+    expected = feed(models, section(batch=12))
+    parts = [feed(models, section(batch=12), process=i, processes=processes, shuffled=True) for i in range(processes)]
+    for _, step in STEPS:
+        shown, *rest = whole(list(expected(step)))
+        found, *others = whole([micro for part in parts for micro in part(step)])
+        assert same(rest, others)
+        assert torch.equal(found.unflatten(0, (4, 3)), shown.unflatten(0, (4, 3)).roll(1, 1))
+    assert torch.equal(parts[0].held_out()[0][0].pixels_BCHW[:1], expected.held_out()[0][0].pixels_BCHW[:1])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_feed_goes_on_where_it_was(models: tuple[Backbone, Denoiser], workers: int) -> None:
     """However far ahead its workers have read."""
@@ -356,10 +369,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(saves):
-        run(train, "mini")
+        run(train, "mini", "diva")
     assert outputs(here) == {}
     capsys.readouterr()
-    run(train, "mini")
+    run(train, "mini", "diva")
     phase, step = ("projection", saves - 1) if saves <= 3 else ("tower", saves - 4)
     assert f"going on after step {step} of phase '{phase}'" in capsys.readouterr().out
     expected = outputs(finished)
@@ -398,16 +411,16 @@ def test_another_recipe_never_goes_on_from_a_checkpoint(
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(5):
-        run(train, "mini")
+        run(train, "mini", "diva")
     change()
     capsys.readouterr()
-    run(train, "mini")
+    run(train, "mini", "diva")
     printed = capsys.readouterr().out
     assert f"mini.checkpoint is of another run, which differs in {named}: training starts anew" in printed
     assert "going on" not in printed
     made = outputs(here)
     shutil.rmtree(MODELS / "diva")
-    run(train, "mini")
+    run(train, "mini", "diva")
     assert outputs(here) == made
 
 
@@ -443,7 +456,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
             save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
-    run(train, "mini")
+    run(train, "mini", "diva")
     assert capsys.readouterr().err.count("warning: no checkpoint written to models/mini/diva/.mini.checkpoint") == 7
     weights = f"{MODELS}/diva/mini/open_clip_model.safetensors"
     assert outputs(here)[weights] == outputs(finished)[weights]

@@ -278,10 +278,13 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     clone.environment = {"HF_ENDPOINT": hub.endpoint}
     hub.fail("/resolve/" + COMMIT + "/vae/config.json", status=500, times=2)  # which passes by itself
     hub.cut("cc3m-train-0000.tar", after_bytes=3000)
-    output = clone.run("dvc", "exp", "run", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]")
+    weights = "run.weights=[pretrained,diva]"
+    output = clone.run(
+        "dvc", "exp", "run", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]", "-S", weights
+    )
     everything = {"plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "report"}
     for name in ("openai_224", "dfn_378"):
-        everything |= {f"backbone@{name}", f"train@{name}"}
+        everything |= {f"backbone@{name}", f"train@{name}-diva"}
         everything |= {f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot") for w in ("pretrained", "diva")}
     assert sorted(stages_run(output)) == sorted(everything)
     assert stages_run(output)[0] == "plan"
@@ -414,7 +417,7 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
             hub.add_repo("sd2-community/sd", served / "sd")
             hub.add_repo("MMVP/MMVP_VLM", checkpoints.mmvp_vlm(1), kind="dataset")
             hub.add_repo("pixparse/cc3m-wds", {"cc3m-train-0000.tar": checkpoints.shard(0, 2)}, kind="dataset")
-            for command in ("images", "mmvp_vlm", "denoiser", "backbone openai_224", "train openai_224"):
+            for command in ("images", "mmvp_vlm", "denoiser", "backbone openai_224", "train openai_224 diva"):
                 stage(tmp_path, hub, *f"pipeline.{command}".split())
         stage(tmp_path, hub, "pipeline.mmvp", "openai_224", "diva")
 

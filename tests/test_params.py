@@ -165,3 +165,10 @@ def test_content_that_is_not_yaml_is_refused(file: Path, content: bytes) -> None
 def test_content_without_sections_is_refused(file: Path, content: str, found: str) -> None:
     file.write_text(content)
     assert message(file).startswith(f"{file}: found {found}, wanted sections")
+
+
+def test_the_shuffled_control_needs_two_images_of_a_stream(file: Path) -> None:
+    change(file, f"{TRAIN}.streams", 32)
+    assert re.search(r"run: run\.weights names 'shuffled'.*each of 32 streams has one\. Lower streams", message(file))
+    change(file, "run.weights", ["pretrained", "diva", "drift"])
+    assert params.load(file).run.trained

@@ -106,6 +106,7 @@ def test_mini_fetches_nothing_and_does_not_wait_for_torch() -> None:
         ("pretrained", set()),
         ("released", {"models/paper/released/openai_224"}),
         ("diva", {"data/paper/images", "models/paper/denoiser"}),
+        ("drift", {"data/paper/images", "models/paper/denoiser"}),
         ("diva released", {"data/paper/images", "models/paper/denoiser", "models/paper/released/openai_224"}),
     ],
 )

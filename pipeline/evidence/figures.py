@@ -71,13 +71,15 @@ def seeds(table: pd.DataFrame):
 
 
 def losses(curves: dict[str, Path]):
-    """The denoising loss of both phases, of the run and of the control that was trained, too."""
+    """The denoising loss of both phases, of the run and of the control that was trained; None where there is none."""
     found = {
         (phase, weights): pd.read_csv(file, sep="\t")
         for phase in ("projection", "tower")
         for weights, folder in curves.items()
         if (file := folder / phase / "loss.tsv").exists()
     }
+    if not found:
+        return None
     phases = list(dict.fromkeys(phase for phase, _ in found))
     figure, axes = plt.subplots(1, len(phases), figsize=(11, 3.2), layout="constrained", squeeze=False)
     for (phase, weights), table in found.items():

@@ -1,0 +1,290 @@
+"""The evidence on made-up scores with known answers, the report on a shrunken run, and commits compared."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from test_stages import METRICS, ROOT, finished, here, run, write_seeds  # noqa: F401  (fixtures)
+
+from pipeline import params, report
+from pipeline.evidence import results, statistics
+from pipeline.evidence.results import COLUMNS, Scores
+from pipeline.mini import world
+from pipeline.runtime import UserError
+
+PATTERNS = ["Color"] * 2 + ["Text"] * 3
+
+
+def made(plain: list[float], published: list[float], objects: list[bool], texts: list[bool]) -> Scores:
+    """Five pairs of two patterns; four images to classify; two images with two texts each to find."""
+    table = pd.DataFrame({"pair": range(1, 6), "pattern": PATTERNS, "image_to_statement": plain})
+    pairs = pd.concat(
+        [
+            table.assign(read_out=name, statement_to_image=right)
+            for name, right in (("plain", plain), ("published", published))
+        ]
+    )
+    block = {name: group for name, group in pairs.groupby("read_out")}
+
+    def average(read_out: str, direction: str) -> float:
+        return 100 * block[read_out].groupby("pattern")[direction].mean().mean()
+
+    directions = ("statement_to_image", "image_to_statement")
+    mmvp = {r: {d: {"average": average(r, d)} for d in directions} for r in ("plain", "published")}
+    answers = pd.concat(
+        [
+            pd.DataFrame({"set": "objects", "measure": "accuracy", "image": range(4), "right": objects}),
+            pd.DataFrame({"set": "captions", "measure": "image_to_text", "image": range(2), "right": [True, False]}),
+            pd.DataFrame({"set": "captions", "measure": "text_to_image", "image": [0, 0, 1, 1], "right": texts}),
+        ]
+    )
+    zeroshot = {
+        "objects": {"kind": "classification", "average": 100 * np.mean(objects)},
+        "captions": {"kind": "retrieval", "average": 100 * (0.5 + np.mean(texts)) / 2},
+    }
+    return Scores(mmvp, pairs, zeroshot, answers)
+
+
+BEFORE = made([0, 1, 0, 0, 1], [0, 0, 0.25, 0.75, 1], [True, True, True, False], [True, False, False, False])
+AFTER = made([1, 1, 0, 1, 0], [0.5, 0, 0.25, 0.25, 1], [True, True, False, False], [True, True, False, False])
+
+
+def test_a_headline_is_the_mean_of_what_there_is() -> None:
+    sets = {
+        "objects": {"kind": "classification", "average": 90.0},
+        "animals": {"kind": "classification", "average": 80.0},
+        "captions": {"kind": "retrieval", "average": 12.346},
+    }
+    found = results.headline(BEFORE.mmvp, sets)
+    assert found == {
+        "pairs_plain": 41.67, "pairs_published": 33.33, "image_to_statement_plain": 41.67,
+        "image_to_statement_published": 41.67, "zeroshot": 85, "retrieval": 12.35,
+    }  # fmt: skip
+    assert [column for column in COLUMNS if column in found] == list(found)
+
+
+def test_answers_come_in_strata_and_an_image_is_one_sample() -> None:
+    plain = BEFORE.strata("pairs_plain")
+    assert {name: answers.tolist() for name, answers in plain.items()} == {"Color": [0, 100], "Text": [0, 0, 100]}
+    assert BEFORE.strata("pairs_published")["Text"].tolist() == [25, 75, 100]
+    assert BEFORE.strata("zeroshot")["objects"].tolist() == [100, 100, 100, 0]
+    assert BEFORE.strata("retrieval")["captions"].tolist() == [75, 0]  # of each image: its own hit, its texts' mean
+    assert BEFORE.strata("probe") == {}
+
+
+def test_a_gain_is_the_difference_of_two_headlines() -> None:
+    gains, (was, now) = results.gains(BEFORE, AFTER), (BEFORE.headline(), AFTER.headline())
+    assert gains.keys() == was.keys()
+    assert {c: gain.value for c, gain in gains.items()} == pytest.approx({c: now[c] - was[c] for c in was}, abs=0.011)
+    assert all(gain.low <= gain.value <= gain.high for gain in gains.values())
+    assert (gains["zeroshot"].value, gains["zeroshot"].low < -25 < gains["zeroshot"].high) == (-25, True)
+
+
+def test_answers_to_other_questions_are_not_compared() -> None:
+    fewer = Scores(AFTER.mmvp, AFTER.pairs[AFTER.pairs.pair < 5], AFTER.zeroshot, AFTER.answers)
+    with pytest.raises(UserError, match="other questions"):
+        results.gains(BEFORE, fewer)
+
+
+def test_pairs_won_and_lost_are_those_of_one_read_out() -> None:
+    assert results.changed_pairs(BEFORE, AFTER, "plain") == {"won": [1, 4], "lost": [5]}
+    assert results.changed_pairs(BEFORE, AFTER, "published") == {
+        "won": [],
+        "lost": [4],
+    }  # half of the draws is not most
+    found = results.won_and_lost(BEFORE, AFTER, "plain")
+    assert {key: found[key] for key in ("won", "lost", "pairs", "p")} == {"won": 2, "lost": 1, "pairs": 5, "p": 1.0}
+    assert found["smallest_gain"] == round(100 * statistics.smallest_gain(5, 3), 1) or np.isnan(found["smallest_gain"])
+
+
+def evidence(published: tuple[float, float] | None) -> dict:
+    scores = {"pretrained": BEFORE, "diva": AFTER, "shuffled": BEFORE}
+    turned = np.array([[0.0, 1.0], [1.0, 0.0]])
+    embeddings = {"pretrained": np.eye(2), "diva": 3 * turned, "shuffled": np.eye(2)}
+    return results.evidence(scores, embeddings, published)
+
+
+def test_evidence_keeps_training_and_read_out_apart() -> None:
+    found = evidence(published=(20.0, 26.0))
+    diva, shuffled = found["weights"]["diva"], found["weights"]["shuffled"]
+    assert diva["gain"]["pairs_plain"][0] == round(100 * (0.5 + 0) / 2, 2)
+    assert diva["gain"]["pairs_published"][0] == round(100 * (0.25 - 0.5 / 3) / 2, 2)
+    assert diva["as_published"][0] == round(AFTER.headline()["pairs_published"] - BEFORE.headline()["pairs_plain"], 2)
+    assert found["read_out"][0] == -8.33
+    assert found["read_out"] == shuffled["as_published"]
+    assert {part for interval in shuffled["gain"].values() for part in interval} == {0}
+    assert found["remains"]["shuffled"] == diva["gain"]
+    assert (diva["cosine"], shuffled["cosine"]) == ([0, 0, 0], [1, 1, 1])
+    judged = statistics.Interval(*diva["as_published"])
+    assert diva["verdict"]["pairs"] == statistics.gain_verdict(judged, 6.0)
+    assert evidence(None)["weights"]["diva"]["verdict"]["pairs"] == "not distinguishable"
+
+
+def test_a_control_never_fails_the_check() -> None:
+    found = evidence(None)
+    assert results.failures({"mini": found}) == [
+        "mini, diva: pairs not distinguishable", "mini, diva: zeroshot not distinguishable"
+    ]  # fmt: skip
+    found["weights"]["diva"]["verdict"] = {"pairs": "reproduced", "zeroshot": "preserved"}
+    assert results.failures({"mini": found}) == []
+
+
+def test_a_gain_that_costs_zero_shot_ability_is_called_bought() -> None:
+    found = evidence(None)
+    found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "lost"}
+    assert "bought with zero-shot ability" in report.verdicts(found, None)[0]
+    found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
+    assert "bought" not in " ".join(report.verdicts(found, None))
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:  # noqa: F811
+    metrics = finished / METRICS
+    written = json.loads((metrics / "report.json").read_text())["mini"]
+    assert list(written) == ["pretrained", "diva", "gain", "gain_shuffled", "gain_drift"]
+    for weights in ("pretrained", "diva"):
+        pairs = json.loads((metrics / f"mmvp/mini-{weights}.json").read_text())
+        sets = json.loads((metrics / f"zeroshot/mini-{weights}.json").read_text())
+        assert written[weights]["pairs_published"] == round(pairs["published"]["statement_to_image"]["average"], 2)
+        assert written[weights]["probe"] == round(sets["details"]["average"], 2)
+        assert written[weights].keys() == COLUMNS.keys()
+    for column, gain in written["gain"].items():
+        assert gain == pytest.approx(written["diva"][column] - written["pretrained"][column], abs=0.011)
+    patterns = pd.read_csv(metrics / "patterns.csv")
+    assert patterns.pattern.tolist() == [f"{w}: {p}" for w in ("pretrained", "diva") for p in world.PATTERNS]
+    answers = pd.read_parquet(metrics / "zeroshot/mini-diva.parquet")
+    sets = json.loads((metrics / "zeroshot/mini-diva.json").read_text())
+    for (name, measure), right in answers.groupby(["set", "measure"]).right:
+        assert sets[name][measure] == pytest.approx(100 * right.mean(), abs=1e-3)
+
+
+def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path) -> None:  # noqa: F811
+    page = (finished / METRICS / "report.html").read_text()
+    text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', page)
+    assert "http" not in text.partition("<summary>params.yaml")[0]
+    assert set(re.findall(r'(?:src|href)="?([^ >]*)', text)) == {'"'}
+    scores = {weights: read(finished, weights) for weights in ("pretrained", "diva")}
+    changed = results.changed_pairs(*scores.values(), "plain")
+    assert embedded == 4 + 1 + 2 * sum(min(4, count) for count in by_pattern(changed))
+    markdown = (finished / METRICS / "report.md").read_text()
+    for how, numbers in changed.items():
+        assert f"{len(numbers)} pairs {how} (plain read-out)" in text
+        section = markdown.partition(f"### diva: pairs {how} (plain read-out)\n")[2].partition("#")[0]
+        assert [int(number) for number in re.findall(r"^- (\d+), ", section, re.MULTILINE)] == numbers
+    for told in (text, markdown):
+        assert all(
+            said in told for said in ("git revision", "training seed", "torch", "processor", "control: shuffled")
+        )
+        assert scores["diva"].mmvp["weights_sha256"] in told
+    assert [line.split(" | ")[0] for line in markdown.splitlines() if line.startswith("| ")][:9] == [
+        "| weights", "| ---", "| pretrained", "| diva", "| control: shuffled", "| control: drift", "| gain, diva",
+        "| gain, control: shuffled", "| gain, control: drift",
+    ]  # fmt: skip
+
+
+def read(folder: Path, weights: str) -> Scores:
+    return Scores.read("mini", "mini", weights, lambda path: (folder / path).read_bytes())
+
+
+def by_pattern(changed: dict[str, list[int]]) -> list[int]:
+    """How many pairs changed, for each way and pattern."""
+    pairs = len(world.PATTERNS)
+    size = params.load().profile.mmvp_vlm.pairs_per_pattern if Path("params.yaml").exists() else 2
+    return [sum((n - 1) // size == k for n in numbers) for numbers in changed.values() for k in range(pairs)]
+
+
+def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    gain = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
+    own = ",".join(str(value) for value in gain.values())
+    write_seeds(f"mini,diva,42,{own},abc", "mini,diva,43,1,2,3,4,5,6,7,def")
+    run(report)
+    page = (METRICS / "report.html").read_text()
+    assert "Training seeds 42, 43" in page
+    assert "made by other code" not in page
+    interval = statistics.over_seeds([gain["probe"], 7])
+    assert interval.text() in (METRICS / "report.md").read_text()
+    write_seeds("mini,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,43,1,2,3,4,5,6,7,def")
+    run(report)
+    assert "made by other code" in (METRICS / "report.html").read_text()
+    assert "made by other code" in (METRICS / "report.md").read_text()
+
+
+def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    before = (METRICS / "report.html").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        run(report, "--check")
+    assert ended.value.code == 1
+    assert "the check fails:\n  mini, diva: pairs" in capsys.readouterr().err
+    found = json.loads((METRICS / "evidence.json").read_text())
+    found["mini"]["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
+    (METRICS / "evidence.json").write_text(json.dumps(found))
+    run(report, "--check")
+    run(report, "--show")
+    assert (METRICS / "report.html").read_bytes() == before
+
+
+def test_without_pretrained_weights_there_is_nothing_to_compare_with(
+    here: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["run"]["weights"] = ["diva"]
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        run(report)
+    assert "without 'pretrained' there is nothing to compare with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """With the figures of `dvc metrics diff`; worse pairs fail the check, better ones do not."""
+
+    def do(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    dvc = (sys.executable, "-m", "dvc")
+    do("git", "init", "--quiet")
+    do(*dvc, "init", "--quiet")
+    Path("dvc.yaml").write_text("metrics:\n- metrics/mini/report.json\n")
+    commit = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "--message", "x")
+    files = (
+        *(f"metrics/mini/{kind}" for kind in ("mmvp", "zeroshot", "report.json")),
+        "dvc.yaml",
+        ".dvc",
+        "params.yaml",
+    )
+    mmvp, summary = METRICS / "mmvp/mini-diva.csv", METRICS / "report.json"
+    table, figures = pd.read_csv(mmvp), json.loads(summary.read_text())
+
+    def score(right: float) -> None:
+        table.assign(statement_to_image=right).to_csv(mmvp, index=False)
+        figures["mini"]["diva"]["pairs_plain"] = 100 * right
+        summary.write_text(json.dumps(figures))
+
+    score(1.0)
+    do("git", "add", "--force", *files)
+    do(*commit)
+    score(0.0)
+    run(report, "--compare")  # the workspace against the last commit
+    told = capsys.readouterr().out
+    assert re.search(r"diva.*pairs, plain.*100\.00.*0\.00.*lost", told)
+    do("git", "add", "--force", *files)
+    do(*commit)
+    diff = json.loads(do(*dvc, "metrics", "diff", "--json", "HEAD~1", "HEAD"))["metrics/mini/report.json"]
+    assert (diff["mini.diva.pairs_plain"]["old"], diff["mini.diva.pairs_plain"]["new"]) == (100, 0)
+    with pytest.raises(SystemExit) as ended:
+        run(report, "--compare", "HEAD~1", "HEAD", "--check")
+    assert ended.value.code == 1
+    assert "mini, diva: pairs, plain read-out -" in capsys.readouterr().err
+    run(report, "--compare", "HEAD", "HEAD~1", "--check")
+    assert re.search(r"diva.*pairs, plain.*0\.00.*100\.00.*gained", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        run(report, "--compare", "nowhere")
+    assert "nowhere" in capsys.readouterr().err
