@@ -107,11 +107,12 @@ def verdicts(found: dict, published: tuple[float, float] | None) -> list[str]:
             if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
                 text += " The gain is bought with zero-shot ability."
         tests = result["pairs"]["plain"]
+        shows, smallest = "so few pairs show no gain reliably", tests["smallest_gain"]
+        if smallest is not None:
+            shows = f"so many pairs show gains of {smallest:g} points and more in 80 of 100 experiments"
         text += (
             f" Of {tests['pairs']} pairs {tests['won']} were won and {tests['lost']} lost (plain read-out; exact "
-            f"McNemar p = {tests['p']:g}); so many pairs show gains of {tests['smallest_gain']:g} "
-            "points and more in 80 of 100 experiments. Mean cosine to the original embedding: "
-            f"{result['cosine'][0]:.3f}."
+            f"McNemar p = {tests['p']:g}); {shows}. Mean cosine to the original embedding: {result['cosine'][0]:.3f}."
         )
         texts.append(text)
     for control, remains in found["remains"].items():
@@ -122,7 +123,21 @@ def verdicts(found: dict, published: tuple[float, float] | None) -> list[str]:
     return texts
 
 
-def seeds(table: pd.DataFrame, backbone: str, now: dict[str, dict[str, float]], seed: int) -> dict | None:
+def seeds_verdict(group: pd.DataFrame, read_out: float, published: tuple[float, float] | None) -> str:
+    """The rule, applied to the interval over seeds of diva's gains; read_out: what the read-out alone gives."""
+    judged = (group.pairs_published + read_out, published[1] - published[0]) if published else (group.pairs_plain, None)
+    gain, zeroshot = statistics.over_seeds(judged[0]), group.zeroshot.dropna()
+    text = f"Over {len(group)} training seeds: pairs {statistics.gain_verdict(gain, judged[1])}, {gain.text()}"
+    if len(zeroshot) == len(group):
+        cost = statistics.over_seeds(zeroshot)
+        text += f"; zero-shot classification {statistics.preserved_verdict(cost)}, {cost.text()}"
+    return f"{text} (t interval of the mean)."
+
+
+def seeds(
+    table: pd.DataFrame, backbone: str, now: dict[str, dict[str, float]], seed: int, read_out: float,
+    published: tuple[float, float] | None,
+) -> dict | None:  # fmt: skip
     """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two."""
     table = table[table.backbone == backbone]
     groups = {str(weights): group for weights, group in table.groupby("weights", sort=False) if len(group) > 1}
@@ -144,6 +159,7 @@ def seeds(table: pd.DataFrame, backbone: str, now: dict[str, dict[str, float]], 
         "rows": rows,
         "seeds": ", ".join(map(str, sorted(set(table.seed)))),
         "same": same,
+        "verdict": seeds_verdict(groups["diva"], read_out, published) if "diva" in groups else None,
         "figure": figures.url(figures.seeds(table)),
     }
 
@@ -199,7 +215,9 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
                 "figures": [figures.url(figure) for figure in drawn if figure],
                 "cosine": {w: Interval(*result["cosine"]) for w, result in found["weights"].items()},
                 "tests": {w: result["pairs"] for w, result in found["weights"].items()},
-                "seeds": seeds(results.seeds_table(profile), backbone, report[backbone], p.seed),
+                "seeds": seeds(
+                    results.seeds_table(profile), backbone, report[backbone], p.seed, found["read_out"][0], published
+                ),
                 "changed": pairs_changed(scores, data / "mmvp_vlm"),
                 "weights": {w: of_weights.mmvp["weights_sha256"] for w, of_weights in scores.items()},
             }

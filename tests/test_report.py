@@ -100,7 +100,17 @@ def test_pairs_won_and_lost_are_those_of_one_read_out() -> None:
     }  # half of the draws is not most
     found = results.won_and_lost(BEFORE, AFTER, "plain")
     assert {key: found[key] for key in ("won", "lost", "pairs", "p")} == {"won": 2, "lost": 1, "pairs": 5, "p": 1.0}
-    assert found["smallest_gain"] == round(100 * statistics.smallest_gain(5, 3), 1) or np.isnan(found["smallest_gain"])
+    assert found["smallest_gain"] is None  # five pairs show nothing
+    many = Scores(BEFORE.mmvp, several(BEFORE), BEFORE.zeroshot, BEFORE.answers)
+    more = Scores(AFTER.mmvp, several(AFTER), AFTER.zeroshot, AFTER.answers)
+    found = results.won_and_lost(many, more, "plain")
+    assert (found["won"], found["lost"]) == (40, 20)
+    assert found["smallest_gain"] == round(100 * statistics.smallest_gain(100, 60), 1)
+
+
+def several(scores: Scores) -> pd.DataFrame:
+    """Its pairs twenty times over."""
+    return pd.concat([scores.pairs.assign(pair=scores.pairs.pair + 5 * i) for i in range(20)])
 
 
 def evidence(published: tuple[float, float] | None) -> dict:
@@ -141,6 +151,16 @@ def test_a_gain_that_costs_zero_shot_ability_is_called_bought() -> None:
     assert "bought with zero-shot ability" in report.verdicts(found, None)[0]
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
     assert "bought" not in " ".join(report.verdicts(found, None))
+
+
+def test_over_seeds_a_published_gain_is_judged_with_its_read_out() -> None:
+    """Gains within the published read-out, plus what the read-out alone gives: as the paper's table counts."""
+    group = pd.DataFrame({"pairs_plain": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
+    assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in report.seeds_verdict(
+        group, 4.0, (20.0, 26.6)
+    )
+    assert "pairs not reproduced, +2.0 [" in report.seeds_verdict(group, 0.0, (20.0, 26.6))
+    assert "pairs gained, +9.0" in report.seeds_verdict(group, 4.0, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
@@ -209,6 +229,8 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest
     page = (METRICS / "report.html").read_text()
     assert "Training seeds 42, 43" in page
     assert "made by other code" not in page
+    interval = statistics.over_seeds([gain["pairs_plain"], 1])
+    assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in page
     interval = statistics.over_seeds([gain["probe"], 7])
     assert interval.text() in (METRICS / "report.md").read_text()
     write_seeds("mini,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,43,1,2,3,4,5,6,7,def")

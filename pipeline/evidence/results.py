@@ -6,6 +6,7 @@ the sets of zero-shot ability; an answer is a share of right ones (in %) about o
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +117,13 @@ def won_and_lost(before: Scores, after: Scores, read_out: str) -> dict:
     """Counts of those, the exact McNemar test, and the smallest gain that so many pairs can show, in points."""
     changed, pairs = changed_pairs(before, after, read_out), len(before.right(read_out))
     won, lost = len(changed["won"]), len(changed["lost"])
-    smallest = 100 * statistics.smallest_gain(pairs, won + lost)
+    smallest = 100 * statistics.smallest_gain(pairs, won + lost)  # NaN where so few pairs show nothing
     return {
         "won": won,
         "lost": lost,
         "pairs": pairs,
         "p": float(f"{statistics.mcnemar(won, lost):.2g}"),
-        "smallest_gain": round(smallest, 1),
+        "smallest_gain": None if math.isnan(smallest) else round(smallest, 1),
     }
 
 
