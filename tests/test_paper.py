@@ -295,6 +295,12 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     report = json.loads((metrics / "report.json").read_text())
     assert report["openai_224"]["published"] == {"pairs_plain": 19.3, "pairs_published": 25.9}
     assert {"pretrained", "diva", "gain", "published"} == report["dfn_378"].keys()
+    page = (metrics / "report.html").read_text()
+    assert "<td>GenHancer, theirs<td>19.3<td>31.9<td>+12.6" in page
+    assert "read-out before, published read-out after, as in the paper&#39;s table; published +6.6)" in page
+    evidence = json.loads((metrics / "evidence.json").read_text())
+    verdicts = ("reproduced", "not reproduced", "not distinguishable")
+    assert all(found["weights"]["diva"]["verdict"]["pairs"] in verdicts for found in evidence.values())
     assert json.loads((metrics / "backbone/dfn_378.json").read_text())["weights"]["revision"] == COMMIT
     assert json.loads((metrics / "images.json").read_text())["images"] == 12
 

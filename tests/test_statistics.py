@@ -150,6 +150,7 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize(
     ("experiment", "truth"),
@@ -175,6 +176,7 @@ def test_a_verdict_is_wrong_as_seldom_as_it_claims(won: float, lost: float, wron
     assert len(set(verdicts)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fewer_resamples")
 def test_a_loss_of_the_margin_is_seldom_called_preserved() -> None:
     draws = np.random.default_rng(4)
