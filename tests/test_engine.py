@@ -246,13 +246,13 @@ def test_in_bfloat16_the_frozen_parts_are_bfloat16_and_the_trained_are_not(model
 
 def outputs(folder: Path) -> dict[str, bytes]:
     """The bytes of what the stage makes."""
-    roots = folder / MODELS / "diva", folder / METRICS / "train"
+    roots = folder / MODELS / "diva", folder / METRICS / "train/mini-diva"
     files = [path for root in roots for path in root.rglob("*") if path.is_file() and path.name[0] != "."]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    plots = folder / METRICS / "train/mini/plots/metrics"
+    plots = folder / METRICS / "train/mini-diva/plots/metrics"
     return {
         f"{phase}/{curve}": pd.read_csv(plots / phase / f"{curve}.tsv", sep="\t")[curve].tolist()
         for phase in ("projection", "tower")
