@@ -13,7 +13,7 @@ import yaml
 from test_stages import METRICS, ROOT, finished, here, run, write_seeds  # noqa: F401  (fixtures)
 
 from pipeline import params, report
-from pipeline.evidence import results, statistics
+from pipeline.evidence import page, results, statistics
 from pipeline.evidence.results import COLUMNS, Scores
 from pipeline.mini import world
 from pipeline.runtime import UserError
@@ -148,19 +148,19 @@ def test_a_control_never_fails_the_check() -> None:
 def test_a_gain_that_costs_zero_shot_ability_is_called_bought() -> None:
     found = evidence(None)
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "lost"}
-    assert "bought with zero-shot ability" in report.verdicts(found, None)[0]
+    assert "bought with zero-shot ability" in page.verdicts(found, None)[0]
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
-    assert "bought" not in " ".join(report.verdicts(found, None))
+    assert "bought" not in " ".join(page.verdicts(found, None))
 
 
 def test_over_seeds_a_published_gain_is_judged_with_its_read_out() -> None:
     """Gains within the published read-out, plus what the read-out alone gives: as the paper's table counts."""
     group = pd.DataFrame({"pairs_plain": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
-    assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in report.seeds_verdict(
+    assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in page.seeds_verdict(
         group, 4.0, (20.0, 26.6)
     )
-    assert "pairs not reproduced, +2.0 [" in report.seeds_verdict(group, 0.0, (20.0, 26.6))
-    assert "pairs gained, +9.0" in report.seeds_verdict(group, 4.0, None)
+    assert "pairs not reproduced, +2.0 [" in page.seeds_verdict(group, 0.0, (20.0, 26.6))
+    assert "pairs gained, +9.0" in page.seeds_verdict(group, 4.0, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
@@ -187,8 +187,8 @@ def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:  # noqa:
 
 
 def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path) -> None:  # noqa: F811
-    page = (finished / METRICS / "report.html").read_text()
-    text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', page)
+    html = (finished / METRICS / "report.html").read_text()
+    text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', html)
     assert "http" not in text.partition("<summary>params.yaml")[0]
     assert set(re.findall(r'(?:src|href)="?([^ >]*)', text)) == {'"'}
     scores = {weights: read(finished, weights) for weights in ("pretrained", "diva")}
@@ -226,11 +226,11 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest
     own = ",".join(str(value) for value in gain.values())
     write_seeds(f"mini,diva,42,{own},abc", "mini,diva,43,1,2,3,4,5,6,7,def")
     run(report)
-    page = (METRICS / "report.html").read_text()
-    assert "Training seeds 42, 43" in page
-    assert "made by other code" not in page
+    html = (METRICS / "report.html").read_text()
+    assert "Training seeds 42, 43" in html
+    assert "made by other code" not in html
     interval = statistics.over_seeds([gain["pairs_plain"], 1])
-    assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in page
+    assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in html
     interval = statistics.over_seeds([gain["probe"], 7])
     assert interval.text() in (METRICS / "report.md").read_text()
     write_seeds("mini,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,43,1,2,3,4,5,6,7,def")
