@@ -114,9 +114,9 @@ def several(scores: Scores) -> pd.DataFrame:
 
 
 def evidence(published: tuple[float, float] | None) -> dict:
-    scores = {"pretrained": BEFORE, "diva": AFTER, "shuffled": BEFORE}
+    scores = {"pretrained": BEFORE, "diva": AFTER, "shuffled": BEFORE, "drift": AFTER}
     turned = np.array([[0.0, 1.0], [1.0, 0.0]])
-    embeddings = {"pretrained": np.eye(2), "diva": 3 * turned, "shuffled": np.eye(2)}
+    embeddings = {"pretrained": np.eye(2), "diva": 3 * turned, "shuffled": np.eye(2), "drift": turned}
     return results.evidence(scores, embeddings, published)
 
 
@@ -130,6 +130,7 @@ def test_evidence_keeps_training_and_read_out_apart() -> None:
     assert found["read_out"] == shuffled["as_published"]
     assert {part for interval in shuffled["gain"].values() for part in interval} == {0}
     assert found["remains"]["shuffled"] == diva["gain"]
+    assert {part for interval in found["remains"]["drift"].values() for part in interval} == {0}
     assert (diva["cosine"], shuffled["cosine"]) == ([0, 0, 0], [1, 1, 1])
     judged = statistics.Interval(*diva["as_published"])
     assert diva["verdict"]["pairs"] == statistics.gain_verdict(judged, 6.0)
