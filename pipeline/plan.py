@@ -86,8 +86,9 @@ def disk(p: params.Params, items: list[Item]) -> float:
     """Bytes that the run will add to the disk.
 
     Data sets and the denoiser are kept as they come; a checkpoint makes way for a converted copy in float32, and every
-    backbone has as large a one after training. DVC's cache shares its bytes with the workspace wherever links work,
-    for .dvc/config asks for them; elsewhere all is there twice. Less what stopped fetches have left.
+    backbone has as large a one after training. Each is exported in two formats of its size. DVC's cache shares its
+    bytes with the workspace wherever links work, for .dvc/config asks for them; elsewhere all is there twice. Less what
+    stopped fetches have left.
     """
     models = _models(p)
     kept = sum(item.size for item in items if item.folder not in models)
@@ -98,13 +99,13 @@ def disk(p: params.Params, items: list[Item]) -> float:
 
 def _models(p: params.Params) -> dict[Path, float]:
     """The folders of the models that are made of checkpoints, and their bytes."""
-    models = {}
+    models: dict[Path, float] = {}
     for backbone in p.run.backbones:
         if isinstance(p.backbones[backbone].source, CheckpointSource):
             published = p.backbones[backbone].published
-            for weights in {"pretrained", *p.run.weights}:
-                folder = Path("models", p.run.profile, weights, backbone)
-                models[folder] = 4e6 * published.parameters if published else MODEL
+            size, root = 4e6 * published.parameters if published else MODEL, Path("models", p.run.profile)
+            models |= {root / weights / backbone: size for weights in {"pretrained", *p.run.weights}}
+            models |= {root / "export" / f"{backbone}-{weights}": 2 * size for weights in p.run.weights}
     return models
 
 

@@ -27,9 +27,10 @@ from safetensors.numpy import load_file
 
 from pipeline import params
 from pipeline.evidence import figures, results, statistics
-from pipeline.evidence.page import LABELS, cells, render, section
+from pipeline.evidence.page import LABELS, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, CONTROLS, GAINS, Scores
+from pipeline.evidence.templates import render
 from pipeline.runtime import UserError, stage, whole, write_json
 
 
@@ -147,7 +148,7 @@ def main() -> None:
                 write_json(report_file, report)
                 write_json(evidence_file, evidence)
                 patterns.to_csv(patterns_file, index=False)
-                html_file.write_text(render("report.html.jinja", shown))
+                html_file.write_text(render("report.html.jinja", shown, url=figures.picture_url))
                 markdown_file.write_text(render("report.md.jinja", shown))
         if not outputs[0].exists():
             raise UserError(f"{outputs[0]}: no report yet. Run `dvc repro`.")

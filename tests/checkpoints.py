@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
@@ -48,6 +50,22 @@ STABLE_DIFFUSION = {  # the shapes of stable-diffusion-2-1-base, smaller
     "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                      "projection_dim": 32},
 }  # fmt: skip
+
+
+@register_model
+def vit_tiny_siglip(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """An image tower of SigLIP's kind; timm's own small ones have register tokens."""
+    assert options["global_pool"] == "map"
+    return VisionTransformer(
+        img_size=70, patch_size=7, embed_dim=96, depth=2, num_heads=3, mlp_ratio=3.7, class_token=False,
+        num_classes=0, global_pool="map",
+    )  # fmt: skip
+
+
+TINY_SIGLIP = SIGLIP | {
+    "vision_cfg": {**SIGLIP["vision_cfg"], "image_size": 70, "timm_model_name": "vit_tiny_siglip"},
+    "text_cfg": {**SIGLIP["text_cfg"], "mlp_ratio": 3.7},
+}
 
 
 def build(architecture: str | Mapping[str, Any], seed: int) -> nn.Module:

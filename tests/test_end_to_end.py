@@ -203,7 +203,7 @@ def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed:
     everything = [
         "plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini-diva",
         "train@mini-shuffled", "drift@mini", "report",
-        *(f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS),
+        *(f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot", "export") for weights in WEIGHTS),
     ]  # fmt: skip
     assert sorted(stages_run(clone.output)) == sorted(everything)
     assert all((clone.root / output).exists() for output in clone.outputs())
@@ -237,6 +237,7 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
     # DVC writes this rate as 5e-05, which YAML 1.1 reads as a string.
     output = clone.run("dvc", "exp", "run", "--set-param", "seed=3", "-S", "profiles.mini.train.lr=0.00005")
     rerun = {f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS[1:]}
+    rerun |= {f"export@mini-{weights}" for weights in WEIGHTS}  # a card has the scores, and the seed
     assert set(stages_run(output)) == rerun | {"train@mini-diva", "train@mini-shuffled", "drift@mini", "report"}
     made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
     assert (made["seed"], made["recipe"]["lr"]) == (3, 5e-05)

@@ -285,7 +285,9 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     everything = {"plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "report"}
     for name in ("openai_224", "dfn_378"):
         everything |= {f"backbone@{name}", f"train@{name}-diva"}
-        everything |= {f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot") for w in ("pretrained", "diva")}
+        everything |= {
+            f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot", "export") for w in ("pretrained", "diva")
+        }
     assert sorted(stages_run(output)) == sorted(everything)
     assert stages_run(output)[0] == "plan"
     assert "not among clip-benchmark's sets, so left out of 3: birdsnap" in output
@@ -304,6 +306,10 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     assert json.loads((metrics / "backbone/dfn_378.json").read_text())["weights"]["revision"] == COMMIT
     assert json.loads((metrics / "images.json").read_text())["images"] == 12
 
+    card = (clone.root / "models/paper/export/dfn_378-diva/README.md").read_text()
+    assert "Licence of the base weights: apple-amlr (research only)" in card
+    assert "hf://datasets/pixparse/cc3m-wds@" in card
+
     asked = [request.method for request in hub.requests if request.path.endswith("/cc3m-train-0000.tar")]
     assert asked.count("GET") == 2  # a file of a few bytes is cut before any of them is kept
     assert not [fault for fault in hub.faults if fault.times]
@@ -313,7 +319,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
         "dvc", "exp", "run", "-S", "run.backbones=[siglip_224]", "-S", "run.weights=[pretrained,released]"
     )
     expected = {"plan", "backbone@siglip_224", "released@siglip_224", "report"}
-    expected |= {f"{scoring}@siglip_224-{w}" for scoring in ("mmvp", "zeroshot") for w in ("pretrained", "released")}
+    expected |= {f"{s}@siglip_224-{w}" for s in ("mmvp", "zeroshot", "export") for w in ("pretrained", "released")}
     assert sorted(stages_run(output)) == sorted(expected)
     asked = {
         request.path for request in hub.requests[fetched:] if request.method == "GET" and "/resolve/" in request.path
@@ -324,6 +330,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     }  # fmt: skip
     report = json.loads((metrics / "report.json").read_text())
     assert {"pretrained", "released", "gain_released", "published"} == report["siglip_224"].keys()
+    assert "siglip_224: exported for open_clip only. transformers' SiglipModel is of another shape" in output
     assert stages_run(clone.run("dvc", "repro")) == []
 
 

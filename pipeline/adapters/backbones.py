@@ -83,6 +83,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.clip = clip
         self.tokenizer, self.sha256 = tokenizer, sha256
+        self.preprocessing = preprocessing
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.image_size: int = preprocessing["size"]
         with torch.no_grad():

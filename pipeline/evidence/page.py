@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
 from pipeline.evidence import figures, results, statistics
@@ -176,13 +175,3 @@ def pairs_changed(scores: dict[str, Scores], folder: Path) -> list[dict]:
                 pairs.append({"number": number, "pattern": kind, "pictures": pictures})
             lists.append({"weights": weights, "how": how, "pairs": pairs})
     return lists
-
-
-def render(template: str, page: dict) -> str:
-    """Fill one of the two templates beside this file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
-        autoescape=jinja2.select_autoescape(["html.jinja"]), undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["url"] = figures.picture_url
-    return environment.get_template(template).render(page)

@@ -43,6 +43,16 @@ def revision() -> str:
     return done.stdout.strip() or "not a git repository"
 
 
+def code_revision() -> str:
+    """Of the last commit that changed the code or params.yaml: commits of results do not change it."""
+    code = ("--", "pipeline", "params.yaml", "requirements.lock", ":!pipeline/dvc.lock")
+    commit, changed = (
+        subprocess.run(["git", *command, *code], capture_output=True, text=True).stdout.strip()
+        for command in (("log", "-1", "--format=%h"), ("status", "--porcelain"))
+    )
+    return f"{commit}{', with uncommitted changes' if changed else ''}" if commit else "not a git repository"
+
+
 def hardware() -> dict[str, str]:
     import torch
 

@@ -1,0 +1,81 @@
+"""Stage export@<backbone>-<weights>: the weights in the formats that people load, verified, with a model card.
+
+models/<profile>/export/<backbone>-<weights>/         for open_clip and transformers (adapters/exports.py); README.md
+metrics/<profile>/export/<backbone>-<weights>.json    how far each format's embeddings are from the pipeline's own
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from pipeline import params
+from pipeline.adapters import exports
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.evidence import provenance
+from pipeline.evidence.results import COLUMNS, CONTROLS
+from pipeline.evidence.statistics import Interval
+from pipeline.evidence.templates import render
+from pipeline.params import CheckpointSource, PublishedImages
+from pipeline.runtime import device, stage, whole, write_json
+
+
+def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
+    """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json)."""
+    report, evidence = (
+        json.loads(Path("metrics", profile, file).read_text())[name] for file in ("report.json", "evidence.json")
+    )
+    found, rows = evidence["weights"].get(weights, {}), []
+    for column, before in report["pretrained"].items():
+        row = [COLUMNS[column], f"{before:.1f}"]
+        if column in found.get("gain", {}):
+            gain = Interval(*found["gain"][column])
+            row += [f"{before + gain.value:.1f}", gain.text()]
+        rows.append(row)
+    return rows, found
+
+
+def card(p: params.Params, name: str, weights: str, sha256: str, distances: dict, missing: str | None) -> str:
+    """The model card; missing: why there is no transformers format, where there is none."""
+    rows, found = table(p.run.profile, name, weights)
+    source, images, condition = p.backbones[name].source, p.profile.images, p.backbones[name].condition
+    recipe = {"seed": p.seed, "condition": condition.model_dump(), "train": p.profile.train.model_dump()}
+    values = {
+        "profile": p.run.profile, "backbone": name, "weights": weights, "control": weights in CONTROLS,
+        "base": source.weights if isinstance(source, CheckpointSource) else None,
+        "architecture": source.architecture if isinstance(source.architecture, str) else None,
+        "released": p.backbones[name].released if weights == "released" else None,
+        "pictures": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
+        "recipe": yaml.safe_dump(recipe, sort_keys=False) if weights in ("diva", "shuffled") else None,
+        "rows": rows, "found": found, "distances": distances, "missing": missing,
+        "sha256": sha256, "revision": provenance.code_revision(),
+    }  # fmt: skip
+    return render("card.md.jinja", values)
+
+
+@stage
+def main() -> None:
+    p, (name, weights), compute = params.load(), sys.argv[1:3], device()
+    profile = p.run.profile
+    original = Path("models", profile, weights, name)
+    outputs = (
+        Path("models", profile, "export", f"{name}-{weights}"),
+        Path("metrics", profile, "export", f"{name}-{weights}.json"),
+    )
+    with whole(*outputs) as (folder, metrics_file):
+        backbone, pairs = Backbone.load(original).to(compute), p.profile.mmvp_vlm.pairs_per_pattern
+        missing = exports.write(backbone, original, folder)
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), pairs)
+        shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
+        texts = [f"a photo of {question.statement}" for question in shown]
+        distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
+        if missing:
+            print(f"{name}: exported for open_clip only. {missing}")
+        (folder / "README.md").write_text(card(p, name, weights, backbone.sha256, distances, missing))
+        write_json(metrics_file, distances)
+
+
+if __name__ == "__main__":
+    main()

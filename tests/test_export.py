@@ -1,0 +1,330 @@
+"""The exports: both formats against the backbone they came from, the card, the README's snippets, `look`."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import checkpoints
+import open_clip
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_stages import CPU, METRICS, MODELS, ROOT, finished, here, run  # noqa: F401  (fixtures)
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+from pipeline import export, params
+from pipeline.adapters import backbones, exports
+from pipeline.adapters.backbones import Backbone
+from pipeline.runtime import UserError
+from pipeline.tools import look
+
+PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
+TEXTS = ["a photo of a Red cup, with two_dots!", "a photo of 12 dots", "it's  one's café", "dots " * 100]
+TINY = {  # architecture, and the backbone whose preprocessing it has
+    "quick GELU, as OpenAI's": (checkpoints.OPENAI, "openai_224"),
+    "squashed pictures, as DFN's": (checkpoints.OPENCLIP, "dfn_378"),
+    "GELU": (checkpoints.OPENCLIP | {"quick_gelu": False}, "metaclip_h14"),
+    "SigLIP": (checkpoints.TINY_SIGLIP, "siglip_224"),
+}
+
+
+def pictures(count: int = 4) -> list[Image.Image]:
+    """Of several sizes and shapes."""
+    return [checkpoints.picture(i).resize(size) for i, size in enumerate([(96, 96), (133, 90), (70, 200), (64, 48)])][
+        :count
+    ]
+
+
+def model(architecture: str | dict, like: str, folder: Path) -> Path:
+    """A folder as stage backbone makes it, with random weights."""
+    source = PAPER[like].source
+    backbones.write_config(architecture, source.preprocessing.model_dump(), folder)
+    backbones.save_weights(checkpoints.build(architecture, 3).state_dict(), folder)
+    if source.tokenizer:
+        checkpoints.save_tokenizer(folder, 32000)
+        said = folder / "tokenizer_config.json"  # as the hub has it
+        said.write_text(json.dumps(json.loads(said.read_text()) | {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=TINY)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, Path]:
+    folder = tmp_path_factory.mktemp("export")
+    original = model(*TINY[request.param], folder / "original")
+    backbone = Backbone.load(original)
+    assert exports.write(backbone, original, folder / "export") is None
+    return backbone, folder / "export"
+
+
+def test_both_formats_embed_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
+    backbone, folder = exported
+    distances = exports.verify(backbone, folder, pictures(), TEXTS, CPU)
+    assert distances["open_clip"] == {"image": 0, "text": 0}
+    assert max(distances["transformers"][kind] for kind in ("image", "text")) < 1e-5
+    siglip = isinstance(backbone.clip, open_clip.CustomTextCLIP)
+    loaded = AutoModel.from_pretrained(folder)
+    assert type(loaded) is (SiglipModel if siglip else CLIPModel)
+    assert loaded.logit_scale.exp().item() == pytest.approx(backbone.logit_scale.item())
+    if siglip:
+        assert loaded.logit_bias.item() == pytest.approx(backbone.clip.logit_bias.item())
+    assert {name.name for name in folder.iterdir()} == {
+        "open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[Backbone, Path]) -> None:
+    backbone, folder = exported
+    image = pictures()[0].resize((backbone.image_size,) * 2)  # nothing to resize or crop: the same pixels
+    inputs = AutoProcessor.from_pretrained(folder)(
+        text=TEXTS[:2], images=image, padding="max_length", return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(folder)(**inputs).logits_per_image[0]
+        image_D = torch.nn.functional.normalize(backbone.encode_image(backbone.preprocess(image)[None])[0], dim=-1)
+        text_TD = torch.nn.functional.normalize(backbone.encode_text(backbone.tokenizer(TEXTS[:2])), dim=-1)
+        wanted = backbone.logit_scale * text_TD @ image_D
+        if backbone.clip.logit_bias is not None:
+            wanted += backbone.clip.logit_bias
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_llava_s_loader_finds_the_tower(exported: tuple[Backbone, Path]) -> None:
+    """What llava/model/multimodal_encoder/clip_encoder.py calls, for SigLIP its counterparts."""
+    backbone, folder = exported
+    siglip = isinstance(backbone.clip, open_clip.CustomTextCLIP)
+    tower_class, processor_class = (
+        (SiglipVisionModel, SiglipImageProcessor) if siglip else (CLIPVisionModel, CLIPImageProcessor)
+    )
+    tower, processor = (
+        tower_class.from_pretrained(str(folder), device_map=None),
+        processor_class.from_pretrained(folder),
+    )
+    pixels = processor.preprocess(pictures()[0], return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (backbone.image_size,) * 2
+    with torch.no_grad():
+        found = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        visual = backbone.clip.visual
+        if siglip:
+            wanted = visual.trunk.forward_intermediates(
+                pixels, indices=[-2], output_fmt="NLC", intermediates_only=True
+            )[0]
+        else:
+            outputs = visual.forward_intermediates(pixels, indices=2, output_fmt="NLC")
+            found, wanted = found[:, 1:], outputs["image_intermediates"][0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    if not siglip:
+        config = CLIPVisionConfig.from_pretrained(folder)
+        assert (config.image_size // config.patch_size) ** 2 == found.shape[1] == backbone.patches
+        assert processor.crop_size["height"] == backbone.image_size
+
+
+@pytest.fixture
+def spoilt(exported: tuple[Backbone, Path], tmp_path: Path) -> tuple[Backbone, Path]:
+    """A copy to spoil."""
+    shutil.copytree(exported[1], tmp_path / "export")
+    return exported[0], tmp_path / "export"
+
+
+def refused(spoilt: tuple[Backbone, Path]) -> str:
+    with pytest.raises(UserError) as error:
+        exports.verify(*spoilt, pictures(), TEXTS, CPU)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "open_clip_model.safetensors"])
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_other_weights_are_refused(spoilt: tuple[Backbone, Path], file: str, part: str) -> None:
+    path = spoilt[1] / file
+    tensors = load_file(path)
+    norms = {"image": ("post_layernorm.weight", "head.layernorm.weight", "ln_post.weight", "attn_pool.norm.weight")}
+    ends = norms.get(part, ("final_layer_norm.weight", "ln_final.weight"))
+    name = next(name for end in ends for name in tensors if name.endswith(end))
+    tensors[name] = tensors[name] * 1.001
+    save_file(tensors, path, metadata={"format": "pt"})
+    form = "transformers" if file == "model.safetensors" else "open_clip"
+    assert f"the {form} export's {part} embeddings are not the backbone's" in refused(spoilt)
+
+
+def test_another_activation_is_refused(spoilt: tuple[Backbone, Path]) -> None:
+    path = spoilt[1] / "config.json"
+    config = json.loads(path.read_text())
+    own = config["vision_config"]["hidden_act"]
+    config["vision_config"]["hidden_act"] = "quick_gelu" if own == "gelu" else "gelu"
+    path.write_text(json.dumps(config))
+    assert "the transformers export's image embeddings are not the backbone's" in refused(spoilt)
+
+
+def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
+    path = spoilt[1] / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "o"}, "content": "0"}
+    if isinstance(vocabulary := content["model"]["vocab"], dict):  # CLIP's, which makes its own normalizer
+        vocabulary["dots</w>"], vocabulary["one</w>"] = vocabulary["one</w>"], vocabulary["dots</w>"]
+    path.write_text(json.dumps(content))
+    assert re.search(
+        r"(transformers|open_clip)'s? tokenizer of the export reads \d of 4 texts otherwise", refused(spoilt)
+    )
+
+
+@pytest.mark.parametrize("change", [{"image_mean": [0.4, 0.4, 0.4]}, {"resample": 2}, {"do_rescale": False}])
+def test_another_preprocessing_is_refused(spoilt: tuple[Backbone, Path], change: dict) -> None:
+    path = spoilt[1] / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "transformers' processor of the export shows square pictures up to" in refused(spoilt)
+
+
+def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(tmp_path: Path) -> None:
+    original = model(checkpoints.SIGLIP, "siglip_224", tmp_path / "original")  # an image tower with a register token
+    backbone = Backbone.load(original)
+    missing = exports.write(backbone, original, tmp_path / "export")
+    assert missing is not None
+    assert "reg_token" in missing
+    assert not (tmp_path / "export" / "config.json").exists()
+    assert exports.verify(backbone, tmp_path / "export", pictures(), TEXTS, CPU).keys() == {"open_clip"}
+
+
+ARCHITECTURES = {PAPER[name].source.architecture: name for name in reversed(PAPER)}  # two pairs of the eight share one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_true_shapes(architecture: str, tmp_path: Path) -> None:
+    original = model(architecture, ARCHITECTURES[architecture], tmp_path / "original")
+    backbone = Backbone.load(original)
+    assert exports.write(backbone, original, tmp_path / "export") is None
+    distances = exports.verify(backbone, tmp_path / "export", pictures(2), TEXTS, CPU)
+    shutil.rmtree(tmp_path)
+    assert max(distances["transformers"][kind] for kind in ("image", "text")) <= exports.TOLERANCE
+
+
+# The stage, the card and the README
+
+
+@pytest.fixture
+def handed_over(here: Path) -> Path:  # noqa: F811
+    """A folder in which the pretrained weights stand for diva's and were exported; returns the export."""
+    shutil.copytree(MODELS / "pretrained", MODELS / "diva")
+    run(export, "mini", "diva")
+    return MODELS / "export/mini-diva"
+
+
+def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: Path) -> None:
+    distances = json.loads((METRICS / "export/mini-diva.json").read_text())
+    assert distances["transformers"].keys() == {"image", "text", "through_processor"}
+    assert max(distances["transformers"].values()) < 1e-4  # mini's pictures need no resizing
+    _, front, text = (handed_over / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    found = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]
+    low, high = (f"{value:+.1f}" for value in found["gain"]["zeroshot"][1:])
+    assert re.search(
+        rf"\| zero-shot classification \| [\d.]+ \| [\d.]+ \| \S+ \[{re.escape(low)}, {re.escape(high)}\]", text
+    )
+    assert (
+        f"Verdict: pairs {found['verdict']['pairs']}, zero-shot classification {found['verdict']['zeroshot']}." in text
+    )
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["train"]["draw_weights"] == [2.0, 1.0]
+    before = {path.name: path.read_bytes() for path in handed_over.iterdir()}
+    run(export, "mini", "diva")
+    assert {path.name: path.read_bytes() for path in handed_over.iterdir()} == before
+
+
+def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(handed_over)
+    (METRICS / "export/mini-diva.json").unlink()
+    monkeypatch.setattr(exports, "TOLERANCE", 0.0)
+    with pytest.raises(SystemExit):
+        run(export, "mini", "diva")
+    assert [
+        path for path in (*(MODELS / "export").iterdir(), *(METRICS / "export").iterdir()) if path.suffix != ".lock"
+    ] == []
+
+
+def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:  # noqa: F811
+    p = params.load(ROOT / "params.yaml").model_copy(
+        update={"run": params.Run(profile="paper", backbones=["dfn_224"], weights=["pretrained"])}
+    )
+    evidence = json.loads((METRICS / "evidence.json").read_text())["mini"]
+    Path("metrics/paper").mkdir()
+    Path("metrics/paper/evidence.json").write_text(json.dumps({"dfn_224": evidence}))
+    report = json.loads((METRICS / "report.json").read_text())["mini"]
+    Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
+    distances = {"open_clip": {"image": 0.0, "text": 0.0}}
+    card = export.card(p, "dfn_224", "diva", "0123", distances, "no class for it")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license_name"] == "apple-amlr (research only)"
+    assert "ViT-H-14-quickgelu, hf://apple/DFN5B-CLIP-ViT-H-14@" in card
+    assert "sha256 d67de50f" in card
+    assert "hf://datasets/pixparse/cc3m-wds@" in card
+    assert "There is no transformers format: no class for it" in card
+    shuffled = export.card(p, "dfn_224", "shuffled", "0123", distances, None)
+    assert "A **control**, not for use" in shuffled
+    assert "Verdict" not in shuffled
+    released = export.card(p, "dfn_224", "released", "0123", distances, None)
+    assert "Tuned weights: hf://BAAI/DIVA@" in released
+    assert "Recipe" not in released
+    assert "gain" not in export.card(p, "dfn_224", "pretrained", "0123", distances, None)
+
+
+def section(title: str) -> str:
+    text = (ROOT / "README.md").read_text()
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.usefixtures("handed_over")
+def test_the_readme_s_snippets_run() -> None:
+    checkpoints.picture(1, 64).save("picture.jpg")
+    snippets = re.findall(r"```python\n(.*?)```", section("Use the weights"), re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        names: dict = {}
+        exec(snippet, names)
+        assert torch.isfinite(names["scores" if "scores" in names else "features"]).all()
+
+
+@pytest.mark.usefixtures("handed_over")
+def test_look_as_the_readme_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = re.findall(r"^python -m pipeline.tools.look .*$", section("Use the weights"), re.MULTILINE)
+    _, _, _, *arguments = shlex.split(line)
+    for i, name in enumerate(arguments[1:3]):
+        checkpoints.picture(i, 64).save(name)
+    run(look, *arguments)
+    out = capsys.readouterr().out
+    rows = re.findall(r"│ (\w+) +│ (plain|published) +│ [^│]+│ ([-+][\d.]+) +│ ([-+][\d.]+) +│ (right|wrong)", out)
+    assert [row[:2] for row in rows] == [(w, r) for w in ("pretrained", "diva") for r in ("plain", "published")]
+    backbone = Backbone.load(MODELS / "pretrained/mini")
+    with torch.no_grad():
+        images = torch.stack([backbone.preprocess(Image.open(name)) for name in arguments[1:3]])
+        text = backbone.encode_text(backbone.tokenizer([f"a photo of {arguments[3]}"]))
+        wanted = torch.nn.functional.cosine_similarity(backbone.encode_image(images), text)
+    assert [float(value) for value in rows[0][2:4]] == pytest.approx(wanted.tolist(), abs=6e-4)
+    with Image.open("look.png") as strip:
+        assert strip.width > 500
+
+
+def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints.picture(1, 64).save("a.jpg")
+    for arguments, message in (
+        (("minni", "a.jpg", "a.jpg", "a", "b"), "no backbone 'minni' in params.yaml; there are: "),
+        (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: no picture that can be read"),
+        (("openai_224", "a.jpg", "a.jpg", "a", "b"), "models/paper: no weights of openai_224"),
+    ):
+        with pytest.raises(SystemExit):
+            run(look, *arguments)
+        assert message in capsys.readouterr().err
+    assert not Path("look.png").exists()
