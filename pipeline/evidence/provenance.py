@@ -44,8 +44,8 @@ def revision() -> str:
 
 
 def code_revision() -> str:
-    """Of the last commit that changed the code or params.yaml: commits of results do not change it."""
-    code = ("--", "pipeline", "params.yaml", "requirements.lock", ":!pipeline/dvc.lock")
+    """Of the last commit that changed the stages' code or params.yaml: commits of results or tools do not change it."""
+    code = ("--", "pipeline", "params.yaml", "requirements.lock", ":!pipeline/dvc.lock", ":!pipeline/tools")
     commit, changed = (
         subprocess.run(["git", *command, *code], capture_output=True, text=True).stdout.strip()
         for command in (("log", "-1", "--format=%h"), ("status", "--porcelain"))

@@ -1,0 +1,175 @@
+"""Can feedback carry it? How much worse a picture is restored when the denoiser is told of its pair's other picture.
+
+    python -m pipeline.tools.sensitivity mini       after `dvc repro`
+
+Writes metrics/<profile>/sensitivity/<backbone>.{csv,png}. The two pictures of a pair differ in one detail. Where the
+denoiser does not restore a picture better when told the right one than when told the other, nothing about this detail
+can be fed back at that timestep. Told in two ways:
+
+    caption     the pair's statements through the denoiser's own text encoder: what it can tell at all
+    image       the pictures through the backbone and its visual projection, fitted on images as stage train does
+                (projection_steps; with 0 it is the random one that the published recipe starts from)
+
+The table has, by way, pattern and timestep, the mean of wrong minus right loss and the share of pictures (%) restored
+better when told right, with one noise each, the same for both; 50 % is chance. It looks at the benchmark's pairs, so it
+must not choose a recipe that is then judged by them.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from pipeline import params
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.shards import Shards
+from pipeline.batches import Batches
+from pipeline.diva import diffusion, pixels, training
+from pipeline.diva.condition import draw_positions
+from pipeline.diva.objective import Feedback
+from pipeline.mmvp import PROMPT
+from pipeline.params import Train
+from pipeline.runtime import device, generator, progress, stage, whole
+from pipeline.train import build_feedback
+
+TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
+
+
+@torch.no_grad()
+def losses(
+    denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of each picture, [B]."""
+    timestep_B = torch.full((len(latent_BChw),), timestep, device=latent_BChw.device)
+    alphas = denoiser.alphas_cumprod
+    predicted = denoiser(diffusion.add_noise(latent_BChw, noise_BChw, timestep_B, alphas), timestep_B, condition_BTD)
+    wanted = diffusion.target(latent_BChw, noise_BChw, timestep_B, alphas, denoiser.prediction_type)
+    return (predicted.float() - wanted).square().flatten(1).mean(1)
+
+
+def wrong_minus_right(
+    denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
+) -> torch.Tensor:
+    """[B], of whole pairs: pictures 2n and 2n + 1 are each other's wrong ones."""
+    other_BTD = condition_BTD.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return losses(denoiser, latent_BChw, noise_BChw, timestep, other_BTD) - losses(
+        denoiser, latent_BChw, noise_BChw, timestep, condition_BTD
+    )
+
+
+def fitted(backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, compute: torch.device) -> Feedback:
+    """The feedback with its projection fitted, as the first phase of stage train does."""
+    section, folder = p.profile.train, Path("data", p.run.profile, "images")
+    feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section, p.seed).to(compute)
+    recipe = training.Recipe(**{name: getattr(section, name) for name in training.Recipe.__dataclass_fields__})
+    phase = training.phases(feedback, recipe)[0]
+    shards = Shards(folder, section.max_undecodable, section.held_out.images)
+    steps = [(phase.name, step) for step in range(phase.steps)]
+    batches = Batches(shards, backbone, denoiser, feedback.tokens, section, p.seed, compute, steps)
+    precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
+    for _ in progress(training.run(feedback, phase, batches, precision, processes), "projection", phase.steps):
+        pass
+    return feedback.requires_grad_(False)
+
+
+@torch.no_grad()
+def seen(
+    feedback: Feedback,
+    backbone: Backbone,
+    denoiser: Denoiser,
+    questions: list[Question],
+    p: Train,
+    compute: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latent, condition through the projection) of whole pictures, at the size and with the statistics of training."""
+    square = [question.image().resize((p.size, p.size), Image.Resampling.BICUBIC) for question in questions]
+    raw_BCHW = torch.stack([pil_to_tensor(image) for image in square]).to(compute).float() / 255
+    own = pixels.Statistics(backbone.mean, backbone.std)
+    tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
+    undone_by = pixels.IMAGENET if p.pixels.generator_statistics == "imagenet" else tower_statistics
+    latent_BChw = denoiser.latent(pixels.generator_pixels(raw_BCHW, tower_statistics, undone_by))
+    shown = pixels.tower_pixels(raw_BCHW, tower_statistics, backbone.image_size, p.pixels.tower_antialias)
+    draws = [generator("sensitivity", "positions", question.id) for question in questions]
+    positions_BK = draw_positions(feedback.tokens, backbone.patches, draws)
+    return latent_BChw, feedback.condition(*backbone.image_tokens(shown), positions_BK)
+
+
+def measure(
+    backbone: Backbone,
+    denoiser: Denoiser,
+    questions: list[Question],
+    p: params.Params,
+    name: str,
+    compute: torch.device,
+) -> pd.DataFrame:
+    """One row a way of telling, pattern and timestep: wrong_minus_right, told_right_is_better (%), pictures."""
+    denoiser.to(compute)
+    captions = [
+        denoiser.text([PROMPT + question.statement]).cpu() for question in questions
+    ]  # before training drops it
+    feedback = fitted(backbone, denoiser, p, name, compute)
+    steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
+    timesteps = [(2 * i + 1) * steps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
+    rows = []
+    for first in progress(range(0, len(questions), size), "pairs"):
+        asked = questions[first : first + size]
+        with training.autocast(compute, getattr(torch, p.profile.train.precision)):
+            latent, projected = seen(feedback, backbone, denoiser, asked, p.profile.train, compute)
+            told = {"caption": torch.cat(captions[first : first + size]).to(compute), "image": projected}
+            for timestep in timesteps:
+                draws = [generator("sensitivity", "noise", timestep, question.id) for question in asked]
+                noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws]).to(compute)
+                for way, condition in told.items():
+                    found = wrong_minus_right(denoiser, latent, noise, timestep, condition)
+                    for question, value in zip(asked, found.tolist(), strict=True):
+                        rows.append((way, question.type, timestep, value))
+    table = pd.DataFrame(rows, columns=["told", "pattern", "timestep", "wrong_minus_right"])
+    table["told_right_is_better"] = 100.0 * (table.wrong_minus_right > 0)
+    groups = table.groupby(["told", "pattern", "timestep"], sort=False)
+    return groups.agg({"wrong_minus_right": "mean", "told_right_is_better": "mean"}).assign(pictures=groups.size())
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """The share of pictures restored better when told right: patterns by timesteps, a panel for each way of telling."""
+    drawn = Figure(figsize=(12, 4.6), layout="constrained")
+    for axis, way in zip(drawn.subplots(1, 2, sharey=True), ("caption", "image"), strict=True):
+        shares = table.loc[way].told_right_is_better.unstack().reindex(table.index.unique("pattern"))
+        image = axis.imshow(shares, cmap="RdBu", vmin=0, vmax=100, aspect="auto")
+        axis.set_xticks(range(len(shares.columns)), shares.columns)
+        axis.set_yticks(range(len(shares)), shares.index)
+        axis.set(title=f"told by {way}", xlabel="timestep")
+        for row, values in enumerate(shares.to_numpy()):
+            for column, value in enumerate(values):
+                colour = "white" if abs(value - 50) > 35 else "black"
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    drawn.colorbar(image, ax=drawn.axes, label="restored better when told right, % (50: chance)")
+    return drawn
+
+
+@stage
+def main() -> None:
+    p, name, compute = params.load(), sys.argv[1], device()
+    profile = p.run.profile
+    stem = Path("metrics", profile, "sensitivity", name)
+    with whole(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
+        backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+        denoiser = Denoiser.load(Path("models", profile, "denoiser"))
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+        table = measure(backbone, denoiser, questions, p, name, compute)
+        table.to_csv(table_file, float_format="%.5f")
+        figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
+        late = table[table.index.get_level_values("timestep") >= len(denoiser.alphas_cumprod) * 0.6]
+        print("restored better when told right, mean of the timesteps from 60 % on (%):")
+        print(late.told_right_is_better.unstack("told").groupby("pattern", sort=False).mean().round(1).to_string())
+        print(f"by timestep: {stem.with_suffix('.png')}, {stem.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    main()

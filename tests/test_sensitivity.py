@@ -1,0 +1,80 @@
+"""What the denoiser can tell apart: known answers, the figure's cells, and the command on a shrunken world."""
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from test_stages import METRICS, MODELS, finished, here, run  # noqa: F401  (fixtures)
+
+from pipeline.diva import diffusion
+from pipeline.mini import world
+from pipeline.runtime import generator
+from pipeline.tools import sensitivity
+
+
+class Told:
+    """Predicts what is wanted plus the first number of the condition."""
+
+    alphas_cumprod = torch.linspace(0.99, 0.01, 100)
+
+    def __init__(self, latent: torch.Tensor, noise: torch.Tensor, prediction_type: diffusion.Prediction) -> None:
+        self.latent, self.noise, self.prediction_type = latent, noise, prediction_type
+
+    def __call__(self, noised: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        assert noised.equal(diffusion.add_noise(self.latent, self.noise, timestep, self.alphas_cumprod))
+        wanted = diffusion.target(self.latent, self.noise, timestep, self.alphas_cumprod, self.prediction_type)
+        return wanted + condition[:, 0, 0, None, None, None]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction_type: diffusion.Prediction) -> None:
+    latent, noise = torch.randn(2, 4, 3, 2, 2, generator=generator("latent"))
+    condition = torch.tensor([1.0, 2.0, 3.0, 0.5])[:, None, None].expand(-1, 2, 5)
+    found = sensitivity.wrong_minus_right(Told(latent, noise, prediction_type), latent, noise, 30, condition)
+    torch.testing.assert_close(found, torch.tensor([3.0, -3.0, -8.75, 8.75]))  # squares: 4 - 1, 1 - 4, 1/4 - 9, 9 - 1/4
+
+
+def test_every_cell_of_the_figure_shows_its_own_value() -> None:
+    """pandas' unstack(sort=False) once put values into other timesteps' columns."""
+    patterns, timesteps = ["b", "a", "c"], [50, 150, 250, 350]
+    keys = list(itertools.product(("caption", "image"), patterns, timesteps))
+    index = pd.MultiIndex.from_tuples(keys, names=["told", "pattern", "timestep"])
+    table = pd.DataFrame({"told_right_is_better": [float(i) for i in range(len(keys))]}, index=index)
+    figure = sensitivity.figure(table)
+    assert isinstance(figure, Figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == patterns  # which both panels share
+    for axis, way in zip(figure.axes, ("caption", "image"), strict=False):
+        shown = {(int(y), int(x)): text.get_text() for text in axis.texts for x, y in [text.get_position()]}
+        assert shown == {
+            (row, column): f"{table.loc[(way, pattern, timestep)].item():.0f}"
+            for row, pattern in enumerate(patterns)
+            for column, timestep in enumerate(timesteps)
+        }
+
+
+@pytest.mark.usefixtures("here")
+def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [METRICS / "sensitivity" / f"mini.{kind}" for kind in ("csv", "png")]
+    run(sensitivity, "mini")
+    first = [file.read_bytes() for file in files]
+    table = pd.read_csv(files[0])
+    timesteps = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    wanted = itertools.product(("caption", "image"), world.PATTERNS, timesteps)
+    assert set(table[["told", "pattern", "timestep"]].itertuples(index=False, name=None)) == set(wanted)
+    assert set(table.pictures) == {4}  # two pairs
+    assert table.told_right_is_better.isin([0, 25, 50, 75, 100]).all()
+    assert table.groupby("told").wrong_minus_right.apply(lambda values: (values != 0).any()).all()
+    assert "Camera Perspective" in capsys.readouterr().out
+    run(sensitivity, "mini")
+    assert [file.read_bytes() for file in files] == first
+
+
+def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    (here / MODELS / "denoiser/unet").rename(here / "elsewhere")
+    with pytest.raises(SystemExit):
+        run(sensitivity, "mini")
+    assert "no folder unet/" in capsys.readouterr().err
+    assert not list((METRICS / "sensitivity").glob("mini.*"))
