@@ -32,7 +32,8 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
         row = [COLUMNS[column], f"{before:.1f}"]
         if column in found.get("gain", {}):
             gain = Interval(*found["gain"][column])
-            row += [f"{before + gain.value:.1f}", gain.text()]
+            after = report[weights][column] if weights in report else before + gain.value  # of controls the gain alone
+            row += [f"{after:.1f}", gain.text()]
         rows.append(row)
     return rows, found
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import checkpoints
@@ -29,6 +30,9 @@ from transformers import (
 from pipeline import export, params
 from pipeline.adapters import backbones, exports
 from pipeline.adapters.backbones import Backbone
+from pipeline.evidence import provenance
+from pipeline.evidence.results import COLUMNS
+from pipeline.evidence.statistics import Interval
 from pipeline.runtime import UserError
 from pipeline.tools import look
 
@@ -198,6 +202,18 @@ def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(t
     assert exports.verify(backbone, tmp_path / "export", pictures(), TEXTS, CPU).keys() == {"open_clip"}
 
 
+def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
+    original = model(checkpoints.OPENAI, "openai_224", tmp_path / "original")
+    config = json.loads((original / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["interpolation"] = "bilinear"
+    (original / "open_clip_config.json").write_text(json.dumps(config))
+    backbone = Backbone.load(original)
+    exports.write(backbone, original, tmp_path / "export")
+    distances = exports.verify(backbone, tmp_path / "export", pictures(), TEXTS, CPU)
+    assert distances["transformers"]["image"] < 1e-5
+    assert json.loads((tmp_path / "export/preprocessor_config.json").read_text())["resample"] == 2
+
+
 ARCHITECTURES = {PAPER[name].source.architecture: name for name in reversed(PAPER)}  # two pairs of the eight share one
 
 
@@ -230,10 +246,11 @@ def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: P
     _, front, text = (handed_over / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     found = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]
-    low, high = (f"{value:+.1f}" for value in found["gain"]["zeroshot"][1:])
-    assert re.search(
-        rf"\| zero-shot classification \| [\d.]+ \| [\d.]+ \| \S+ \[{re.escape(low)}, {re.escape(high)}\]", text
-    )
+    report = json.loads((METRICS / "report.json").read_text())["mini"]
+    for column, label in COLUMNS.items():
+        before, after = (f"{report[weights][column]:.1f}" for weights in ("pretrained", "diva"))
+        gain = Interval(*found["gain"][column]).text()
+        assert f"| {label} | {before} | {after} | {gain} |" in text
     assert (
         f"Verdict: pairs {found['verdict']['pairs']}, zero-shot classification {found['verdict']['zeroshot']}." in text
     )
@@ -279,6 +296,29 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     assert "Tuned weights: hf://BAAI/DIVA@" in released
     assert "Recipe" not in released
     assert "gain" not in export.card(p, "dfn_224", "pretrained", "0123", distances, None)
+
+
+def test_a_card_s_revision_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert provenance.code_revision() == "not a git repository"
+
+    def commit(file: str) -> str:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(Path(file).read_text() + "more" if Path(file).exists() else "new")
+        subprocess.run(["git", "add", "--all"], check=True)
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", file], check=True)
+        return provenance.code_revision()
+
+    subprocess.run(["git", "init", "-q"], check=True)
+    first = commit("params.yaml")
+    second = commit("pipeline/export.py")
+    assert re.fullmatch("[0-9a-f]{7,}", first)
+    assert first != second
+    assert {commit(f) for f in ("metrics/a.json", "pipeline/dvc.lock", "pipeline/tools/look.py", "dvc.lock")} == {
+        second
+    }
+    Path("params.yaml").write_text("changed")
+    assert provenance.code_revision() == f"{second}, with uncommitted changes"
 
 
 def section(title: str) -> str:
