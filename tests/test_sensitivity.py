@@ -78,3 +78,10 @@ def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.Captur
         run(sensitivity, "mini")
     assert "no folder unet/" in capsys.readouterr().err
     assert not list((METRICS / "sensitivity").glob("mini.*"))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_backbone_that_is_not_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(sensitivity, "openai_224")
+    assert "'openai_224' is not among run.backbones of params.yaml: mini" in capsys.readouterr().err

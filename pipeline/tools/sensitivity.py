@@ -15,7 +15,7 @@ better when told right, with one noise each, the same for both; 50 % is chance. 
 must not choose a recipe that is then judged by them.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +36,7 @@ from pipeline.diva.condition import draw_positions
 from pipeline.diva.objective import Feedback
 from pipeline.mmvp import PROMPT
 from pipeline.params import Train
-from pipeline.runtime import device, generator, progress, stage, whole
+from pipeline.runtime import UserError, device, generator, progress, stage, whole
 from pipeline.train import build_feedback
 
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
@@ -155,8 +155,15 @@ def figure(table: pd.DataFrame) -> Figure:
 
 @stage
 def main() -> None:
-    p, name, compute = params.load(), sys.argv[1], device()
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.tools.sensitivity", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("backbone")
+    name = parser.parse_args().backbone
+    p, compute = params.load(), device()
     profile = p.run.profile
+    if name not in p.run.backbones:
+        raise UserError(f"'{name}' is not among run.backbones of params.yaml: {', '.join(p.run.backbones)}")
     stem = Path("metrics", profile, "sensitivity", name)
     with whole(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
