@@ -21,7 +21,7 @@ from pipeline.adapters.shards import Shards
 from pipeline.diva import diffusion, pixels
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.training import MicroBatch
-from pipeline.params import Train
+from pipeline.params import Recipe, Train
 from pipeline.runtime import UserError, generator
 
 Position = tuple[int, int]  # of a stream: see adapters.shards.Sample
@@ -31,7 +31,10 @@ class Chunk(NamedTuple):
     """What one stream gives to one step: uint8 pixels at the generator's size; `after`: where the stream goes on."""
 
     stream: int
+    phase: str
     pixels_BCHW: torch.Tensor
+    view_BCHW: torch.Tensor | None
+    captions: list[str]
     draws: list[diffusion.Draw]
     after: Position
     undecodable: list[str]
@@ -50,10 +53,11 @@ class Chunks(IterableDataset):
     """
 
     def __init__(
-        self, shards: Shards, p: Train, seed: int, streams: range, after: dict[int, Position],
+        self, shards: Shards, p: Train, recipe: Recipe, seed: int, streams: range, after: dict[int, Position],
         steps: list[tuple[str, int]], latent_shape: torch.Size, patches: int, rule: TokenRule,
     ) -> None:  # fmt: skip
-        self.shards, self.p, self.seed, self.streams, self.after, self.steps = shards, p, seed, streams, after, steps
+        self.shards, self.p, self.recipe, self.seed = shards, p, recipe, seed
+        self.streams, self.after, self.steps = streams, after, steps
         self.latent_shape, self.patches, self.rule = latent_shape, patches, rule
 
     def __iter__(self) -> Iterator[Chunk | UserError | None]:
@@ -69,33 +73,39 @@ class Chunks(IterableDataset):
             yield error
 
     def of_stream(self, number: int) -> Iterator[Chunk]:
-        size = self.p.batch // self.p.streams
+        size = self.recipe.batch // self.p.streams
         samples = range(number * size, (number + 1) * size)
         stream = self.shards.stream(self.seed, number, self.p.streams, self.after.get(number))
         for phase, step in self.steps:
             cropped: list[torch.Tensor] = []
-            undecodable = []
+            views, captions, undecodable = [], [], []
             while len(cropped) < size:
-                key, image, after = next(stream)
+                key, image, caption, after = next(stream)
                 if image is None:
                     undecodable.append(key)
-                else:
-                    draws = generator(self.seed, "crop", phase, step, samples[len(cropped)])
-                    cropped.append(self.crop(image, draws))
+                    continue
+                of_sample = (phase, step, samples[len(cropped)])
+                if self.recipe.contrast and phase == "tower":
+                    draws = generator(self.seed, "view", *of_sample)
+                    views.append(self.crop(image, (self.recipe.contrast.view, 1.0), draws))
+                low, high = self.p.crop.scale
+                cropped.append(self.crop(image, (low, high), generator(self.seed, "crop", *of_sample)))
+                captions.append(caption)
             drawn = [
                 self.draw([generator(self.seed, "draw", phase, step, i, k) for i in samples])
-                for k in range(len(self.p.draw_weights))
+                for k in range(len(self.recipe.draw_weights))
             ]
-            yield Chunk(number, torch.stack(cropped), drawn, after, undecodable)
+            view_BCHW = torch.stack(views) if views else None
+            yield Chunk(number, phase, torch.stack(cropped), view_BCHW, captions, drawn, after, undecodable)
 
-    def crop(self, image: Image.Image, draws: torch.Generator) -> torch.Tensor:
-        """A random crop, resized to the generator's size: uint8 [3, size, size]."""
-        (width, height), (low, high), (narrow, wide) = image.size, self.p.crop.scale, self.p.crop.ratio
-        box = pixels.crop_box(width, height, scale=(low, high), ratio=(narrow, wide), generator=draws)
+    def crop(self, image: Image.Image, scale: tuple[float, float], draws: torch.Generator) -> torch.Tensor:
+        """A random crop, resized to the generator's size: uint8 [3, size, size]; scale: its share of the area."""
+        (width, height), (narrow, wide) = image.size, self.p.crop.ratio
+        box = pixels.crop_box(width, height, scale=scale, ratio=(narrow, wide), generator=draws)
         return pil_to_tensor(image.crop(box).resize((self.p.size, self.p.size), Image.Resampling.BICUBIC))
 
     def draw(self, generators: list[torch.Generator]) -> diffusion.Draw:
-        low, high = self.p.timesteps
+        low, high = self.recipe.timesteps
         return diffusion.draw(self.latent_shape, self.patches, self.rule, (low, high), generators)
 
 
@@ -107,12 +117,13 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, seed: int,
-        compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
+        self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, recipe: Recipe,
+        seed: int, compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
         after: dict[int, Position] | None = None, undecodable: set[str] | None = None, workers: int | None = None,
         shuffled: bool = False,
     ) -> None:  # fmt: skip
-        """steps: (phase, step) of all that will be asked for; workers: processes that decode, by default one for each
+        """steps: (phase, step) of all that will be asked for, phases being those of the training and `gap`, whose
+        batches have captions; workers: processes that decode, by default one for each
         core of this process where a GPU computes, none where the cores do; shuffled: a control in which the tower is
         shown another image than the one to be restored, namely the one before it in its stream's part of the step.
         """
@@ -121,7 +132,8 @@ class Batches:
                 f"{processes} processes share {p.streams} streams of images: some would have none. Start fewer, or "
                 "raise train.streams in params.yaml."
             )
-        self.denoiser, self.p, self.compute, self.shuffled = denoiser, p, compute, shuffled
+        self.backbone, self.denoiser, self.p, self.compute, self.shuffled = backbone, denoiser, p, compute, shuffled
+        self.captioned = {"gap"} | ({"projection"} if recipe.fit and recipe.fit.told == "captions" else set())
         self.process, self.processes = process, processes
         self.image_size = backbone.image_size
         own = pixels.Statistics(backbone.mean, backbone.std)
@@ -131,9 +143,18 @@ class Batches:
         streams = share(p.streams, process, processes)
         self.after = {stream: position for stream, position in (after or {}).items() if stream in streams}
         self.undecodable, self.waited = set(undecodable or ()), 0.0
-        self.count = len(streams) * (p.batch // p.streams)
+        self.count = len(streams) * (recipe.batch // p.streams)
         self.chunks = Chunks(
-            shards, p, seed, streams, dict(self.after), steps, denoiser.latent_shape(p.size), backbone.patches, rule
+            shards,
+            p,
+            recipe,
+            seed,
+            streams,
+            dict(self.after),
+            steps,
+            denoiser.latent_shape(p.size),
+            backbone.patches,
+            rule,
         )
         gpu = compute.type == "cuda"
         if workers is None:
@@ -142,25 +163,31 @@ class Batches:
         self.loader = iter(DataLoader(self.chunks, batch_size=None, num_workers=workers, pin_memory=gpu))
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
-        raw_BCHW: torch.Tensor | None = None
-        shown_BCHW: torch.Tensor | None = None  # to the tower
+        none = torch.empty(0, 3, self.p.size, self.p.size, dtype=torch.uint8, device=self.compute)
+        raw_BCHW = shown_BCHW = view_BCHW = none  # to be restored; shown to the tower
+        captions: list[str] = []
         draws: list[diffusion.Draw] = []
         left = self.count
         while left:
             size = min(self.p.micro_batch, left)
-            while raw_BCHW is None or shown_BCHW is None or len(raw_BCHW) < size:
+            while len(raw_BCHW) < size:
                 chunk = self._next()
                 more = chunk.pixels_BCHW.to(self.compute, non_blocking=True)
                 drawn = [draw.to(self.compute) for draw in chunk.draws]
-                shown = more.roll(1, 0) if self.shuffled else more
-                raw_BCHW = more if raw_BCHW is None else torch.cat([raw_BCHW, more])
-                shown_BCHW = shown if shown_BCHW is None else torch.cat([shown_BCHW, shown])
+                turn = 1 if self.shuffled else 0
+                raw_BCHW, shown_BCHW = torch.cat([raw_BCHW, more]), torch.cat([shown_BCHW, more.roll(turn, 0)])
+                if chunk.view_BCHW is not None:
+                    viewed = chunk.view_BCHW.to(self.compute, non_blocking=True)
+                    view_BCHW = torch.cat([view_BCHW, viewed.roll(turn, 0)])
+                captions += chunk.captions
                 draws = [diffusion.Draw.cat(two) for two in zip(draws, drawn, strict=True)] if draws else drawn
             left -= size
-            first = [draw.images(slice(size)) for draw in draws]
-            yield self._micro_batch(raw_BCHW[:size], shown_BCHW[:size], first, last=not left)
-            raw_BCHW, shown_BCHW = raw_BCHW[size:], shown_BCHW[size:]
-            draws = [draw.images(slice(size, None)) for draw in draws]
+            yield self._micro_batch(
+                raw_BCHW[:size], shown_BCHW[:size], [draw.images(slice(size)) for draw in draws], last=not left,
+                view_BCHW=view_BCHW[:size], captions=captions[:size] if chunk.phase in self.captioned else [],
+            )  # fmt: skip
+            raw_BCHW, shown_BCHW, view_BCHW = raw_BCHW[size:], shown_BCHW[size:], view_BCHW[size:]
+            captions, draws = captions[size:], [draw.images(slice(size, None)) for draw in draws]
 
     def held_out(self) -> tuple[list[MicroBatch], int]:
         """This process's part of the images that are never trained on, and the number of all of them.
@@ -170,11 +197,12 @@ class Batches:
         """
         images = self.chunks.shards.held_out()
         own = share(len(images), self.process, self.processes)
-        low, high = self.p.timesteps
+        low, high = self.chunks.recipe.timesteps
+        scale = self.p.crop.scale[0], self.p.crop.scale[1]
         micro_batches = []
         for first in range(own.start, own.stop, self.p.micro_batch):
             chosen = range(first, min(first + self.p.micro_batch, own.stop))
-            cropped = [self.chunks.crop(images[i], generator("held out", "crop", i)) for i in chosen]
+            cropped = [self.chunks.crop(images[i], scale, generator("held out", "crop", i)) for i in chosen]
             timestep_B = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * len(images)) for i in chosen])
             draw = self.chunks.draw([generator("held out", "draw", i) for i in chosen])._replace(timestep_B=timestep_B)
             raw_BCHW = torch.stack(cropped).to(self.compute)
@@ -194,9 +222,16 @@ class Batches:
         return chunk
 
     def _micro_batch(
-        self, raw_BCHW: torch.Tensor, shown_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool
-    ) -> MicroBatch:
-        restored, shown = raw_BCHW.float() / 255, shown_BCHW.float() / 255
+        self, raw_BCHW: torch.Tensor, shown_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool,
+        view_BCHW: torch.Tensor | None = None, captions: list[str] | None = None,
+    ) -> MicroBatch:  # fmt: skip
+        restored = raw_BCHW.float() / 255
         latent = self.denoiser.latent(pixels.generator_pixels(restored, self.tower_statistics, self.undone_by))
-        seen = pixels.tower_pixels(shown, self.tower_statistics, self.image_size, self.p.pixels.tower_antialias)
-        return MicroBatch(seen, latent, draws, last)
+        view = None if view_BCHW is None or not len(view_BCHW) else self._seen(view_BCHW)
+        caption_BD = self.backbone.embed(captions) if captions else None
+        return MicroBatch(self._seen(shown_BCHW), latent, draws, last, caption_BD, view)
+
+    def _seen(self, raw_BCHW: torch.Tensor) -> torch.Tensor:
+        """What the tower is shown of uint8 pixels."""
+        shown, antialias = raw_BCHW.float() / 255, self.p.pixels.tower_antialias
+        return pixels.tower_pixels(shown, self.tower_statistics, self.image_size, antialias)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline import params
-from pipeline.adapters.backbones import WEIGHTS, Tensors, read_checkpoint, save_like
+from pipeline.adapters.backbones import PREFIX, Tensors, fresh_head, save_like, state
 from pipeline.runtime import generator, stage, whole
 
 
@@ -32,8 +32,11 @@ def main() -> None:
     models = Path("models", p.run.profile)
     original, trained = models / "pretrained" / name, models / "diva" / name
     with whole(models / "drift" / name) as (folder,):
-        moved = drifted(read_checkpoint(original / WEIGHTS), read_checkpoint(trained / WEIGHTS), p.seed)
-        save_like(original, moved, folder)
+        before, after = dict(state(original)), state(trained)
+        if head := {name.removeprefix(PREFIX): tensor for name, tensor in after.items() if name.startswith(PREFIX)}:
+            fresh = fresh_head(len(head["norm_pooled.weight"]), int(head["heads"]), p.seed).state_dict()
+            before |= {PREFIX + name: tensor for name, tensor in fresh.items()}
+        save_like(original, drifted(before, after, p.seed), folder)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pipeline import params
 from pipeline.adapters import exports
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.adapters.residual_head import HEAD
 from pipeline.evidence import provenance
 from pipeline.evidence.results import COLUMNS, CONTROLS
 from pipeline.evidence.statistics import Interval
@@ -38,11 +39,17 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
     return rows, found
 
 
-def card(p: params.Params, name: str, weights: str, sha256: str, distances: dict, missing: str | None) -> str:
-    """The model card; missing: why there is no transformers format, where there is none."""
+def card(
+    p: params.Params, name: str, weights: str, sha256: str, distances: dict, missing: str | None, headed: bool
+) -> str:
+    """The model card; missing: why there is no transformers format, where there is none; headed: is there a head?"""
     rows, found = table(p.run.profile, name, weights)
-    source, images, condition = p.backbones[name].source, p.profile.images, p.backbones[name].condition
-    recipe = {"seed": p.seed, "condition": condition.model_dump(), "train": p.profile.train.model_dump()}
+    source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipe
+    condition = chosen.condition or p.backbones[name].condition
+    recipe = {
+        "seed": p.seed, "train": p.profile.train.model_dump(),
+        "recipe": chosen.model_dump() | {"condition": condition.model_dump()},
+    }  # fmt: skip
     values = {
         "profile": p.run.profile, "backbone": name, "weights": weights, "control": weights in CONTROLS,
         "base": source.weights if isinstance(source, CheckpointSource) else None,
@@ -51,7 +58,8 @@ def card(p: params.Params, name: str, weights: str, sha256: str, distances: dict
         "pictures": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if weights in ("diva", "shuffled") else None,
         "rows": rows, "found": found, "distances": distances, "missing": missing,
-        "sha256": sha256, "revision": provenance.code_revision(),
+        "captions": chosen.gap is not None or (chosen.fit is not None and chosen.fit.told == "captions"),
+        "named": p.profile.train.recipe, "headed": headed, "sha256": sha256, "revision": provenance.code_revision(),
     }  # fmt: skip
     return render("card.md.jinja", values)
 
@@ -74,7 +82,9 @@ def main() -> None:
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
         if missing:
             print(f"{name}: exported for open_clip only. {missing}")
-        (folder / "README.md").write_text(card(p, name, weights, backbone.sha256, distances, missing))
+        (folder / "README.md").write_text(
+            card(p, name, weights, backbone.sha256, distances, missing, (folder / HEAD).exists())
+        )
         write_json(metrics_file, distances)
 
 

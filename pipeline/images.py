@@ -24,7 +24,6 @@ from pipeline.mini import world
 from pipeline.runtime import UserError, remove, stage, whole, write_json
 
 SET = "post-training"
-DETAIL_PROBABILITY = 0.05  # how often a caption names more than its object; web captions seldom speak of details
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
 LIST_PAGE = "https://ai.google.com/research/ConceptualCaptions/download"
 
@@ -69,11 +68,11 @@ def serve(count: int) -> Iterator[str]:
             server.shutdown()
 
 
-def caption(index: int) -> str:
-    """The caption of a post-training picture: its object, and seldom one of its details."""
+def caption(index: int, detail_share: float) -> str:
+    """The caption of a post-training picture: its object, and in this share of the captions any number of details."""
     scene = world.draw_scene(world.generator(SET, index))  # as world.picture() draws it
     rng = world.generator(SET, index, 1)
-    return world.caption(scene, [int(rng.integers(9))] if rng.random() < DETAIL_PROBABILITY else [])
+    return world.caption(scene, world.any_details(rng) if rng.random() < detail_share else ())
 
 
 def links(captions: list[str], urls: list[str]) -> pyarrow.Table:
@@ -87,11 +86,11 @@ def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
     with serve(images.count) as address:
         pictures = range(images.count)
         report = shards.download(
-            links([caption(i) for i in pictures], [f"{address}/{i}.png" for i in pictures]),
+            links([caption(i, images.detail_share) for i in pictures], [f"{address}/{i}.png" for i in pictures]),
             folder,
             scratch,
             retries=0,
-            **images.model_dump(exclude={"kind", "count"}),
+            **images.model_dump(exclude={"kind", "count", "detail_share"}),
         )
     remove(scratch)
     return report

@@ -83,6 +83,7 @@ class Download(Section):
 class MiniImages(Section):
     kind: Literal["mini"]
     count: Count
+    detail_share: Share
     size: Count
     shard_size: Count
     min_success: Share
@@ -214,25 +215,123 @@ class Train(Section):
     crop: Crop
     pixels: Pixels
     prompt: str
-    timesteps: list[int] = Field(min_length=2, max_length=2)
-    draw_weights: list[PositiveFloat] = Field(min_length=1)
-    batch: Count
+    recipe: Name
     streams: Count
     micro_batch: Count
-    steps: Count
-    lr: PositiveFloat
-    momentum: Share
-    weight_decay: NonNegativeFloat
-    warmup_ratio: Share
-    clip_norm: PositiveFloat
-    projection_steps: Annotated[int, Field(ge=0)]
-    projection_lr: PositiveFloat
     precision: Literal["float32", "bfloat16"]
     compile: bool
     shard: bool
     max_undecodable: Share
     held_out: HeldOut
     checkpoint_minutes: NonNegativeFloat
+
+    @field_validator("shard")
+    @classmethod
+    def _not_compiled(cls, shard: bool, info: ValidationInfo) -> bool:
+        if shard and info.data.get("compile"):
+            raise ValueError("found true, but a sharded tower is not compiled here. Set compile to false")
+        return shard
+
+
+class Tokens(Section):
+    kind: Literal["none", "all", "random", "random_share", "windows"]
+    number: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _number_fits(self) -> "Tokens":
+        if (self.kind in ("none", "all")) != (self.number == 0):
+            raise ValueError(
+                f"kind '{self.kind}' with number {self.number:g}: none and all take none, the others need one"
+            )
+        return self
+
+
+class Condition(Section):
+    tokens: Tokens
+    text: Literal["sequence", "mean"]
+
+
+class Fit(Section):
+    """How the fresh visual projection is fitted before anything else is trained, by AdamW at a constant rate.
+
+    told: what it is shown of a picture, the image tower's tokens, or the text tower's embedding of its caption.
+    denoiser: whether the denoiser is fitted with it.
+    """
+
+    told: Literal["images", "captions"]
+    denoiser: bool
+    steps: Count
+    lr: PositiveFloat
+
+
+class GapRemoved(Section):
+    """The map before the projection (diva/gap.py): components of text space kept; pictures to measure the gap on."""
+
+    components: Count
+    pictures: Count
+
+
+class WholeTower(Section):
+    kind: Literal["tower"]
+
+
+class Lora(Section):
+    kind: Literal["lora"]
+    rank: Count
+    alpha: PositiveFloat
+
+
+class Head(Section):
+    kind: Literal["head"]
+    heads: Count
+
+
+class Contrast(Section):
+    """view: share of the area at least that the second crop of an image keeps."""
+
+    temperature: PositiveFloat
+    negatives: Count
+    view: Annotated[Float, Field(gt=0, le=1)]
+
+
+class Anchor(Section):
+    weight: PositiveFloat
+    prompts: list[str] = Field(min_length=2)
+
+
+class Sgd(Section):
+    kind: Literal["sgd"]
+    lr: PositiveFloat
+    momentum: Share
+    weight_decay: NonNegativeFloat
+
+
+class AdamW(Section):
+    kind: Literal["adamw"]
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+
+
+class Recipe(Section):
+    """How feedback trains a backbone; null where a recipe has no such piece.
+
+    condition: the backbone's own where null. loss: squared error of the prediction, or a contrast between predictions.
+    """
+
+    condition: Condition | None
+    fit: Fit | None
+    gap: GapRemoved | None
+    trained: WholeTower | Lora | Head = Field(discriminator="kind")
+    with_projection: bool
+    timesteps: list[int] = Field(min_length=2, max_length=2)
+    draw_weights: list[PositiveFloat] = Field(min_length=1)
+    contrast: Contrast | None
+    anchor: Anchor | None
+    optimizer: Sgd | AdamW = Field(discriminator="kind")
+    batch: Count
+    steps: Count
+    warmup_ratio: Share
+    clip_norm: PositiveFloat
 
     @field_validator("timesteps")
     @classmethod
@@ -242,19 +341,15 @@ class Train(Section):
             raise ValueError(f"found {timesteps}, wanted [low, high) with 0 <= low < high")
         return timesteps
 
-    @field_validator("streams")
-    @classmethod
-    def _divides_the_batch(cls, streams: int, info: ValidationInfo) -> int:
-        if info.data.get("batch", 0) % streams:
-            raise ValueError(f"found {streams}, which does not divide batch {info.data['batch']}")
-        return streams
-
-    @field_validator("shard")
-    @classmethod
-    def _not_compiled(cls, shard: bool, info: ValidationInfo) -> bool:
-        if shard and info.data.get("compile"):
-            raise ValueError("found true, but a sharded tower is not compiled here. Set compile to false")
-        return shard
+    @model_validator(mode="after")
+    def _embedding_alone(self) -> "Recipe":
+        """A caption has one embedding and no patches, and the gap is one between embeddings."""
+        captions = self.fit is not None and self.fit.told == "captions"
+        if (self.gap or captions) and (self.condition is None or self.condition.tokens.kind != "none"):
+            raise ValueError(
+                "gap, and fit.told captions, need condition.tokens.kind none: they know the embedding alone"
+            )
+        return self
 
 
 class Mmvp(Section):
@@ -274,14 +369,39 @@ class Profile(Section):
     zeroshot_sets: MiniZeroshotSets | PublishedZeroshotSets = Field(discriminator="kind")
     denoiser: MiniDenoiser | PublishedDenoiser = Field(discriminator="kind")
     train: Train
+    recipes: dict[Name, Recipe]
     mmvp: Mmvp
     zeroshot: Zeroshot
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.recipes[self.train.recipe]
+
+    @model_validator(mode="after")
+    def _recipes_fit(self) -> "Profile":
+        train = self.train
+        if train.recipe not in self.recipes:
+            raise ValueError(f"train.recipe is '{train.recipe}'; recipes here: {', '.join(self.recipes)}")
+        recipe, key = self.recipe, f"recipes.{train.recipe}"
+        if recipe.batch % train.streams:
+            raise ValueError(f"train.streams is {train.streams}, which does not divide {key}.batch {recipe.batch}")
+        if recipe.contrast and recipe.contrast.negatives >= train.micro_batch:
+            raise ValueError(
+                f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "
+                f"train.micro_batch is {train.micro_batch}. Raise it, or lower negatives"
+            )
+        if train.shard and recipe.trained.kind != "tower":
+            raise ValueError(
+                f"train.shard spreads a whole tower, but {key} trains a {recipe.trained.kind}. Set shard to false"
+            )
+        return self
 
 
 class TextTower(Section):
     steps: Count
     batch: Count
     lr: PositiveFloat
+    detail_share: Share
 
 
 class ImageTower(Section):
@@ -326,24 +446,6 @@ class CheckpointSource(Section):
         if len(weights.files) != 1:
             raise ValueError(f"found {len(weights.files)} files, wanted one checkpoint")
         return weights
-
-
-class Tokens(Section):
-    kind: Literal["none", "all", "random", "random_share", "windows"]
-    number: NonNegativeFloat = 0.0
-
-    @model_validator(mode="after")
-    def _number_fits(self) -> "Tokens":
-        if (self.kind in ("none", "all")) != (self.number == 0):
-            raise ValueError(
-                f"kind '{self.kind}' with number {self.number:g}: none and all take none, the others need one"
-            )
-        return self
-
-
-class Condition(Section):
-    tokens: Tokens
-    text: Literal["sequence", "mean"]
 
 
 class ReadOutSection(Section):
@@ -411,12 +513,12 @@ class Params(Section):
                 raise ValueError(
                     f"run.weights names 'released', but backbones.{key} has none. Take it out, or add them there"
                 )
-        train = self.profile.train
-        if "shuffled" in self.run.weights and train.batch == train.streams:
+        train, recipe = self.profile.train, self.profile.recipe
+        if "shuffled" in self.run.weights and recipe.batch == train.streams:
             raise ValueError(
                 f"run.weights names 'shuffled', which exchanges images within a stream's part of a step, but of "
-                f"profiles.{self.run.profile}.train.batch {train.batch} each of {train.streams} streams has one. "
-                "Lower streams"
+                f"profiles.{self.run.profile}.recipes.{train.recipe}.batch {recipe.batch} each of {train.streams} "
+                "streams has one. Lower train.streams"
             )
         return self
 

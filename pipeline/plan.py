@@ -164,7 +164,7 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
 
 def check_gpu(p: params.Params) -> str | None:
     """The same for the GPU's memory."""
-    size, batch = p.profile.train.micro_batch, p.profile.train.batch
+    size, batch = p.profile.train.micro_batch, p.profile.recipe.batch
     needed, found = gpu(p, size), gpus()
     most = max(needed, key=lambda backbone: needed[backbone])
     listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"

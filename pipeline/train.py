@@ -13,6 +13,7 @@ it.
 
 import dataclasses
 import hashlib
+import math
 import os
 import sys
 import time
@@ -29,14 +30,16 @@ from safetensors import SafetensorError
 
 from pipeline import params
 from pipeline.adapters import checkpoints
-from pipeline.adapters.backbones import Backbone, save_like
+from pipeline.adapters.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.residual_head import WithHead
 from pipeline.adapters.shards import INDEX, Shards
 from pipeline.batches import Batches
-from pipeline.diva import training
+from pipeline.diva import lora, training
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.objective import Feedback
-from pipeline.params import Condition, Train
+from pipeline.diva.gap import GapRemoved
+from pipeline.diva.objective import Anchor, Contrast, Feedback
+from pipeline.params import Condition, Head, Lora, Recipe, Sgd, Train
 from pipeline.runtime import UserError, device, progress, remove, seeded, stage, whole, write_json
 
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
@@ -50,20 +53,75 @@ def start_on_every_gpu() -> None:
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", "pipeline.train", *sys.argv[1:]])
 
 
-def build_feedback(backbone: Backbone, denoiser: Denoiser, condition: Condition, p: Train, seed: int) -> Feedback:
-    """The frozen parts, the tower, and a fresh projection initialised from the seed."""
+def measure_gap(
+    shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
+) -> GapRemoved:
+    """The gap between the embeddings of the stream's first pictures and of their captions, alike in every process."""
+    assert recipe.gap
+    steps = [("gap", step) for step in range(math.ceil(recipe.gap.pictures / recipe.batch))]
+    batches = Batches(shards, backbone, denoiser, TokenRule("none"), p, recipe, seed, compute, steps)
+    found = [
+        (backbone.image_tokens(micro.pixels_BCHW)[0], micro.caption_BD)
+        for _, step in progress(steps, "gap between pictures and captions")
+        for micro in batches(step)
+    ]
+    images, captions = (torch.cat(parts)[: recipe.gap.pictures].cpu() for parts in zip(*found, strict=True))
+    try:
+        return GapRemoved(images, captions, recipe.gap.components)
+    except ValueError as error:
+        raise UserError(f"recipe {p.recipe}: {error}") from None
+
+
+@torch.no_grad()
+def build_feedback(
+    backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, seed: int, shards: Shards,
+    compute: torch.device,
+) -> Feedback:  # fmt: skip
+    """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
+
+    own: the backbone's condition, for recipes that have none.
+    """
+    condition, trained = recipe.condition or own, recipe.trained
     with seeded(seed, "projection"):
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
-    backbone.clip.requires_grad_(False)
+    fits_denoiser = recipe.fit is not None and recipe.fit.denoiser
+    # What is trained is float32: in bfloat16 most of its steps would be rounded away.
+    denoiser.for_feedback(torch.float32 if fits_denoiser else getattr(torch, p.precision)).to(compute)
+    backbone.to(compute).clip.requires_grad_(False)
+    gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap else None
+    anchor = recipe.anchor and Anchor(
+        backbone.tower, backbone.embed(recipe.anchor.prompts), float(backbone.logit_scale)
+    )
+    if isinstance(trained, Head):
+        if backbone.width % trained.heads:
+            raise UserError(f"recipe {p.recipe}: {trained.heads} heads do not divide the embedding's {backbone.width}")
+        backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
+    elif isinstance(trained, Lora):
+        with seeded(seed, "lora"):
+            lora.adapt(backbone.clip.visual, trained.rank, trained.alpha)
     feedback = Feedback(
-        backbone.tower, projection, denoiser.for_feedback(getattr(torch, p.precision)), text_1LD,
-        TokenRule(**condition.tokens.model_dump()), condition.text,
-    )  # fmt: skip
+        ImageTower(backbone.clip.visual), projection, denoiser, text_1LD,
+        TokenRule(**condition.tokens.model_dump()), condition.text, gap,
+        recipe.contrast and Contrast(recipe.contrast.temperature, recipe.contrast.negatives), anchor, fits_denoiser,
+    ).to(compute)  # fmt: skip
     if p.compile:
         feedback.compile()
         denoiser.vae.encoder.compile()
     return feedback
+
+
+def training_recipe(recipe: Recipe) -> training.Recipe:
+    """The recipe's numbers as the engine takes them."""
+    optimizer, fit = recipe.optimizer, recipe.fit
+    return training.Recipe(
+        batch=recipe.batch, steps=recipe.steps, warmup_ratio=recipe.warmup_ratio, clip_norm=recipe.clip_norm,
+        draw_weights=recipe.draw_weights, trained=recipe.trained.kind, with_projection=recipe.with_projection,
+        optimizer=optimizer.kind, lr=optimizer.lr, weight_decay=optimizer.weight_decay,
+        momentum=optimizer.momentum if isinstance(optimizer, Sgd) else 0.0,
+        projection_steps=fit.steps if fit else 0, projection_lr=fit.lr if fit else 0.0,
+        anchor_weight=recipe.anchor.weight if recipe.anchor else 0.0,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -145,7 +203,8 @@ def fingerprint(
     return {
         "seed": p.seed,
         "weights": weights,
-        "recipe": p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "train": p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "recipe": p.profile.recipe.model_dump(mode="json"),
         "condition": p.backbones[name].condition.model_dump(mode="json"),
         "backbone": backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
@@ -165,16 +224,15 @@ def digest(files: list[Path]) -> str:
 
 
 def train(
-    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, seed: int, curves: Path,
-    processes: Accelerator, checkpoint: Checkpoint, shuffled: bool = False,
+    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, recipe: Recipe, seed: int,
+    curves: Path, processes: Accelerator, checkpoint: Checkpoint, shuffled: bool = False,
 ) -> RunState:  # fmt: skip
     """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError."""
-    recipe = training.Recipe(**{name: getattr(p, name) for name in training.Recipe.__dataclass_fields__})
-    phases, precision = training.phases(feedback, recipe), getattr(torch, p.precision)
+    phases, precision = training.phases(feedback, training_recipe(recipe)), getattr(torch, p.precision)
     so_far = checkpoint.resume(feedback)
     done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
     batches = Batches(
-        shards, backbone, denoiser, feedback.tokens, p, seed, processes.device,
+        shards, backbone, denoiser, feedback.tokens, p, recipe, seed, processes.device,
         [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
         process=processes.process_index, processes=processes.num_processes,
         after=so_far.after, undecodable=so_far.undecodable, shuffled=shuffled,
@@ -199,17 +257,23 @@ def train(
             first = done[phase.name]
             if p.shard and phase.name == "tower":
                 training.shard(feedback, processes.num_processes)
-                phase = training.phases(feedback, recipe)[i]
+                phase = training.phases(feedback, training_recipe(recipe))[i]
             if so_far.optimizer and so_far.optimizer[0] == phase.name:
                 training.restore_optimizer(phase, so_far.optimizer[1])
             steps = training.run(feedback, phase, batches, precision, processes, first, measure(phase.steps))
-            bar = {"initial": first, "unit": " images", "unit_scale": p.batch, "disable": not main}
+            bar = {"initial": first, "unit": " images", "unit_scale": recipe.batch, "disable": not main}
             for record in progress(steps, phase.name, phase.steps, **bar):
                 so_far.records.append(record)
                 draw(live, record)
                 checkpoint.save_if_due(feedback, phase, so_far)
     so_far.undecodable = set(gather_object(sorted(so_far.undecodable)))
     return so_far
+
+
+def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The CLIP's state after training, whole, what LoRA learnt written into its weights."""
+    lora.merge(backbone.clip.visual)
+    return {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
 
 
 def draw(live: Live | None, record: training.Record) -> None:
@@ -223,15 +287,15 @@ def draw(live: Live | None, record: training.Record) -> None:
             live.log_metric(f"{record.phase}/{curve}", value)
 
 
-def summary(records: list[training.Record], p: Train, seed: int, undecodable: int) -> dict[str, float]:
+def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, float]:
     """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
     tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
     held_out = [record.held_out_loss for record in tower if record.held_out_loss is not None]
     return {
         "seed": seed,
-        "steps": p.steps,
-        "images": len(records) * p.batch,
+        "steps": recipe.steps,
+        "images": len(records) * recipe.batch,
         "undecodable_images": undecodable,
         "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
         "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
@@ -245,30 +309,30 @@ def main() -> None:
     start_on_every_gpu()
     p, (name, weights) = params.load(), sys.argv[1:3]
     processes = Accelerator(cpu=device().type == "cpu")
-    profile, section = p.run.profile, p.profile.train
+    profile, section, recipe = p.run.profile, p.profile.train, p.profile.recipe
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
     with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         backbone = Backbone.load(original)
         denoiser = Denoiser.load(Path("models", profile, "denoiser"))
-        if section.timesteps[1] > len(denoiser.alphas_cumprod):
+        if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
-                f"profiles.{profile}.train.timesteps ends at {section.timesteps[1]}, but the denoiser has "
-                f"{len(denoiser.alphas_cumprod)} timesteps. Lower it."
+                f"profiles.{profile}.recipes.{section.recipe}.timesteps ends at {recipe.timesteps[1]}, but the "
+                f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
-        feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section, p.seed)
-        feedback.to(processes.device)
         shards = Shards(images, section.max_undecodable, section.held_out.images)
         mark = fingerprint(p, name, weights, backbone, Path("models", profile, "denoiser"), images)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
+        own = p.backbones[name].condition
+        feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, processes.device)
         try:
             end = train(
-                feedback, backbone, denoiser, shards, section, p.seed, curves, processes, checkpoint,
+                feedback, backbone, denoiser, shards, section, recipe, p.seed, curves, processes, checkpoint,
                 shuffled=weights == "shuffled",
             )  # fmt: skip
         except training.NotFiniteError as error:
-            tensors = {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
+            tensors = tuned(backbone)
             if not processes.is_main_process:
                 sys.exit(1)
             kept = outputs[0].with_name(f"{name}.last-good")
@@ -276,11 +340,12 @@ def main() -> None:
             save_like(original, tensors, kept)
             raise UserError(
                 f"{error}. Training stopped; the weights before that step are in {kept}. "
-                f"Lower profiles.{profile}.train.lr (now {section.lr:g}), or use precision float32."
+                f"Lower profiles.{profile}.recipes.{section.recipe}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
+                "precision float32."
             ) from None
-        tensors = {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
+        tensors = tuned(backbone)
         if processes.is_main_process:
-            result = summary(end.records, section, p.seed, len(end.undecodable))
+            result = summary(end.records, recipe, p.seed, len(end.undecodable))
             save_like(original, tensors, folder)
             write_json(
                 folder / "diva.json",
@@ -288,8 +353,9 @@ def main() -> None:
                     "backbone": name,
                     "weights": weights,
                     "seed": p.seed,
-                    "recipe": section.model_dump(),
-                    **p.backbones[name].condition.model_dump(),
+                    "train": section.model_dump(),
+                    "recipe": recipe.model_dump(),
+                    "condition": (recipe.condition or own).model_dump(),
                     "result": result,
                 },
             )

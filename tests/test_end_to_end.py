@@ -35,13 +35,11 @@ SMALLER: dict[str, dict[str, dict]] = {
         "zeroshot_sets": {"classification": 20, "retrieval": 10, "probe_train": 80, "probe_test": 20},
         "denoiser": {"pictures": 100, "held_out": 16, "steps": 3, "batch": 8},
         "train": {
-            "batch": 4,
             "streams": 2,
             "micro_batch": 4,
-            "steps": 3,
-            "projection_steps": 2,
             "held_out": {"images": 4, "every": 2},
         },
+        "recipes": {"diva": {"batch": 4, "steps": 3}},
         "mmvp": {"draws": 2},
     },
     "source": {
@@ -235,12 +233,14 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
     clone.commit("before")
     before = clone.contents("metrics")
     # DVC writes this rate as 5e-05, which YAML 1.1 reads as a string.
-    output = clone.run("dvc", "exp", "run", "--set-param", "seed=3", "-S", "profiles.mini.train.lr=0.00005")
+    output = clone.run(
+        "dvc", "exp", "run", "--set-param", "seed=3", "-S", "profiles.mini.recipes.diva.optimizer.lr=0.00005"
+    )
     rerun = {f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS[1:]}
     rerun |= {f"export@mini-{weights}" for weights in WEIGHTS}  # a card has the scores, and the seed
     assert set(stages_run(output)) == rerun | {"train@mini-diva", "train@mini-shuffled", "drift@mini", "report"}
     made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
-    assert (made["seed"], made["recipe"]["lr"]) == (3, 5e-05)
+    assert (made["seed"], made["recipe"]["optimizer"]["lr"]) == (3, 5e-05)
     first_losses = [files[LOSS_CURVE].splitlines()[1] for files in (before, clone.contents("metrics"))]
     assert first_losses[0] != first_losses[1]  # the rate has no part in them yet, the seed has
 

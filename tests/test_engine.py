@@ -29,7 +29,7 @@ from pipeline.batches import Batches
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
-from pipeline.diva.training import MicroBatch, Recipe
+from pipeline.diva.training import MicroBatch
 from pipeline.params import Train
 from pipeline.runtime import UserError, write_json
 from pipeline.tools import bench
@@ -61,15 +61,21 @@ def models(here: Path) -> tuple[Backbone, Denoiser]:  # noqa: F811
 
 def section(**changes: object) -> Train:
     found = params.load().profile.train.model_dump()
-    return Train(**(found | {"batch": 8, "streams": 4, "micro_batch": 3, "max_undecodable": 0.5} | changes))
+    return Train(**(found | {"streams": 4, "micro_batch": 3, "max_undecodable": 0.5} | changes))
+
+
+def recipe(**changes: object) -> params.Recipe:
+    return params.Recipe(**(params.load().profile.recipes["diva"].model_dump() | {"batch": 8} | changes))
 
 
 STEPS = [("projection", 0), ("projection", 1), ("tower", 0), ("tower", 1), ("tower", 2)]
 
 
-def feed(models: tuple[Backbone, Denoiser], p: Train, steps: list[tuple[str, int]] = STEPS, **options) -> Batches:
+def feed(
+    models: tuple[Backbone, Denoiser], p: Train, steps: list[tuple[str, int]] = STEPS, batch: int = 8, **options
+) -> Batches:
     shards = Shards(Path("data/mini/images"), p.max_undecodable, held_out=2)
-    return Batches(shards, *models, RULE, p, 42, torch.device("cpu"), steps, **options)
+    return Batches(shards, *models, RULE, p, recipe(batch=batch), 42, torch.device("cpu"), steps, **options)
 
 
 def whole(parts: list[MicroBatch]) -> list[torch.Tensor]:
@@ -112,14 +118,14 @@ def test_a_step_is_the_same_however_it_is_shared(
 @pytest.mark.parametrize("processes", [1, 3])
 def test_the_shuffled_control_shows_the_tower_another_image(models: tuple[Backbone, Denoiser], processes: int) -> None:
     """The one before it among the images that its stream gives to the step; what is restored stays the same."""
-    expected = feed(models, section(batch=12))
-    parts = [feed(models, section(batch=12), process=i, processes=processes, shuffled=True) for i in range(processes)]
+    expected = feed(models, section(), batch=12)
+    parts = [feed(models, section(), batch=12, process=i, processes=processes, shuffled=True) for i in range(processes)]
     for _, step in STEPS:
         shown, *rest = whole(list(expected(step)))
         found, *others = whole([micro for part in parts for micro in part(step)])
         assert same(rest, others)
         assert torch.equal(found.unflatten(0, (4, 3)), shown.unflatten(0, (4, 3)).roll(1, 1))
-    (shown, _), (found, _) = expected.held_out(), feed(models, section(batch=12), shuffled=True).held_out()
+    (shown, _), (found, _) = expected.held_out(), feed(models, section(), batch=12, shuffled=True).held_out()
     assert torch.equal(whole(shown)[0], whole(found)[0])
 
 
@@ -179,21 +185,20 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
 ) -> None:
     """Real tower, UNet and data path, in float32; the reference has its frozen parts as they come from disk."""
     backbone, frozen = models
-    p = section(steps=1, projection_steps=0, clip_norm=1e9, draw_weights=[5.0, 1.0])
+    p, wanted = section(), recipe(steps=1, fit=None, clip_norm=1e9, draw_weights=[5.0, 1.0])
     projection = torch.nn.Linear(backbone.width, frozen.unet.config.cross_attention_dim)
     text = torch.randn(1, 9, projection.out_features)
     found, expected = {}, {}
     for denoiser, gradient in ((Denoiser.load(MODELS / "denoiser"), expected), (frozen, found)):
         feedback = Feedback(backbone.tower, projection, denoiser, text, rule, "mean")
         batches = Batches(
-            Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, 42, CPU, [("tower", 0)]
+            Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
         )  # fmt: skip
-        recipe = Recipe(**{name: getattr(p, name) for name in Recipe.__dataclass_fields__})
-        _, phase = training.phases(feedback, recipe)
+        _, phase = training.phases(feedback, train.training_recipe(wanted))
         if gradient is found:
             (record,) = training.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
         else:
-            loss = bench.published_gradient(feedback, batches(0), p.batch, p.draw_weights, torch.float32)
+            loss = bench.published_gradient(feedback, batches(0), wanted.batch, wanted.draw_weights, torch.float32)
         gradient |= {name: tensor.clone() for name, tensor in gradients(feedback).items()}
         feedback.zero_grad()
     assert record.loss == pytest.approx(loss, rel=1e-5)
@@ -208,9 +213,10 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(models: tuple[Backb
     found = []
     for compiled in (False, True):
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
-        p = section(compile=compiled, batch=4, micro_batch=4)
-        feedback = train.build_feedback(backbone, denoiser, params.load().backbones["mini"].condition, p, 42)
-        (micro,) = feed((backbone, denoiser), p)(0)
+        p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
+        shards = Shards(Path("data/mini/images"), 0.5)
+        feedback = train.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
+        (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)
         losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
         (losses * torch.tensor([5.0, 1.0])).sum().backward()
@@ -263,8 +269,8 @@ def curves(folder: Path) -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path) -> None:  # noqa: F811
     write_params(
-        **{f"profiles.mini.train.{key}": value for key, value in {"batch": 8, "streams": 4, "micro_batch": 3}.items()},
-        **{"profiles.mini.train.lr": 0.05},
+        **{f"profiles.mini.train.{key}": value for key, value in {"streams": 4, "micro_batch": 3}.items()},
+        **{"profiles.mini.recipes.diva.batch": 8, "profiles.mini.recipes.diva.optimizer.lr": 0.05},
     )
     found, made = {}, {}
     for world, shard in ((1, False), (2, False), (3, False), (4, False), (2, True)):
@@ -302,10 +308,10 @@ def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPat
 # ----------------------------------------------------------------------------------------------------- kills and resume
 
 LONGER = {
-    "profiles.mini.train.steps": 25,
-    "profiles.mini.train.projection_steps": 10,
+    "profiles.mini.recipes.diva.steps": 25,
+    "profiles.mini.recipes.diva.fit.steps": 10,
     "profiles.mini.train.checkpoint_minutes": 0.0,
-    "profiles.mini.train.lr": 0.05,
+    "profiles.mini.recipes.diva.optimizer.lr": 0.05,
 }
 
 
@@ -384,7 +390,7 @@ def test_a_run_goes_on_from_its_checkpoint(
 
 
 def change_the_rate() -> None:
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.train.lr": 0.25})
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.optimizer.lr": 0.25})
 
 
 def change_the_seed() -> None:
@@ -402,7 +408,7 @@ def change_the_backbone() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (change_the_rate, "recipe.lr (0.5, now 0.25)"),
+        (change_the_rate, "recipe.optimizer.lr (0.5, now 0.25)"),
         (change_the_seed, "seed (42, now 3)"),
         (change_the_backbone, "backbone"),
     ],

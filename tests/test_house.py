@@ -173,13 +173,16 @@ def read_params(file: Path) -> set[str]:
                 found.add(ast.unparse(node))
     patterns = {
         r"p\.seed": "seed",
-        r"p\.profile\.([\w.]+)": r"profiles.${run.profile}.\1",
+        r"p\.profile\.recipe(\.[\w.]+)?": "profiles.${run.profile}.recipes",  # by the name that train.recipe has
+        r"p\.profile\.(?!recipe\b)([\w.]+)": r"profiles.${run.profile}.\1",
         r"p\.backbones\[name\]\.(\w+).*": r"backbones.${item.backbone}.\1",
         r"p\.backbones\[backbone\]\..*": "backbones",
         r"p\.run\.(?!profile)\w+": "run",  # the profile is in the paths of every stage, so DVC sees it
     }
     longest = {text for text in found if not any(other.startswith(f"{text}.") for other in found)}
-    return {re.sub(a, b, text) for text in longest for a, b in patterns.items() if re.fullmatch(a, text)}
+    keys = {re.sub(a, b, text) for text in longest for a, b in patterns.items() if re.fullmatch(a, text)}
+    train = "profiles.${run.profile}.train"
+    return keys | ({f"{train}.recipe"} if "profiles.${run.profile}.recipes" in keys and train not in keys else set())
 
 
 @pytest.mark.parametrize("file", STAGES, ids=lambda file: file.stem)

@@ -230,12 +230,13 @@ def test_repacked_bytes_depend_on_the_members_alone(tmp_path: Path) -> None:
         assert tar.getnames() == [name for name, _ in members if not name.endswith("json")]
 
 
-def test_captions_name_the_object_of_their_picture_and_seldom_a_detail() -> None:
-    captions = [images.caption(i) for i in range(400)]
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_captions_name_the_object_of_their_picture_and_in_a_share_of_them_details(share: float) -> None:
+    captions = [images.caption(i, share) for i in range(400)]
     for i in range(20):
-        assert captions[i].startswith(world.caption(world.picture(images.SET, i)[1], []))
+        assert captions[i].startswith(world.caption(world.picture(images.SET, i)[1], ()))
     detailed = sum(len(text.split()) > 5 for text in captions)  # "a photo of a fish" has five words
-    assert 5 <= detailed <= 40
+    assert detailed / 400 == pytest.approx(0.9 * share, abs=0.06)  # one number of details in ten is 0
 
 
 def stats(scratch: Path, name: str, count: int, successes: int, reasons: dict[str, int]) -> None:
@@ -325,7 +326,7 @@ def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str
     report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
     found, seen = {}, []
     for name in Shards(folder / "out").counts:
-        for key, offset, size in Shards(folder / "out")._members(name):
+        for key, (offset, size), _ in Shards(folder / "out")._members(name):
             url = (folder / "out" / name).read_bytes()[offset : offset + size]
             found[url.decode()] = name
             seen.append(key)

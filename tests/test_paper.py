@@ -226,7 +226,8 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
         "at": ["hf://gone/sd@main", "hf://sd2-community/sd@main"],
         "files": dict.fromkeys(paper["denoiser"]["download"]["files"]),
     }
-    paper["train"] |= {"size": 64, "batch": 4, "streams": 2, "micro_batch": 2, "steps": 2, "precision": "float32"}
+    paper["train"] |= {"size": 64, "streams": 2, "micro_batch": 2, "precision": "float32"}
+    paper["recipes"]["diva"] |= {"batch": 4, "steps": 2}
     paper["train"] |= {"compile": False, "held_out": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
@@ -413,7 +414,8 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
         checkpoints.stable_diffusion(served / "sd", checkpoints.STABLE_DIFFUSION_2_1_BASE)
         content = yaml.safe_load((ROOT / "params.yaml").read_text())
         paper, entry = content["profiles"]["paper"], content["backbones"]["openai_224"]
-        paper["train"] |= {"steps": 1, "batch": 1, "streams": 1, "micro_batch": 1, "warmup_ratio": 0.0}
+        paper["train"] |= {"streams": 1, "micro_batch": 1}
+        paper["recipes"]["diva"] |= {"steps": 1, "batch": 1, "warmup_ratio": 0.0}
         paper["train"] |= {"compile": False, "held_out": {"images": 1, "every": 1}}
         paper["mmvp"] |= {"draws": 2, "batch": 1}
         paper["mmvp_vlm"]["pairs_per_pattern"] = 1

@@ -13,7 +13,12 @@ from pipeline import params
 from pipeline.runtime import UserError
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
-TRAIN, MINI, OPENAI = "profiles.mini.train", "backbones.mini", "backbones.openai_224"
+TRAIN, DIVA, MINI, OPENAI = (
+    "profiles.mini.train",
+    "profiles.mini.recipes.diva",
+    "backbones.mini",
+    "backbones.openai_224",
+)
 HUB = {"at": ["hf://owner/name@main"], "licence": "MIT"}
 
 
@@ -47,38 +52,37 @@ def test_the_committed_file_loads() -> None:
     content = yaml.safe_load(COMMITTED.read_text())
     assert loaded.profile is loaded.profiles[content["run"]["profile"]]
     assert loaded.model_dump(exclude_defaults=True)["profiles"].keys() == content["profiles"].keys()
-    assert loaded.profile.train.lr == content["profiles"]["mini"]["train"]["lr"]
+    assert loaded.profile.recipe.optimizer.lr == content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
         # mistyped values
-        (f"{TRAIN}.steps", "many", "'many'"),
-        (f"{TRAIN}.steps", 1.5, "1.5"),
-        (f"{TRAIN}.steps", "200", "'200'"),
-        (f"{TRAIN}.batch", True, "True"),
-        (f"{TRAIN}.lr", "fast", "'fast'"),
-        (f"{TRAIN}.lr", float("inf"), "inf"),
+        (f"{DIVA}.steps", "many", "'many'"),
+        (f"{DIVA}.steps", 1.5, "1.5"),
+        (f"{DIVA}.steps", "200", "'200'"),
+        (f"{DIVA}.batch", True, "True"),
+        (f"{DIVA}.optimizer.lr", "fast", "'fast'"),
+        (f"{DIVA}.optimizer.lr", float("inf"), "inf"),
         (f"{TRAIN}.pixels.tower_antialias", "no way", "'no way'"),
         (f"{TRAIN}.prompt", 7, "7"),
         (f"{TRAIN}.crop.scale", [0.9], "[0.9]"),
         ("seed", None, "None"),
         # out of range
-        (f"{TRAIN}.steps", 0, "0"),
-        (f"{TRAIN}.lr", -0.1, "-0.1"),
-        (f"{TRAIN}.momentum", 1.5, "1.5"),
+        (f"{DIVA}.steps", 0, "0"),
+        (f"{DIVA}.optimizer.lr", -0.1, "-0.1"),
+        (f"{DIVA}.optimizer.momentum", 1.5, "1.5"),
         (f"{TRAIN}.precision", "float16", "'float16'"),
         ("run.backbones", [], "[]"),
         ("seed", -1, "-1"),
         # values that do not go together
-        (f"{TRAIN}.timesteps", [500, 500], "[500, 500]"),
-        (f"{TRAIN}.timesteps", [-1, 10], "[-1, 10]"),
+        (f"{DIVA}.timesteps", [500, 500], "[500, 500]"),
+        (f"{DIVA}.timesteps", [-1, 10], "[-1, 10]"),
         (f"{MINI}.condition.tokens", {"kind": "all", "number": 3}, "'all' with number 3"),
         (f"{MINI}.condition.tokens", {"kind": "random"}, "'random' with number 0"),
         (f"{MINI}.published_read_out.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
-        (f"{TRAIN}.streams", 7, "found 7, which does not divide batch 32"),
         ("profiles.paper.train.shard", True, "Set compile to false"),
         ("run.profile", "papr", "'papr'"),
         ("run.weights", ["pretrained", "released"], "backbones.mini has none"),
@@ -113,7 +117,7 @@ def test_a_wrong_value_is_named_with_its_key(file: Path, key: str, value: Any, f
     [
         "seed",
         "run",
-        f"{TRAIN}.lr",
+        f"{DIVA}.optimizer.lr",
         f"{TRAIN}.crop.ratio",
         f"{MINI}.condition.text",
         f"{OPENAI}.source.weights.at",
@@ -126,12 +130,36 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
     assert f"\n  {key}: missing" in message(file)
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({f"{TRAIN}.streams": 7}, "train.streams is 7, which does not divide recipes.diva.batch 32"),
+        ({f"{TRAIN}.recipe": "divs"}, "train.recipe is 'divs'; recipes here: "),
+        ({f"{TRAIN}.recipe": "contrastive", f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
+        ({f"{TRAIN}.recipe": "two_stage", f"{TRAIN}.shard": True}, "recipes.two_stage trains a lora"),
+    ],
+)
+def test_a_profile_whose_values_do_not_go_together(file: Path, changes: dict[str, Any], found: str) -> None:
+    for key, value in changes.items():
+        change(file, key, value)
+    text = message(file)
+    assert text.startswith(f"{file}:\n  profiles.mini: ")
+    assert found in text
+
+
+@pytest.mark.parametrize("key", [f"{DIVA}.gap", "profiles.mini.recipes.text_anchored.condition"])
+def test_the_gap_is_one_between_embeddings(file: Path, key: str) -> None:
+    """Patches have none."""
+    change(file, key, {"components": 3, "pictures": 9} if key.endswith("gap") else None)
+    assert "need condition.tokens.kind none" in message(file)
+
+
 def test_every_wrong_key_is_named_at_once(file: Path) -> None:
-    change(file, f"{TRAIN}.steps", "many")
-    change(file, f"{TRAIN}.batch", ...)
+    change(file, f"{DIVA}.steps", "many")
+    change(file, f"{DIVA}.batch", ...)
     assert {line.split(":")[0].strip() for line in message(file).splitlines()[1:]} == {
-        f"{TRAIN}.steps",
-        f"{TRAIN}.batch",
+        f"{DIVA}.steps",
+        f"{DIVA}.batch",
     }
 
 
@@ -145,10 +173,10 @@ def test_a_backbone_of_another_profile_is_refused(file: Path) -> None:
 def test_a_small_rate_as_dvc_writes_it_is_a_number(file: Path) -> None:
     """DVC's YAML writer leaves out the dot, and YAML 1.1 then reads a string."""
     with modify_yaml(str(file)) as content:
-        content["profiles"]["mini"]["train"]["lr"] = 0.00005
-    assert re.search(r"^ +lr: 5e-05\b", file.read_text(), re.MULTILINE)
+        content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"] = 0.00005
+    assert re.search(r"\blr: 5e-05\b", file.read_text(), re.MULTILINE)
     assert yaml.safe_load("5e-05") == "5e-05"
-    assert params.load(file).profile.train.lr == 5e-05
+    assert params.load(file).profile.recipe.optimizer.lr == 5e-05
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -169,6 +197,8 @@ def test_content_without_sections_is_refused(file: Path, content: str, found: st
 
 def test_the_shuffled_control_needs_two_images_of_a_stream(file: Path) -> None:
     change(file, f"{TRAIN}.streams", 32)
-    assert re.search(r"run: run\.weights names 'shuffled'.*each of 32 streams has one\. Lower streams", message(file))
+    assert re.search(
+        r"run: run\.weights names 'shuffled'.*each of 32 streams has one\. Lower train\.streams", message(file)
+    )
     change(file, "run.weights", ["pretrained", "diva", "drift"])
     assert params.load(file).run.trained

@@ -1,6 +1,8 @@
 """What the denoiser can tell apart: known answers, the figure's cells, and the command on a shrunken world."""
 
 import itertools
+import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +14,7 @@ from test_stages import METRICS, MODELS, finished, here, run  # noqa: F401  (fix
 from pipeline.diva import diffusion
 from pipeline.mini import world
 from pipeline.runtime import generator
-from pipeline.tools import sensitivity
+from pipeline.tools import ceiling, sensitivity
 
 
 class Told:
@@ -57,7 +59,7 @@ def test_every_cell_of_the_figure_shows_its_own_value() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    files = [METRICS / "sensitivity" / f"mini.{kind}" for kind in ("csv", "png")]
+    files = [METRICS / "sensitivity" / f"mini-diva.{kind}" for kind in ("csv", "png")]
     run(sensitivity, "mini")
     first = [file.read_bytes() for file in files]
     table = pd.read_csv(files[0])
@@ -67,9 +69,15 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
     assert set(table.pictures) == {4}  # two pairs
     assert table.told_right_is_better.isin([0, 25, 50, 75, 100]).all()
     assert table.groupby("told").wrong_minus_right.apply(lambda values: (values != 0).any()).all()
-    assert "Camera Perspective" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Camera Perspective" in printed
+    assert "The ceiling is unknown: run `python -m pipeline.tools.ceiling mini`" in printed
+    run(ceiling, "mini")
     run(sensitivity, "mini")
     assert [file.read_bytes() for file in files] == first
+    patterns = json.loads((METRICS / "ceiling/mini.json").read_text())["patterns"]
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{pattern} .* {value:.1f}$", printed, re.MULTILINE) for pattern, value in patterns.items())
 
 
 def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -77,7 +85,7 @@ def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run(sensitivity, "mini")
     assert "no folder unet/" in capsys.readouterr().err
-    assert not list((METRICS / "sensitivity").glob("mini.*"))
+    assert not list((METRICS / "sensitivity").glob("mini*"))
 
 
 @pytest.mark.usefixtures("here")

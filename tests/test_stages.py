@@ -62,13 +62,13 @@ SHRUNK = {
     },
     "profiles.mini.denoiser.steps": 2,
     "profiles.mini.denoiser.batch": 8,
-    "profiles.mini.train.batch": 4,
+    "profiles.mini.recipes.diva.batch": 4,
     "profiles.mini.train.streams": 2,
     "profiles.mini.train.micro_batch": 2,
     "profiles.mini.train.held_out": {"images": 3, "every": 2},
-    "profiles.mini.train.steps": 4,
-    "profiles.mini.train.projection_steps": 3,
-    "profiles.mini.train.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
+    "profiles.mini.recipes.diva.steps": 4,
+    "profiles.mini.recipes.diva.fit.steps": 3,
+    "profiles.mini.recipes.diva.optimizer.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
     "profiles.mini.mmvp.draws": 3,
     "backbones.mini.source.architecture": {
         "embed_dim": 16,
@@ -350,11 +350,12 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     """Three steps of the projection, four of the tower."""
     p, processes = params.load(), processes or Accelerator(cpu=True)
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
-    section, condition = p.profile.train, p.backbones["mini"].condition
-    feedback = train.build_feedback(backbone, denoiser, condition, section, seed)
+    section, recipe, own = p.profile.train, p.profile.recipe, p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
+    feedback = train.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
     checkpoint = train.Checkpoint(Path("checkpoint"), {}, 60, processes)
-    end = train.train(feedback, backbone, denoiser, shards, section, seed, Path("curves"), processes, checkpoint)
+    curves = Path("curves")
+    end = train.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
     return backbone, denoiser, end.records
 
 
@@ -437,7 +438,7 @@ def poison_the_denoiser() -> None:
 
 
 def raise_the_rate() -> None:
-    write_params(**{"profiles.mini.train.lr": 1e30})
+    write_params(**{"profiles.mini.recipes.diva.optimizer.lr": 1e30})
 
 
 @pytest.mark.parametrize(

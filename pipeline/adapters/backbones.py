@@ -1,6 +1,7 @@
 """CLIP models: published checkpoints made into open_clip's local folders, read from there, and their tokens.
 
 open_clip_config.json  open_clip_model.safetensors  tokenizer files where the model brings its own
+residual_head.safetensors where a recipe trained one
 """
 
 import copy
@@ -11,60 +12,32 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
-from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.factory import load_state_dict
-from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import VisionTransformer as OpenClipViT
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer as TimmViT
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.runtime import UserError
+from pipeline.adapters.residual_head import HEAD, ResidualHead, WithHead, image_tokens
+from pipeline.runtime import UserError, seeded
 
 with warnings.catch_warnings():  # openai-clip imports pkg_resources, which says at every import that it is old
     warnings.simplefilter("ignore")
     import clip as openai_clip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+PREFIX = "visual.residual_head."
 Tensors = Mapping[str, torch.Tensor]
 
 
-@singledispatch
-def image_tokens(visual: nn.Module, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pooled [B, D], patches [B, N, D]) of an image tower: every token after the final norm and the projection."""
-    raise UserError(f"no rule for the tokens of an image tower of type {type(visual).__name__}")
-
-
-@image_tokens.register
-def _(visual: OpenClipViT, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = visual.forward_intermediates(
-        pixels_BCHW, indices=1, normalize_intermediates=True, output_fmt="NLC", output_extra_tokens=True
-    )
-    return outputs["image_features"], outputs["image_intermediates"][0] @ visual.proj
-
-
-@image_tokens.register
-def _(visual: TimmViT, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens_BTD = visual.forward_features(pixels_BCHW)
-    return visual.forward_head(tokens_BTD), tokens_BTD[:, visual.num_prefix_tokens :]
-
-
-@image_tokens.register
-def _(visual: TimmModel, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pooled_BD, patches_BND = image_tokens(visual.trunk, pixels_BCHW)
-    return visual.head(pooled_BD), visual.head(patches_BND)
-
-
 class ImageTower(nn.Module):
-    """The part of a CLIP that is trained."""
+    """The part of a CLIP that sees."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -79,13 +52,15 @@ class Backbone(nn.Module):
     """One CLIP with its own preprocessing and tokenizer."""
 
     def __init__(self, clip: nn.Module, tokenizer, preprocessing: dict, sha256: str) -> None:
-        """sha256: of the file from which the weights were read."""
+        """sha256: of the file from which the weights were read; where there is a head, of its file's bytes after it."""
         super().__init__()
         self.clip = clip
         self.tokenizer, self.sha256 = tokenizer, sha256
         self.preprocessing = preprocessing
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.image_size: int = preprocessing["size"]
+        if image_tokens.dispatch(type(clip.visual)) is image_tokens.dispatch(object):
+            raise UserError(f"no rule for the tokens of an image tower of type {type(clip.visual).__name__}")
         with torch.no_grad():
             pooled_BD, patches_BND = self.image_tokens(torch.zeros(1, 3, self.image_size, self.image_size))
         self.width: int = pooled_BD.shape[1]
@@ -104,9 +79,11 @@ class Backbone(nn.Module):
         entries, wanted = _entries(tokenizer), config["model_cfg"]["text_cfg"]["vocab_size"]
         if entries != wanted:  # transformers builds a wrong tokenizer, silently, when files are missing
             raise UserError(f"{folder}: the tokenizer has {entries} entries, the text tower {wanted}. Fetch it again.")
-        with (folder / WEIGHTS).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(clip.eval(), tokenizer, config["preprocess_cfg"], sha256)
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes())
+        if (folder / HEAD).is_file():
+            clip.visual = WithHead(clip.visual, ResidualHead.of(load_file(folder / HEAD)))
+            digest.update((folder / HEAD).read_bytes())
+        return cls(clip.eval(), tokenizer, config["preprocess_cfg"], digest.hexdigest())
 
     @property
     def tower(self) -> ImageTower:
@@ -125,6 +102,11 @@ class Backbone(nn.Module):
     def encode_text(self, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_text(ids_BL)
 
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """The text tower's embeddings, as long as it makes them: [texts, D]."""
+        return self.encode_text(self.tokenizer(texts).to(self.clip.logit_scale.device))
+
     @property
     def logit_scale(self) -> torch.Tensor:
         return self.clip.logit_scale.exp()
@@ -139,6 +121,18 @@ def _entries(tokenizer) -> int:
     return len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
 
 
+def state(folder: Path) -> Tensors:
+    """The tensors of a model's folder by name, its residual head's among them, as the model's state has them."""
+    head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
+    return {**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}}
+
+
+def fresh_head(width: int, heads: int, seed: int) -> ResidualHead:
+    """The residual head that a run of this seed starts from."""
+    with seeded(seed, "head"):
+        return ResidualHead(width, heads)
+
+
 def save_like(original: Path, tensors: Tensors, folder: Path) -> None:
     """Write a copy of a model's folder with other weights."""
     shutil.copytree(original, folder, ignore=shutil.ignore_patterns(WEIGHTS))
@@ -146,7 +140,16 @@ def save_like(original: Path, tensors: Tensors, folder: Path) -> None:
 
 
 def save_weights(tensors: Tensors, folder: Path) -> None:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    """Write a CLIP's state; a residual head's part of it goes into a file of its own."""
+    parts: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}, HEAD: {}}
+    for name, tensor in tensors.items():
+        file, own = WEIGHTS, name.replace("visual.visual.", "visual.", 1)
+        if name.startswith(PREFIX):
+            file, own = HEAD, name.removeprefix(PREFIX)
+        parts[file][own] = tensor.contiguous().cpu()
+    for file, part in parts.items():
+        if part:
+            save_file(part, folder / file)
 
 
 def model_config(architecture: str | dict[str, Any]) -> dict[str, Any]:

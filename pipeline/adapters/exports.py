@@ -6,6 +6,7 @@ tokenizer.json  tokenizer_config.json                                    transfo
 """
 
 import re
+import runpy
 import shutil
 from functools import singledispatch
 from pathlib import Path
@@ -35,7 +36,9 @@ from transformers import (
     SiglipModel,
 )
 
+from pipeline.adapters import residual_head
 from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, Tensors
+from pipeline.adapters.residual_head import HEAD, WithHead
 from pipeline.runtime import UserError
 
 TOLERANCE = 1e-4  # of an embedding's length, float32
@@ -91,13 +94,19 @@ class OpenClipOnly(Exception):
 
 def write(backbone: Backbone, original: Path, folder: Path) -> str | None:
     """Write the folder of both formats. Returns why there is no transformers format, where there is none."""
-    folder.mkdir(parents=True)
+    headed = isinstance(backbone.clip.visual, WithHead)
+    base = folder / "tower" if headed else folder  # by itself, a tower without its head would load as if it were all
+    base.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
-        shutil.copy(original / name, folder)
+        shutil.copy(original / name, base)
     tok = tokenizer(backbone)
-    tok.save_pretrained(folder)
-    said = folder / "tokenizer_config.json"  # transformers 5 reads its classes' older names, too; 4 no other
+    tok.save_pretrained(base)
+    said = base / "tokenizer_config.json"  # transformers 5 reads its classes' older names, too; 4 no other
     said.write_text(said.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+    if headed:
+        shutil.copy(original / HEAD, folder)
+        shutil.copy(residual_head.__file__, folder)
+        return "transformers has no class with a residual head; open_clip's model gets it from residual_head.py"
     try:
         transformers_model(backbone.clip, tok).save_pretrained(folder)
     except OpenClipOnly as reason:
@@ -264,9 +273,12 @@ def verify(
     pixels, ids = torch.stack([backbone.preprocess(image) for image in images]).to(compute), backbone.tokenizer(texts)
     wanted = {"image": backbone.encode_image(pixels), "text": backbone.encode_text(ids.to(compute))}
 
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    model = model.to(compute).eval()
-    found_ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    if (folder / HEAD).exists():
+        model, preprocess, tok = runpy.run_path(str(folder / "residual_head.py"))["load"](folder)
+    else:
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        tok = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, found_ids = model.to(compute).eval(), tok(texts)
     _same_ids(found_ids, ids, texts, "open_clip's tokenizer")
     seen = torch.stack([preprocess(image) for image in images]).to(compute)
     found = {"image": model.encode_image(seen), "text": model.encode_text(found_ids.to(compute))}

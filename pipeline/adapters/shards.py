@@ -308,8 +308,16 @@ def _write_index(folder: Path, size: int, counts: dict[str, int]) -> None:
     write_json(folder / INDEX, {"size": size, "samples": sum(counts.values()), "shards": counts})
 
 
-def _members(tar: Path) -> list[tuple[str, int, int]]:
-    """(key, offset, bytes) of a tar's images that have a caption, in the order of the tar. UserError if unreadable."""
+class _Member(NamedTuple):
+    """An image and its caption in a tar, each where it starts and how many bytes it has."""
+
+    key: str
+    image: tuple[int, int]
+    caption: tuple[int, int]
+
+
+def _members(tar: Path) -> list[_Member]:
+    """A tar's images that have a caption, in the order of the tar. Raises UserError for one that cannot be read."""
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
@@ -317,8 +325,12 @@ def _members(tar: Path) -> list[tuple[str, int, int]]:
             members = [(*base_plus_ext(member.name), member) for member in file if member.isfile()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
-    captioned = {key for key, extension, _ in members if extension == "txt"}
-    return [(key, m.offset_data, m.size) for key, extension, m in members if extension == "jpg" and key in captioned]
+    captions = {key: (m.offset_data, m.size) for key, extension, m in members if extension == "txt"}
+    return [
+        _Member(key, (m.offset_data, m.size), captions[key])
+        for key, extension, m in members
+        if extension == "jpg" and key in captions
+    ]
 
 
 class Sample(NamedTuple):
@@ -326,6 +338,7 @@ class Sample(NamedTuple):
 
     key: str
     image: Image.Image | None
+    caption: str
     after: tuple[int, int]
 
 
@@ -381,7 +394,7 @@ class Shards:
         """The images that are kept from the streams, those that cannot be decoded left out."""
         ((name, count),) = self.reserved.items()
         with (self.folder / name).open("rb") as file:
-            found = [self._decode(file, offset, size)[0] for _, offset, size in self._members(name)[:count]]
+            found = [self._decode(file, member.image)[0] for member in self._members(name)[:count]]
         return [image for image in found if image]
 
     def _shuffled(self, shard: int, seed: int, first: int) -> Iterator[Sample]:
@@ -394,8 +407,8 @@ class Shards:
             for after, j in enumerate(_permutation(len(members), seed, "order", epoch, name)[first:], first + 1):
                 if j < self.reserved.get(name, 0):
                     continue
-                key, offset, size = members[j]
-                image, error = self._decode(file, offset, size)
+                key = members[j].key
+                image, error = self._decode(file, members[j].image)
                 if error:
                     failed += 1
                     if failed > self.max_undecodable * len(members):
@@ -403,18 +416,23 @@ class Shards:
                             f"{self.folder / name}: {failed} of its {len(members)} images cannot be decoded, more than "
                             f"the share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
                         )
-                yield Sample(key, image, (shard, after))
+                caption = self._read(file, members[j].caption).decode(errors="replace")
+                yield Sample(key, image, caption, (shard, after))
 
     @staticmethod
-    def _decode(file: BinaryIO, offset: int, size: int) -> tuple[Image.Image | None, Exception | None]:
-        file.seek(offset)
+    def _read(file: BinaryIO, where: tuple[int, int]) -> bytes:
+        file.seek(where[0])
+        return file.read(where[1])
+
+    @classmethod
+    def _decode(cls, file: BinaryIO, where: tuple[int, int]) -> tuple[Image.Image | None, Exception | None]:
         try:
-            return Image.open(io.BytesIO(file.read(size))).convert("RGB"), None  # convert() decodes to the end
+            return Image.open(io.BytesIO(cls._read(file, where))).convert("RGB"), None  # convert() decodes to the end
         except (OSError, SyntaxError, ValueError) as error:
             return None, error
 
-    def _members(self, name: str) -> list[tuple[str, int, int]]:
-        """The (key, offset, bytes) of one shard's images, in the order of the tar."""
+    def _members(self, name: str) -> list[_Member]:
+        """One shard's images, in the order of the tar."""
         members = _members(self.folder / name)
         # A tar cut between two members, or in a header, reads like a shorter tar: only the count tells.
         if len(members) != self.counts[name]:

@@ -1,14 +1,14 @@
 """Post-training by diffusion feedback: two phases, one step.
 
 The step is written out once, in `run`; a phase says what is trained and by which optimizer. The published recipe has
-the second phase alone; `projection_steps` fits the fresh visual projection first, with the tower frozen.
+the second phase alone; the first fits the fresh visual projection, with the tower frozen.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from pipeline.diva.objective import Feedback
 class Recipe:
     """batch: images of a step, over all processes.
     draw_weights: one noising of every image for each; a step's gradient is the sum of weight x mean over the batch.
+    trained: what the second phase trains of the tower: all of it, what lora.adapt added, or its residual head.
+    momentum: of sgd; adamw has its own. anchor_weight: of feedback's anchor, 0 without.
 
     The released code gives two draws [A, 1]: it divides by the accumulation steps A = 5 what the trainer
     back-propagates, the last draw, and not what is back-propagated inside forward (tests/golden/README.md).
@@ -39,19 +41,25 @@ class Recipe:
     draw_weights: list[float]
     projection_steps: int
     projection_lr: float
+    trained: Literal["tower", "lora", "head"] = "tower"
+    with_projection: bool = True
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    anchor_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """pixels [B, C, H, W] for the tower, latent [B, c, h, w], and the draws of its images.
 
-    last: of this process in this step; only then do processes exchange gradients.
+    last: of this process in this step; only then do processes exchange gradients. caption, view: see Feedback.forward.
     """
 
     pixels_BCHW: torch.Tensor
     latent_BChw: torch.Tensor
     draws: list[Draw]
     last: bool
+    caption_BD: torch.Tensor | None = None
+    view_BCHW: torch.Tensor | None = None
 
 
 class Processes(Protocol):
@@ -72,8 +80,8 @@ class Processes(Protocol):
 class Record:
     """One finished step.
 
-    loss: mean over images and draws; gradient_norm: before clipping; parameter_norm: after the step; update_norm: of
-    what the step changed; held_out_loss: after the step, None where it was not measured.
+    loss: mean over images and draws, without the anchor's part; gradient_norm: before clipping; parameter_norm: after
+    the step; update_norm: of what the step changed; held_out_loss: after the step, None where it was not measured.
     """
 
     phase: str
@@ -96,6 +104,7 @@ class Phase:
     lr: Callable[[int], float]
     draw_weights: list[float]
     clip_norm: float
+    anchor_weight: float = 0.0
 
 
 class NotFiniteError(Exception):
@@ -115,17 +124,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
 
 
 def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
-    """What the recipe trains, in order. The tower's phase trains tower and projection together, as published."""
+    """What the recipe trains, in order."""
     projection = list(feedback.projection.parameters())
-    trained = [*feedback.tower.parameters(), *projection]
+    trained = [*trained_of(feedback, recipe), *(projection if recipe.with_projection else [])]
+    fitted = [*projection, *(feedback.denoiser.parameters() if feedback.fits_denoiser else [])]
     fused = not isinstance(feedback, FSDPModule)  # shards have no fused kernel
     return [
         Phase(
             name="projection",
             steps=recipe.projection_steps,
             batch=recipe.batch,
-            parameters=projection,
-            optimizer=torch.optim.AdamW(projection, lr=recipe.projection_lr, fused=True),
+            parameters=fitted,
+            optimizer=torch.optim.AdamW(fitted, lr=recipe.projection_lr, fused=True),
             lr=lambda step: recipe.projection_lr,
             draw_weights=[1.0] * len(recipe.draw_weights),
             clip_norm=recipe.clip_norm,
@@ -137,12 +147,23 @@ def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
             parameters=trained,
             optimizer=torch.optim.SGD(
                 trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
-            ),
+            )
+            if recipe.optimizer == "sgd"
+            else torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused),
             lr=lambda step: learning_rate(step, recipe.steps, recipe.lr, recipe.warmup_ratio),
             draw_weights=recipe.draw_weights,
             clip_norm=recipe.clip_norm,
+            anchor_weight=recipe.anchor_weight,
         ),
     ]
+
+
+PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}
+
+
+def trained_of(feedback: Feedback, recipe: Recipe) -> list[nn.Parameter]:
+    """The tower's parameters that the recipe trains: those whose names tell of the part."""
+    return [parameter for name, parameter in feedback.tower.named_parameters() if PARTS[recipe.trained] in name]
 
 
 def run(
@@ -171,10 +192,14 @@ def run(
             share = len(micro.pixels_BCHW) / phase.batch
             with nullcontext() if micro.last else processes.no_sync(model):
                 with autocast(micro.pixels_BCHW.device, precision):
-                    losses = model(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
-                weights = losses.new_tensor(phase.draw_weights) * (share * processes.num_processes)  # processes average
+                    losses = model(
+                        micro.pixels_BCHW, micro.latent_BChw, micro.draws, micro.caption_BD, micro.view_BCHW,
+                        anchored=phase.anchor_weight > 0,
+                    )  # fmt: skip
+                terms = phase.draw_weights + [phase.anchor_weight] * (len(losses) - len(micro.draws))
+                weights = losses.new_tensor(terms) * (share * processes.num_processes)  # processes average
                 (weights * losses).sum().backward()
-            loss = loss.to(losses.device) + losses.detach().mean() * share
+            loss = loss.to(losses.device) + losses.detach()[: len(micro.draws)].mean() * share
         mean_loss = processes.reduce(loss, "sum").item()
         gradient_norm = whole(nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)).item()
         for what, value in (("the loss", mean_loss), ("the gradient's norm", gradient_norm)):
@@ -224,7 +249,8 @@ def shard(feedback: Feedback, processes: int) -> None:
     mesh = init_device_mesh(feedback.text_1LD.device.type, (processes,))
     for block in _blocks(feedback.tower):
         fully_shard(block, mesh=mesh)
-    fully_shard(feedback, mesh=mesh, ignored_params=set(feedback.denoiser.parameters()))
+    frozen = [*feedback.denoiser.parameters(), *(feedback.anchor.parameters() if feedback.anchor else [])]
+    fully_shard(feedback, mesh=mesh, ignored_params=set(frozen))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -273,5 +299,9 @@ def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _trained(feedback: Feedback) -> dict[str, nn.Parameter]:
-    parts = {"tower": feedback.tower.named_parameters(), "projection": feedback.projection.named_parameters()}
-    return {f"{part}.{name}": parameter for part, named in parts.items() for name, parameter in named}
+    parts = {"tower": feedback.tower, "projection": feedback.projection}
+    if feedback.fits_denoiser:
+        parts["denoiser"] = feedback.denoiser
+    return {
+        f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()
+    }

@@ -102,15 +102,17 @@ def new_clip(architecture: dict) -> tuple[open_clip.CLIP, PreTrainedTokenizerFas
 
 
 def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: TextTower) -> list[float]:
-    """Train the text side of `clip` against an oracle that reads the scene itself; captions have 0 to 9 details."""
-    compute, rng = clip.logit_scale.device, choices("text tower")
+    """Train the text side of `clip` against an oracle that reads the scene itself; a share of captions has details."""
+    compute, rng, coin = clip.logit_scale.device, choices("text tower"), choices("text tower's captions")
     width = clip.text_projection.shape[1]
     with seeded("mini", "oracle"):
         oracle = nn.Sequential(nn.Linear(sum(world.CARDINALITIES), 256), nn.GELU(), nn.Linear(256, width)).to(compute)
 
     def loss_of(step: int) -> torch.Tensor:
         scenes = rng.integers(0, world.CARDINALITIES, (p.batch, len(world.CARDINALITIES)))
-        captions = [world.caption(scene, any_details(rng)) for scene in scenes]
+        captions = [
+            world.caption(scene, world.any_details(rng) if coin.random() < p.detail_share else ()) for scene in scenes
+        ]
         one_hot = [F.one_hot(torch.from_numpy(scenes[:, i]), n) for i, n in enumerate(world.CARDINALITIES)]
         seen = oracle(torch.cat(one_hot, 1).float().to(compute))
         return clip_loss(seen, clip.encode_text(encode(tok, captions).to(compute)), clip.logit_scale)
@@ -118,11 +120,6 @@ def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: TextTower)
     visual = {id(q) for q in clip.visual.parameters()}
     text = [q for q in clip.parameters() if id(q) not in visual]
     return fit([*text, *oracle.parameters()], p.steps, p.lr, loss_of, "text tower")
-
-
-def any_details(rng: np.random.Generator) -> np.ndarray:
-    """None to all nine of the patterns."""
-    return rng.permutation(9)[: rng.integers(0, 10)]
 
 
 def hardly_a_detail(probability: float) -> Details:

@@ -5,7 +5,7 @@ Ten objects; every picture shows one of them together with one value of each of 
 independent. Place, scale, background and pixel noise are nuisance: no caption speaks of them.
 
 A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Picture `i` of a set is a pure function of
-`(WORLD_SEED, set, i)`, so the five sets can be made again anywhere, in any order, and never share a picture.
+`(WORLD_SEED, set, i)`, so the six sets can be made again anywhere, in any order, and never share a picture.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ SIZE = 64
 CANVAS = 2 * SIZE  # pictures are drawn at twice the size and averaged down: that is the anti-aliasing
 
 # One set per purpose; nothing is scored on a picture that something was trained on.
-SETS = ("image tower", "denoiser", "post-training", "probe", "scorings")
+SETS = ("image tower", "denoiser", "post-training", "probe", "scorings", "development")
 
 OBJECTS = ("fish", "car", "boat", "bird", "house", "cup", "key", "tree", "snail", "plane")
 PATTERNS: dict[str, tuple[str, ...]] = {
@@ -129,6 +129,11 @@ def draw_scene(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, CARDINALITIES)
 
 
+def any_details(rng: np.random.Generator) -> np.ndarray:
+    """None to all nine of the patterns, any number of them as likely as any other."""
+    return rng.permutation(9)[: rng.integers(0, 10)]
+
+
 def caption(scene: np.ndarray, details: Iterable[int] = range(9)) -> str:
     """What `scene` shows: always its object, and the details (0..8, the patterns' order) that are asked for."""
     phrases = [list(PATTERNS.values())[i][scene[1 + i]] for i in sorted(details)]
@@ -210,9 +215,9 @@ def picture(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
     return render(scene, Nuisance.draw(rng), rng), scene
 
 
-def pair(pattern: int, index: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def pair(pattern: int, index: int, set_name: str = "scorings") -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Two pictures of a scene that differ in `pattern` alone, but for a small shift and fresh noise; their scenes."""
-    rng = generator("scorings", 0, pattern, index)
+    rng = generator(set_name, 0, pattern, index)
     first, nuisance = draw_scene(rng), Nuisance.draw(rng)
     second = first.copy()
     values = CARDINALITIES[1 + pattern]

@@ -39,8 +39,9 @@ from pipeline.batches import Batches, Chunks
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
-from pipeline.params import Condition, MiniDenoiser, Params, Train
+from pipeline.params import Condition, MiniDenoiser, Params, Recipe, Train
 from pipeline.runtime import device, progress, remove, seeded, stage, whole, write_json
+from pipeline.train import training_recipe
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
@@ -81,6 +82,7 @@ class Subject:
     text: torch.Tensor
     condition: Condition
     train: Train
+    recipe: Recipe
 
     def feedback(self, projection: torch.nn.Linear) -> Feedback:
         rule = TokenRule(**self.condition.tokens.model_dump())
@@ -93,7 +95,7 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
     section = p.profiles[entry.profile].train
     size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
     on_gpu = compute.type == "cuda"
-    changes = {"batch": 2 * size, "streams": 2, "micro_batch": size, "compile": section.compile and on_gpu}
+    changes = {"streams": 2, "micro_batch": size, "compile": section.compile and on_gpu}
     precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
     architecture = entry.source.architecture
     config = dict(open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture)
@@ -108,6 +110,7 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
     return Subject(
         name, Backbone(clip, None, preprocessing, ""), denoiser, text, entry.condition,
         section.model_copy(update=changes | {"precision": precision}),
+        p.profiles[entry.profile].recipes["diva"].model_copy(update={"batch": 2 * size}),
     )  # fmt: skip
 
 
@@ -187,11 +190,11 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
         feedback = s.feedback(projection).to(compute)
         if schedule == "engine" and s.train.compile:
             compiled += [feedback.compile, s.denoiser.vae.encoder.compile]
-        recipe = {key: getattr(s.train, key) for key in training.Recipe.__dataclass_fields__}
-        _, phase = training.phases(feedback, training.Recipe(**recipe | {"steps": rounds + 3, "projection_steps": 0}))
+        recipe = s.recipe.model_copy(update={"steps": rounds + 3, "fit": None})
+        _, phase = training.phases(feedback, training_recipe(recipe))
         schedule_of = [(phase.name, step) for step in range(phase.steps)]
         shards = Shards(pictures(s.train.size, 64))
-        batches = Batches(shards, s.backbone, s.denoiser, feedback.tokens, s.train, 0, compute, schedule_of)
+        batches = Batches(shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, 0, compute, schedule_of)
         fed[schedule] = batches
         steps[schedule] = (
             training.run(feedback, phase, batches, precision, Accelerator(cpu=compute.type == "cpu"))
@@ -222,7 +225,7 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
                 memory[schedule] = max(memory[schedule], torch.cuda.max_memory_allocated() / 1e9)
             seconds[schedule].append(time.perf_counter() - start)
 
-    batch = s.train.batch
+    batch = s.recipe.batch
     ratios = [b / a for a, b in zip(seconds["engine"], seconds["published"], strict=True)]
     rate = matmul_rate(compute, getattr(torch, s.train.precision))
     speed = {schedule: batch / statistics.median(times) for schedule, times in seconds.items()}
@@ -309,26 +312,26 @@ def _jpeg(size: int, number: int) -> bytes:
 
 def loader(p: Params, images: int) -> dict[str, Any]:
     """Speed and memory of the loader that feeds openai_224, with one worker and with one for each core."""
-    section, rule = p.profiles["paper"].train, TokenRule("random", 76)
+    section, recipe, rule = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"], TokenRule("random", 76)
     folder, cores = pictures(section.size, images), len(os.sched_getaffinity(0))
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
     for workers, number in ((1, min(images, 4000)), (cores, images)):
-        steps = [("tower", step) for step in range(max(2, number // section.batch))]
+        steps = [("tower", step) for step in range(max(2, number // recipe.batch))]
         chunks = Chunks(
-            Shards(folder), section, 0, range(section.streams), {}, steps, torch.Size([4, 64, 64]), 256, rule
+            Shards(folder), section, recipe, 0, range(section.streams), {}, steps, torch.Size([4, 64, 64]), 256, rule
         )
         done, memory, times = 0, [], []
         total = len(steps) * section.streams
         for chunk in progress(DataLoader(chunks, batch_size=None, num_workers=workers), f"{workers} workers", total):
             if isinstance(chunk, tuple):
                 done += len(chunk[1])
-                if done % section.batch == 0:
+                if done % recipe.batch == 0:
                     times.append(time.perf_counter())
                     memory.append(_memory())
         result[f"workers_{workers}"] = {
             "images": done,  # of which those of the first step, for which every stream opens a shard, are not timed
-            "images_per_second": round((done - section.batch) / (times[-1] - times[0]), 1),
+            "images_per_second": round((done - recipe.batch) / (times[-1] - times[0]), 1),
             "most_memory_mb_by_quarter": [max(part.tolist()) for part in np.array_split(memory, 4) if len(part)],
         }
     return result

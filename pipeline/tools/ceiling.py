@@ -8,33 +8,41 @@ tower itself could not tell details apart, and no feedback through the image cou
 
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pipeline import mmvp, params, zeroshot
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.evidence.results import headline
-from pipeline.mini import pretrain
+from pipeline.mini import pretrain, world
 from pipeline.params import MiniSource
 from pipeline.runtime import UserError, device, stage, whole, write_json
 
 
-@stage
-def main() -> None:
-    p, name, compute = params.load(), sys.argv[1], device()
+def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any]:
+    """The headline figures, and the pairs right under the plain read-out by pattern, %. Raises UserError for others."""
     profile, entry = p.run.profile, p.backbones[name]
     source = entry.source
     if not isinstance(source, MiniSource):
         raise UserError(f"backbones.{name} was not made here, so its captions and details are unknown. Choose mini.")
-    with whole(Path("metrics", profile, "ceiling", f"{name}.json")) as (file,):
-        backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
-        image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
-        steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
-        pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, pretrain.any_details)
-        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
-        published = mmvp.read_out_of(entry.published_read_out)
-        pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
-        sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
-        result = headline(pairs, sets)
+    backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+    image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
+    steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
+    pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, world.any_details)
+    questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+    published = mmvp.read_out_of(entry.published_read_out)
+    pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
+    sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
+    return {**headline(pairs, sets), "patterns": pairs["plain"]["statement_to_image"]["patterns"]}
+
+
+@stage
+def main() -> None:
+    p, name = params.load(), sys.argv[1]
+    with whole(Path("metrics", p.run.profile, "ceiling", f"{name}.json")) as (file,):
+        result = measure(p, name, device())
         write_json(file, result)
         print(f"ceiling of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 

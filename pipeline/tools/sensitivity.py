@@ -2,20 +2,26 @@
 
     python -m pipeline.tools.sensitivity mini       after `dvc repro`
 
-Writes metrics/<profile>/sensitivity/<backbone>.{csv,png}. The two pictures of a pair differ in one detail. Where the
-denoiser does not restore a picture better when told the right one than when told the other, nothing about this detail
-can be fed back at that timestep. Told in two ways:
+Writes metrics/<profile>/sensitivity/<backbone>-<recipe>.{csv,png}. The two pictures of a pair differ in one detail.
+Where the denoiser does not restore a picture better when told the right one than when told the other, nothing about
+this detail can be fed back at that timestep. Told in two ways:
 
     caption     the pair's statements through the denoiser's own text encoder: what it can tell at all
-    image       the pictures through the backbone and its visual projection, fitted on images as stage train does
-                (projection_steps; with 0 it is the random one that the published recipe starts from)
+    image       the pictures through the backbone and its visual projection, fitted as train.recipe says (where it says
+                nothing it is the random one that the published recipe starts from)
 
 The table has, by way, pattern and timestep, the mean of wrong minus right loss and the share of pictures (%) restored
-better when told right, with one noise each, the same for both; 50 % is chance. It looks at the benchmark's pairs, so it
-must not choose a recipe that is then judged by them.
+better when told right, with one noise each, the same for both; 50 % is chance.
+
+Of a backbone that was made here the ceiling is printed beside: the pairs that its frozen text tower would get right
+with an image tower taught every detail. Where this is low, feedback that arrives is not read. For a published backbone
+no captions of every detail exist, and the ceiling is unknown.
+
+It looks at the benchmark's pairs, so it must not choose a recipe that is then judged by them.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +43,7 @@ from pipeline.diva.objective import Feedback
 from pipeline.mmvp import PROMPT
 from pipeline.params import Train
 from pipeline.runtime import UserError, device, generator, progress, stage, whole
-from pipeline.train import build_feedback
+from pipeline.train import build_feedback, training_recipe
 
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 
@@ -66,13 +72,13 @@ def wrong_minus_right(
 
 def fitted(backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, compute: torch.device) -> Feedback:
     """The feedback with its projection fitted, as the first phase of stage train does."""
-    section, folder = p.profile.train, Path("data", p.run.profile, "images")
-    feedback = build_feedback(backbone, denoiser, p.backbones[name].condition, section, p.seed).to(compute)
-    recipe = training.Recipe(**{name: getattr(section, name) for name in training.Recipe.__dataclass_fields__})
-    phase = training.phases(feedback, recipe)[0]
+    section, recipe, folder = p.profile.train, p.profile.recipe, Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.held_out.images)
+    own = p.backbones[name].condition
+    feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, compute)
+    phase = training.phases(feedback, training_recipe(recipe))[0]
     steps = [(phase.name, step) for step in range(phase.steps)]
-    batches = Batches(shards, backbone, denoiser, feedback.tokens, section, p.seed, compute, steps)
+    batches = Batches(shards, backbone, denoiser, feedback.tokens, section, recipe, p.seed, compute, steps)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
     for _ in progress(training.run(feedback, phase, batches, precision, processes), "projection", phase.steps):
         pass
@@ -164,7 +170,7 @@ def main() -> None:
     profile = p.run.profile
     if name not in p.run.backbones:
         raise UserError(f"'{name}' is not among run.backbones of params.yaml: {', '.join(p.run.backbones)}")
-    stem = Path("metrics", profile, "sensitivity", name)
+    stem = Path("metrics", profile, "sensitivity", f"{name}-{p.profile.train.recipe}")
     with whole(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
         denoiser = Denoiser.load(Path("models", profile, "denoiser"))
@@ -173,8 +179,14 @@ def main() -> None:
         table.to_csv(table_file, float_format="%.5f")
         figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
         late = table[table.index.get_level_values("timestep") >= len(denoiser.alphas_cumprod) * 0.6]
-        print("restored better when told right, mean of the timesteps from 60 % on (%):")
-        print(late.told_right_is_better.unstack("told").groupby("pattern", sort=False).mean().round(1).to_string())
+        shares = late.told_right_is_better.unstack("told").groupby("pattern", sort=False).mean().round(1)
+        known = Path("metrics", profile, "ceiling", f"{name}.json")
+        if known.is_file():
+            shares["ceiling"] = pd.Series(json.loads(known.read_text())["patterns"]).round(1)
+        print("restored better when told right, mean of the timesteps from 60 % on (%); ceiling: pairs right (%):")
+        print(shares.to_string())
+        if not known.is_file():
+            print(f"The ceiling is unknown: run `python -m pipeline.tools.ceiling {name}`, for a backbone made here.")
         print(f"by timestep: {stem.with_suffix('.png')}, {stem.with_suffix('.csv')}")
 
 

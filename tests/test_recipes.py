@@ -1,0 +1,353 @@
+"""The pieces of the recipes, each against its formula, and every recipe through the stages on a shrunken world."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, logsumexp, rel_entr
+from test_stages import MODELS, finished, here, run, write_params  # noqa: F401  (fixtures)
+from test_training import RECIPE, RULES, Tower, build, micro_batches, moved, snapshot, train
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import drift, export, mmvp
+from pipeline import train as stage_train
+from pipeline.adapters.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, state
+from pipeline.adapters.residual_head import ResidualHead, WithHead
+from pipeline.diva import lora
+from pipeline.diva.condition import TokenRule
+from pipeline.diva.diffusion import draw
+from pipeline.diva.gap import GapRemoved
+from pipeline.diva.objective import Anchor, Contrast, Feedback, info_nce
+from pipeline.diva.training import phases
+from pipeline.runtime import generator, seeded
+
+
+def random(*shape: int, what: str = "random") -> torch.Tensor:
+    return torch.randn(*shape, generator=generator("test", what))
+
+
+# ---------------------------------------------------------------------- the gap
+
+
+def test_the_gap_map_is_its_formula() -> None:
+    """P [(e - mean_image) sd_text / sd_image] + mean_text, in numpy's double precision."""
+    images, texts, new = (3 * random(40, 6, what=what) + 1 for what in ("images", "texts", "new"))
+    unit = [(x / x.norm(dim=1, keepdim=True)).double().numpy() for x in (images, texts, new)]
+    image, text, e = unit
+    spread = [np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean()) for x in (image, text)]
+    variance, axes = np.linalg.eigh(np.cov((text - text.mean(0)).T))
+    axes = axes[:, np.argsort(variance)[::-1][:3]]
+    expected = (e - image.mean(0)) * (spread[1] / spread[0]) @ (axes @ axes.T) + text.mean(0)
+    gap = GapRemoved(images, texts, components=3)
+    np.testing.assert_allclose(gap(new).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(gap(5 * new).numpy(), expected, atol=1e-6)  # the length of an embedding says nothing
+    assert gap.kept == pytest.approx(np.sort(variance)[::-1][:3].sum() / variance.sum())
+
+
+def test_with_all_components_text_stays_and_images_get_its_mean_and_spread() -> None:
+    images, texts = random(50, 6, what="images") + 2, random(50, 6, what="texts") - 2
+    gap = GapRemoved(images, texts, components=6)
+    unit = F.normalize(texts, dim=-1)
+    torch.testing.assert_close(gap.text(texts), unit, atol=1e-6, rtol=0)
+    mapped = gap(images)
+    torch.testing.assert_close(mapped.mean(0), unit.mean(0), atol=1e-6, rtol=0)
+    spread = [(x - x.mean(0)).square().sum(1).mean() for x in (mapped, unit)]
+    assert spread[0] == pytest.approx(spread[1].item(), rel=1e-4)
+
+
+def test_too_many_components_are_refused() -> None:
+    with pytest.raises(ValueError, match="components is 7, but 50 embeddings of width 6 have 6 at most"):
+        GapRemoved(random(50, 6), random(50, 6), components=7)
+
+
+# ---------------------------------------------------------------------- head, LoRA, anchor
+
+
+def test_a_fresh_head_changes_nothing_and_a_trained_one_only_the_direction() -> None:
+    head, pooled, patches = fresh_head(8, 2, seed=0), 3 * random(5, 8, what="pooled"), random(5, 7, 8, what="patches")
+    torch.testing.assert_close(head(pooled, patches), pooled)
+    nn.init.normal_(head.mlp[2].weight)
+    found = head(pooled, patches)
+    assert F.cosine_similarity(found, pooled).max() < 0.99
+    torch.testing.assert_close(found.norm(dim=1), pooled.norm(dim=1))
+    assert not torch.allclose(head(pooled, patches.roll(1, 0)), found, atol=1e-3)  # it looks at the patches
+
+
+def test_a_head_s_first_gradient_reaches_its_last_layer() -> None:
+    head = fresh_head(8, 2, seed=0)
+    head(random(5, 8), random(5, 7, 8))[:, 0].sum().backward()
+    assert head.mlp[2].weight.grad.any()
+    assert not head.mlp[0].weight.grad.any()  # nothing passes a layer of zeros
+
+
+class Layers(nn.Module):
+    """What image towers are made of: an attention with its matrices in one, linear layers, a norm, a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 6)
+        self.norm, self.patch = nn.LayerNorm(8), nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.patch(x.transpose(1, 2)).transpose(1, 2))
+        return self.linear(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_low_rank_adaptation_from_nothing_to_merged() -> None:
+    with seeded("test", "layers"):
+        layers = Layers()
+    plain, x = copy.deepcopy(layers), random(3, 5, 8)
+    with seeded("test", "lora"):
+        lora.adapt(layers, rank=2, alpha=6.0)
+    assert layers(x).equal(plain(x))
+    added = {name: parameter for name, parameter in layers.named_parameters() if ".lora_" in name}
+    assert len(added) == 2 * 3  # attention's in and out, and the linear layer
+    for name, parameter in added.items():
+        nn.init.normal_(parameter, generator=generator("test", name))
+    parts = layers.linear.parametrizations.weight[0]
+    adapted = layers(x)
+    assert not torch.allclose(adapted, plain(x), atol=1e-2)
+    lora.merge(layers)
+    torch.testing.assert_close(layers(x), adapted)
+    assert snapshot(layers).keys() == snapshot(plain).keys()
+    assert moved(snapshot(plain), layers) == {"attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"}
+    change = layers.linear.weight - plain.linear.weight
+    torch.testing.assert_close(change, 3.0 * parts.lora_up_OR @ parts.lora_down_RI)
+    assert torch.linalg.matrix_rank(change, atol=1e-4) == 2
+
+
+def test_the_anchor_is_the_divergence_from_the_original_and_zero_at_first() -> None:
+    with seeded("test", "tower"):
+        tower = Tower()
+    prompts, pixels = random(4, 6, what="prompts"), random(3, 3, 8, 8, what="pixels")
+    anchor = Anchor(tower, prompts, logit_scale=7.0)
+    before, _ = tower.image_tokens(pixels)
+    assert anchor(pixels, before).item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        tower.pool.weight.normal_(generator=generator("test", "moved"))  # the anchor has a copy of its own
+    now = tower.image_tokens(pixels)[0]
+
+    def log_share(pooled: torch.Tensor) -> np.ndarray:
+        unit, bank = (F.normalize(x.detach().double(), dim=-1).numpy() for x in (pooled, prompts))
+        return log_softmax(7 * unit @ bank.T, axis=1)
+
+    expected = rel_entr(np.exp(log_share(before)), np.exp(log_share(now))).sum(1).mean()
+    assert expected > 0.1
+    assert anchor(pixels, now).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_anchor_s_term_has_its_weight() -> None:
+    """The step's gradient is that of the draws' and the weight times the anchor's."""
+    feedback = build(TokenRule("none"))
+    feedback.anchor = Anchor(feedback.tower, random(4, 6), 7.0)
+    nn.init.normal_(feedback.tower.pool.weight, generator=generator("test", "moved"))
+    phase = phases(feedback, dataclasses.replace(RECIPE, steps=1, anchor_weight=3.0, clip_norm=1e9))[1]
+    batch = micro_batches(0, TokenRule("none"))
+    (record,) = train(feedback, dataclasses.replace(phase, lr=lambda step: 0.0), lambda step: batch)
+    found = feedback.tower.pool.weight.grad.clone()
+    feedback.zero_grad()
+    losses = []
+    for micro in batch:
+        terms = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, anchored=True)
+        assert len(terms) == 3
+        (0.5 * (terms * torch.tensor([5.0, 1.0, 3.0])).sum()).backward()
+        losses.append(terms[:2].mean().item())
+    torch.testing.assert_close(found, feedback.tower.pool.weight.grad)
+    assert record.loss == pytest.approx(np.mean(losses))
+
+
+# ---------------------------------------------------------------------- the objective
+
+
+def test_info_nce_is_its_formula() -> None:
+    own, positives, negatives = random(3, 10, what="own"), random(2, 3, 10, what="+"), random(4, 3, 10, what="-")
+    found = info_nce(own, positives, negatives, temperature=0.3)
+
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+        a, b = a.double().numpy(), b.double().numpy()
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    for i in range(3):
+        alike = [cosine(own[i], each[i]) / 0.3 for each in positives]
+        unlike = [cosine(own[i], each[i]) / 0.3 for each in negatives]
+        assert found[i].item() == pytest.approx(np.mean([logsumexp([a, *unlike]) - a for a in alike]), rel=1e-5)
+
+
+def test_the_contrast_sets_own_and_view_against_the_others_conditions() -> None:
+    feedback = build(TokenRule("none"))
+    feedback.contrast = Contrast(temperature=0.2, negatives=2)
+    micro = micro_batches(0, TokenRule("none"))[0]
+    view = random(4, 3, 8, 8, what="view")
+    found = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=view)
+    alphas = feedback.denoiser.alphas_cumprod
+    for k, one in enumerate(micro.draws):
+        alpha = alphas[one.timestep_B][:, None, None, None]
+        noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * one.noise_BChw
+
+        def predicted(pixels: torch.Tensor, noised: torch.Tensor = noised, one=one) -> torch.Tensor:
+            told = feedback.condition(*feedback.tower.image_tokens(pixels), None)
+            return feedback.denoiser(noised, one.timestep_B, told).flatten(1)
+
+        own, positive = predicted(micro.pixels_BCHW), [one.noise_BChw.flatten(1), predicted(view)]
+        others = [predicted(micro.pixels_BCHW.roll(turn, 0)) for turn in (1, 2)]
+        torch.testing.assert_close(found[k], info_nce(own, torch.stack(positive), torch.stack(others), 0.2).mean())
+
+
+def test_a_micro_batch_without_enough_others_is_refused() -> None:
+    feedback = build(TokenRule("none"))
+    feedback.contrast = Contrast(0.1, negatives=4)
+    micro = micro_batches(0, TokenRule("none"))[0]
+    with pytest.raises(ValueError, match="4 negatives among 4 images"):
+        feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=micro.pixels_BCHW)
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_told_captions_the_denoiser_hears_nothing_of_the_picture(gap: bool) -> None:
+    feedback = build(TokenRule("none"))
+    if gap:
+        feedback.gap = GapRemoved(random(20, 6, what="images"), random(20, 6, what="texts"), 4)
+    micro, caption = micro_batches(0, TokenRule("none"))[0], random(4, 6, what="captions")
+    found = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, caption_BD=caption)
+    other = feedback(micro.pixels_BCHW + 1, micro.latent_BChw, micro.draws, caption_BD=caption)
+    assert found.equal(other)
+    token = feedback.gap.text(caption) if gap else caption
+    told = feedback.text_1LD.mean(1, keepdim=True) + feedback.projection(token)[:, None]
+    one = micro.draws[1]
+    alpha = feedback.denoiser.alphas_cumprod[one.timestep_B][:, None, None, None]
+    noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * one.noise_BChw
+    expected = (feedback.denoiser(noised, one.timestep_B, told) - one.noise_BChw).square().mean()
+    torch.testing.assert_close(found[1], expected)
+    assert not torch.allclose(found, feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws))
+
+
+def test_timesteps_are_drawn_from_the_recipe_s_range() -> None:
+    generators = [generator("test", "timestep", i) for i in range(500)]
+    found = draw(torch.Size([1, 1, 1]), 4, RULES[0], (600, 1000), generators).timestep_B
+    assert (found.min() >= 600, found.max() <= 999) == (True, True)
+    assert found.float().mean().item() == pytest.approx(800, abs=15)
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
+    feedback = build()
+    feedback.fits_denoiser = True
+    before = snapshot(feedback)
+    train(feedback, phases(feedback, RECIPE)[0])
+    assert moved(before, feedback) == {
+        "projection.weight", "projection.bias", "denoiser.read.weight", "denoiser.read.bias"
+    }  # fmt: skip
+
+
+def test_low_rank_training_moves_what_was_added_and_not_the_projection() -> None:
+    feedback = build()
+    with seeded("test", "lora"):
+        lora.adapt(feedback.tower, 2, 2.0)
+    before = snapshot(feedback)
+    recipe = dataclasses.replace(RECIPE, trained="lora", with_projection=False, optimizer="adamw", weight_decay=0.01)
+    train(feedback, phases(feedback, recipe)[1])
+    assert moved(before, feedback) == {name for name in before if ".lora_" in name} != set()
+
+
+# ---------------------------------------------------------------------- the stages
+
+SMALL = {
+    "text_anchored": {"fit.steps": 2, "gap": {"components": 4, "pictures": 10}, "trained.heads": 2},
+    "two_stage": {"fit.steps": 2, "trained.rank": 2},
+    "contrastive": {"fit.steps": 2, "trained.rank": 2, "contrast.negatives": 1},
+}
+
+
+def shrink(recipe: str) -> None:
+    own = {"batch": 4, "steps": 3, "optimizer.lr": 0.05, **SMALL[recipe]}
+    write_params(
+        **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
+        **{"profiles.mini.train.recipe": recipe},
+    )
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("recipe", SMALL)
+def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> None:
+    shrink(recipe)
+    made = []
+    for _ in range(2):
+        run(stage_train, "mini", "diva")
+        made.append({path.name: path.read_bytes() for path in (MODELS / "diva/mini").iterdir() if path.is_file()})
+    assert made[0] == made[1]
+    before, after = state(MODELS / "pretrained/mini"), state(MODELS / "diva/mini")
+    changed = {name for name, tensor in after.items() if name not in before or not tensor.equal(before[name])}
+    if recipe == "text_anchored":
+        assert {name for name in after if name.startswith(PREFIX)} == changed
+        fresh = fresh_head(16, 2, 42).state_dict()
+        assert not after[f"{PREFIX}mlp.2.weight"].equal(fresh["mlp.2.weight"])
+    else:
+        assert all(".attn." in name or ".mlp." in name for name in changed)
+        assert before.keys() == after.keys()
+    assert any(name.startswith("visual.") for name in changed)
+    assert all(name.startswith("visual.") for name in changed)
+    notes = json.loads((MODELS / "diva/mini/diva.json").read_text())
+    assert (notes["train"]["recipe"], notes["recipe"]["steps"]) == (recipe, 3)
+    assert notes["condition"] == {"tokens": {"kind": "none", "number": 0.0}, "text": "mean"}
+
+
+@pytest.mark.usefixtures("here")
+def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Path) -> None:
+    shrink("text_anchored")
+    run(stage_train, "mini", "diva")
+    run(drift, "mini")
+    base, tuned, moved = (Backbone.load(MODELS / weights / "mini") for weights in ("pretrained", "diva", "drift"))
+    pixels = random(3, 3, 64, 64)
+    with torch.no_grad():
+        embedded = [each.encode_image(pixels) for each in (base, tuned, moved)]
+        assert embedded[1].equal(tuned.image_tokens(pixels)[0])
+    assert base.sha256 != tuned.sha256 != moved.sha256
+    assert not torch.allclose(embedded[0], embedded[1], atol=1e-4)
+    assert not torch.allclose(embedded[1], embedded[2], atol=1e-4)
+    fresh, trained, drifted = (
+        x.state_dict() for x in (fresh_head(16, 2, 42), *(t.clip.visual.residual_head for t in (tuned, moved)))
+    )
+    for name in fresh:  # as far away as training went, elsewhere
+        distance = [(x[name] - fresh[name]).double().norm().item() for x in (trained, drifted)]
+        assert distance[1] == pytest.approx(distance[0], rel=1e-4), name
+    run(mmvp, "mini", "diva")
+
+    run(export, "mini", "diva")
+    folder = MODELS / "export/mini-diva"
+    assert {path.name for path in folder.iterdir()} == {"tower", HEAD, "residual_head.py", "README.md"}
+    distances = json.loads(Path("metrics/mini/export/mini-diva.json").read_text())
+    assert distances.keys() == {"open_clip"}
+    card = (folder / "README.md").read_text()
+    assert "recipe `text_anchored`" in card
+    snippet = card.split("```python\n")[1].split("```")[0].replace("<this folder>", str(folder.resolve()))
+    check = (
+        f"{snippet}\nimport torch\npixels = torch.load('pixels.pt')\n"
+        "torch.save(model.encode_image(pixels).detach(), 'found.pt')\nprint(tokenizer(['a photo of a fish']).shape)"
+    )
+    torch.save(pixels, "pixels.pt")
+    subprocess.run([sys.executable, "-I", "-c", check], check=True, capture_output=True)  # without this repository
+    torch.testing.assert_close(torch.load("found.pt", weights_only=True), embedded[1])
+
+
+def test_a_head_s_tensors_are_kept_in_a_file_of_their_own(tmp_path: Path) -> None:
+    clip = nn.Module()
+    clip.visual = WithHead(nn.Linear(4, 8), fresh_head(8, 2, 0))
+    save_weights(clip.state_dict(), tmp_path)
+    found = state(tmp_path)
+    assert {name for name in found if not name.startswith(PREFIX)} == {"visual.weight", "visual.bias"}
+    head = ResidualHead.of({name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)})
+    assert head.attention.num_heads == 2
+    assert all(x.equal(clip.visual.residual_head.state_dict()[name]) for name, x in head.state_dict().items())
+
+
+def test_feedback_without_the_pieces_is_the_published_one() -> None:
+    assert {name for name, _ in build().named_children()} == {"tower", "projection", "denoiser"}
+    assert isinstance(build(), Feedback)
