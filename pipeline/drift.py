@@ -26,17 +26,21 @@ def drifted(before: Tensors, after: Tensors, seed: int) -> Tensors:
     return moved
 
 
+def drift(original: Path, trained: Path, seed: int, folder: Path) -> None:
+    """Write the drifted model; where a head was trained, it drifts from the fresh one that training started from."""
+    before, after = dict(state(original)), state(trained)
+    if head := {name.removeprefix(PREFIX): tensor for name, tensor in after.items() if name.startswith(PREFIX)}:
+        fresh = fresh_head(len(head["norm_pooled.weight"]), int(head["heads"]), seed).state_dict()
+        before |= {PREFIX + name: tensor for name, tensor in fresh.items()}
+    save_like(original, drifted(before, after, seed), folder)
+
+
 @stage
 def main() -> None:
     p, name = params.load(), sys.argv[1]
     models = Path("models", p.run.profile)
-    original, trained = models / "pretrained" / name, models / "diva" / name
     with whole(models / "drift" / name) as (folder,):
-        before, after = dict(state(original)), state(trained)
-        if head := {name.removeprefix(PREFIX): tensor for name, tensor in after.items() if name.startswith(PREFIX)}:
-            fresh = fresh_head(len(head["norm_pooled.weight"]), int(head["heads"]), p.seed).state_dict()
-            before |= {PREFIX + name: tensor for name, tensor in fresh.items()}
-        save_like(original, drifted(before, after, p.seed), folder)
+        drift(models / "pretrained" / name, models / "diva" / name, p.seed, folder)
 
 
 if __name__ == "__main__":

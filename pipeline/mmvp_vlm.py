@@ -17,14 +17,14 @@ from pipeline.params import MiniMmvpVlm
 from pipeline.runtime import progress, stage, whole, write_json
 
 
-def render(folder: Path, pairs_per_pattern: int) -> None:
-    """Draw the pairs of the mini world: two pictures of one scene that differ in one detail."""
+def render(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> None:
+    """Draw pairs of the mini world: two pictures of one scene that differ in one detail."""
     rows: list[tuple[int, str, str]] = []
     for pattern, name in enumerate(progress(world.PATTERNS, "pairs")):
         images = folder / "MLLM_VLM Images" / name
         images.mkdir(parents=True)
         for index in range(pairs_per_pattern):
-            for pixels, scene in zip(*world.pair(pattern, index), strict=True):
+            for pixels, scene in zip(*world.pair(pattern, index, set_name), strict=True):
                 rows.append((len(rows) + 1, name, world.caption(scene, [pattern]).removeprefix(world.PROMPT)))
                 Image.fromarray(pixels).save(images / f"{len(rows)}.jpg", quality=95)
     with (folder / "Questions.csv").open("w", newline="") as file:

@@ -1,0 +1,111 @@
+"""The experiment's design, its one rule of choice, its table, and a run that is interrupted and goes on."""
+
+from collections import Counter
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy import stats
+from test_recipes import SMALL
+from test_stages import finished, here, run, write_params  # noqa: F401  (fixtures)
+
+from pipeline.tools import experiment
+from pipeline.tools.experiment import MEASURES, Run
+
+
+def test_the_cells_are_a_latin_square() -> None:
+    cells = experiment.cells()
+    assert len(cells) == len(set(cells)) == 9
+    for a, b in combinations(range(3), 2):  # every level of a factor with every level of another, once
+        assert set(Counter((cell[a], cell[b]) for cell in cells).values()) == {1}
+
+
+def test_the_test_has_every_recipe_and_control_of_the_plan_and_no_seed_of_the_tuning() -> None:
+    runs = list(experiment.testing(dict.fromkeys(experiment.RATES, 0.1)))
+    assert Counter((run.recipe, run.weights) for run in runs) == {
+        ("none", "pretrained"): 3,
+        **{(recipe, "diva"): 9 for recipe in experiment.RATES},
+        **{(recipe, "drift"): 9 for recipe in experiment.RATES},
+        **{(recipe, "shuffled"): 3 for recipe in experiment.RATES},
+    }
+    assert {run.benchmark for run in runs} == {"test"}
+    tuning = list(experiment.tuning())
+    assert {run.benchmark for run in tuning} == {"development"}
+    assert Counter(run.recipe for run in tuning) == {"none": 1, **dict.fromkeys(experiment.RATES, 3)}
+    assert {run.seed for run in tuning}.isdisjoint(run.seed for run in runs if run.weights == "diva")
+
+
+def rows(values: dict[Run, dict[str, float]]) -> pd.DataFrame:
+    return pd.DataFrame([asdict(run) | found for run, found in values.items()])
+
+
+def test_a_recipe_keeps_the_rate_with_the_most_development_pairs() -> None:
+    found = {run: {"pairs_plain": 50.0} for run in experiment.tuning()}
+    for recipe, rates in experiment.RATES.items():
+        found[Run("development", recipe, "diva", *experiment.TUNED_IN, rates[1])] = {"pairs_plain": 60.0}
+        found[Run("test", recipe, "diva", *experiment.TUNED_IN, rates[2])] = {"pairs_plain": 99.0}  # is not looked at
+    assert experiment.best_rates(rows(found)) == {recipe: rates[1] for recipe, rates in experiment.RATES.items()}
+    equal = rows({run: {"pairs_plain": 50.0} for run in experiment.tuning()})
+    assert experiment.best_rates(equal) == {recipe: rates[0] for recipe, rates in experiment.RATES.items()}
+
+
+def test_gains_are_over_the_same_backbone_and_remains_over_the_same_cells() -> None:
+    found: dict[Run, dict[str, float]] = {}
+    for one in experiment.testing({"diva": 0.1}):
+        base = {1.0: 40.0, 0.6: 30.0, 0.3: 20.0}[one.detail_share]
+        gain = {"pretrained": 0, "diva": one.denoiser_steps / 1000 + 5, "shuffled": 2, "drift": -1}[one.weights]
+        found[one] = dict.fromkeys(MEASURES, base + gain)
+    table = experiment.results(experiment.gains(rows(found))).set_index(["weights", "measure"])
+    own = [5.5, 6.0, 7.0] * 3
+    low, high = stats.t.interval(0.95, 8, loc=sum(own) / 9, scale=stats.sem(own))
+    assert table.loc[("diva", "probe"), ["cells", "gain", "low", "high"]].tolist() == [
+        9, pytest.approx(6.17, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
+    ]  # fmt: skip
+    assert table.loc[("drift", "probe"), ["cells", "gain"]].tolist() == [9, -1]
+    assert table.loc[("remains", "probe"), ["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
+    assert "| diva | remains | 3 | +4.2 [" in experiment.markdown(table.reset_index())
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.slow
+def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "DETAIL_SHARES", (1.0, 0.6))
+    monkeypatch.setattr(experiment, "DENOISER_STEPS", (2, 3))
+    monkeypatch.setattr(experiment, "TUNED_IN", (0.6, 2, 0))
+    monkeypatch.setattr(experiment, "SEEDS", (1, 2, 1))  # two cells with the shuffled control
+    monkeypatch.setattr(experiment, "RATES", {"text_anchored": (0.01,), "contrastive": (0.01,)})
+    monkeypatch.setattr(experiment, "DEVELOPMENT_PAIRS", 2)
+    small = {
+        f"profiles.mini.recipes.{recipe}.{key}": value
+        for recipe, own in SMALL.items()
+        for key, value in {"batch": 4, "steps": 2, **own}.items()
+    }
+    write_params(**small)
+    score, made = experiment.Tunnel.score, []
+
+    def interrupted(self: experiment.Tunnel, run: Run) -> dict[str, float]:
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        made.append(run)
+        return score(self, run)
+
+    monkeypatch.setattr(experiment.Tunnel, "score", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(experiment)
+    assert len(experiment.read()) == 8
+    monkeypatch.setattr(experiment.Tunnel, "score", score)
+    run(experiment)
+    files = [Path("metrics/recipes") / name for name in ("runs.csv", "results.csv", "results.md")]
+    first = [file.read_bytes() for file in files]
+    found = experiment.read()
+    assert not found.duplicated(list(Run.__dataclass_fields__)).any()
+    assert found[found.benchmark == "test"][list(MEASURES)].notna().all().all()
+    run(experiment)  # nothing is left to do
+    assert [file.read_bytes() for file in files] == first
+    experiment.remove(experiment.SCRATCH)
+    for file in files:
+        file.unlink()
+    run(experiment)  # from nothing, undisturbed
+    assert [file.read_bytes() for file in files] == first
