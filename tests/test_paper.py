@@ -228,6 +228,14 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
     }
     paper["train"] |= {"size": 64, "streams": 2, "micro_batch": 2, "precision": "float32"}
     paper["recipes"]["diva"] |= {"batch": 4, "steps": 2}
+    anchored = paper["recipes"]["text_anchored"]
+    anchored |= {
+        "batch": 4,
+        "steps": 2,
+        "gap": {"components": 3, "pictures": 6},
+        "trained": {"kind": "head", "heads": 2},
+    }
+    anchored["fit"]["steps"] = 2
     paper["train"] |= {"compile": False, "held_out": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
@@ -314,6 +322,15 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
     asked = [request.method for request in hub.requests if request.path.endswith("/cc3m-train-0000.tar")]
     assert asked.count("GET") == 2  # a file of a few bytes is cut before any of them is kept
     assert not [fault for fault in hub.faults if fault.times]
+
+    recipe = "profiles.paper.train.recipe=text_anchored"  # captions, gap, head, for towers of open_clip and of timm
+    clone.run("dvc", "exp", "run", "-S", recipe, "-S", "run.backbones=[openai_224,siglip_224]")
+    for name in ("openai_224", "siglip_224"):
+        assert (
+            json.loads((clone.root / f"models/paper/diva/{name}/diva.json").read_text())["recipe"]["fit"]["steps"] == 2
+        )
+        assert (clone.root / f"models/paper/export/{name}-diva/residual_head.py").is_file()
+        assert (metrics / f"mmvp/{name}-diva.json").is_file()
 
     fetched = len(hub.requests)
     output = clone.run(
