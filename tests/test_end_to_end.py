@@ -39,9 +39,9 @@ SMALLER: dict[str, dict[str, dict]] = {
             "micro_batch": 4,
             "held_out": {"images": 4, "every": 2},
         },
-        "recipes": {"diva": {"batch": 4, "steps": 3}},
         "mmvp": {"draws": 2},
     },
+    "recipes": {"diva": {"batch": 4, "steps": 3}},
     "source": {
         "text_tower": {"steps": 2, "batch": 8},
         "image_tower": {"pictures": 32, "steps": 2, "batch": 8},
@@ -68,6 +68,7 @@ class Clone:
         content = yaml.safe_load((root / "params.yaml").read_text())
         for sections, smaller in (
             (content["profiles"]["mini"], SMALLER["profiles"]),
+            (content["profiles"]["mini"]["recipes"], SMALLER["recipes"]),
             (content["backbones"]["mini"]["source"], SMALLER["source"]),
         ):
             for section, values in smaller.items():

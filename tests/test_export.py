@@ -255,7 +255,7 @@ def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: P
         f"Verdict: pairs {found['verdict']['pairs']}, zero-shot classification {found['verdict']['zeroshot']}." in text
     )
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert recipe["train"]["draw_weights"] == [2.0, 1.0]
+    assert recipe["recipe"]["draw_weights"] == [2.0, 1.0]
     before = {path.name: path.read_bytes() for path in handed_over.iterdir()}
     run(export, "mini", "diva")
     assert {path.name: path.read_bytes() for path in handed_over.iterdir()} == before
@@ -282,20 +282,20 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     report = json.loads((METRICS / "report.json").read_text())["mini"]
     Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
     distances = {"open_clip": {"image": 0.0, "text": 0.0}}
-    card = export.card(p, "dfn_224", "diva", "0123", distances, "no class for it")
+    card = export.card(p, "dfn_224", "diva", "0123", distances, "no class for it", headed=False)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license_name"] == "apple-amlr (research only)"
     assert "ViT-H-14-quickgelu, hf://apple/DFN5B-CLIP-ViT-H-14@" in card
     assert "sha256 d67de50f" in card
     assert "hf://datasets/pixparse/cc3m-wds@" in card
     assert "There is no transformers format: no class for it" in card
-    shuffled = export.card(p, "dfn_224", "shuffled", "0123", distances, None)
+    shuffled = export.card(p, "dfn_224", "shuffled", "0123", distances, None, headed=False)
     assert "A **control**, not for use" in shuffled
     assert "Verdict" not in shuffled
-    released = export.card(p, "dfn_224", "released", "0123", distances, None)
+    released = export.card(p, "dfn_224", "released", "0123", distances, None, headed=False)
     assert "Tuned weights: hf://BAAI/DIVA@" in released
     assert "Recipe" not in released
-    assert "gain" not in export.card(p, "dfn_224", "pretrained", "0123", distances, None)
+    assert "gain" not in export.card(p, "dfn_224", "pretrained", "0123", distances, None, headed=False)
 
 
 def test_a_card_s_revision_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

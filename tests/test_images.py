@@ -664,12 +664,9 @@ def test_the_stage_follows_a_list_with_all_that_the_web_brings(server: Server, t
     folder = tmp_path / "data/paper/images"
     assert [path.name for path in sorted(folder.parent.iterdir())] == [".images.lock", "images"]
 
-    reader, captions = Shards(folder), {}
+    reader = Shards(folder)
     assert reader.counts == {"00000.tar": 4, "00001.tar": 2, "00004.tar": 1}
-    for name in reader.counts:
-        with tarfile.open(folder / name) as tar:
-            captions |= {m.name[:-4]: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")}
-    found = {LINES[captions[key]]: image for key, image, _ in epoch(reader, 0)}
+    found = {LINES[sample.caption]: sample.image for sample in epoch(reader, 0)}
     sizes = {"jpeg": (80, 64), "grey": (64, 70), "cmyk": (64, 64), "rgba": (64, 64), "big": (96, 64), "tiny": (20, 10)}
     assert {name: image.size for name, image in found.items()} == {**sizes, "flaky": (64, 64)}
     colors = {"jpeg": (0, 0, 255), "grey": (128,) * 3, "cmyk": (255, 0, 0), "rgba": (255,) * 3, "big": (0, 255, 0)}
@@ -701,7 +698,7 @@ def test_a_killed_stage_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
 
 def mini(count: int, threads: int, processes: int = 1) -> params.MiniImages:
     options = {"size": 64, "shard_size": 16, "min_success": 1.0, "processes": processes, "threads": threads}
-    return params.MiniImages(kind="mini", count=count, **options)
+    return params.MiniImages(kind="mini", count=count, detail_share=0.3, **options)
 
 
 @pytest.mark.slow
@@ -712,7 +709,7 @@ def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
     assert [name for name, _ in files[0]] == [*COUNTS, "shards.json"]
     assert not any(b"127.0.0.1" in data for _, data in files[0])
     assert reports[0] == reports[1] == {"urls": 40, "downloaded": 40, "success_rate": 1.0, "failures": {}}
-    for key, image, _ in epoch(Shards(tmp_path / "first"), 0):
+    for key, image, *_ in epoch(Shards(tmp_path / "first"), 0):
         pixels, _ = world.picture(images.SET, int(key) // 100 * 16 + int(key) % 100)
         assert np.abs(np.asarray(image, float) - pixels).mean() < 8  # the JPEG of this very picture
 

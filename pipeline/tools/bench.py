@@ -35,7 +35,7 @@ from pipeline import params
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
 from pipeline.adapters.shards import INDEX, Shards
-from pipeline.batches import Batches, Chunks
+from pipeline.batches import Batches, Chunk, Chunks
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
@@ -324,8 +324,8 @@ def loader(p: Params, images: int) -> dict[str, Any]:
         done, memory, times = 0, [], []
         total = len(steps) * section.streams
         for chunk in progress(DataLoader(chunks, batch_size=None, num_workers=workers), f"{workers} workers", total):
-            if isinstance(chunk, tuple):
-                done += len(chunk[1])
+            if isinstance(chunk, Chunk):
+                done += len(chunk.pixels_BCHW)
                 if done % recipe.batch == 0:
                     times.append(time.perf_counter())
                     memory.append(_memory())
