@@ -57,7 +57,8 @@ def test_gains_are_over_the_same_backbone_and_remains_over_the_same_cells() -> N
         base = {1.0: 40.0, 0.6: 30.0, 0.3: 20.0}[one.detail_share]
         gain = {"pretrained": 0, "diva": one.denoiser_steps / 1000 + 5, "shuffled": 2, "drift": -1}[one.weights]
         found[one] = dict.fromkeys(MEASURES, base + gain)
-    table = experiment.results(experiment.gains(rows(found))).set_index(["weights", "measure"])
+    gained = experiment.gains(rows(found))
+    table = experiment.results(gained).set_index(["weights", "measure"])
     own = [5.5, 6.0, 7.0] * 3
     low, high = stats.t.interval(0.95, 8, loc=sum(own) / 9, scale=stats.sem(own))
     assert table.loc[("diva", "probe"), ["cells", "gain", "low", "high"]].tolist() == [
@@ -65,7 +66,29 @@ def test_gains_are_over_the_same_backbone_and_remains_over_the_same_cells() -> N
     ]  # fmt: skip
     assert table.loc[("drift", "probe"), ["cells", "gain"]].tolist() == [9, -1]
     assert table.loc[("remains", "probe"), ["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
-    assert "| diva | remains | 3 | +4.2 [" in experiment.markdown(table.reset_index())
+    text = experiment.markdown(table.reset_index(), gained)
+    assert "| diva | remains | 3 | +4.2 [" in text
+    assert "| diva | +6.2 | +6.2 | +6.2 |" in text
+
+
+def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
+    found: dict[Run, dict[str, float]] = {}
+    for one in experiment.testing({"diva": 0.1, "text_anchored": 0.1}):
+        gain = {"none": 0, "diva": one.seed, "text_anchored": 2 * one.seed + one.denoiser_steps / 1000}[one.recipe]
+        found[one] = dict.fromkeys(MEASURES, 50.0 + gain * (one.weights == "diva"))
+    found = dict(reversed(found.items()))  # rows are matched by cell, not by where they stand
+    table = experiment.results(experiment.gains(rows(found))).set_index(["recipe", "weights", "measure"])
+    less = [cell[2] + cell[1] / 1000 for cell in experiment.cells()]
+    low, high = stats.t.interval(0.95, 8, loc=sum(less) / 9, scale=stats.sem(less))
+    assert table.loc[("diva", "behind", "zeroshot"), ["cells", "gain", "low", "high"]].tolist() == [
+        9, pytest.approx(sum(less) / 9, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
+    ]  # fmt: skip
+    assert ("text_anchored", "behind") not in set(table.index.droplevel("measure"))
+    panels = experiment.figure(table.reset_index()).axes
+    assert [panel.get_title() for panel in panels] == ["pairs_plain", "zeroshot", "probe"]
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert labels.count("diva, tuned") == 1
+    assert len(labels) == 8
 
 
 @pytest.mark.usefixtures("here")
@@ -97,7 +120,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
     assert len(experiment.read()) == 8
     monkeypatch.setattr(experiment.Tunnel, "score", score)
     run(experiment)
-    files = [Path("metrics/recipes") / name for name in ("runs.csv", "results.csv", "results.md")]
+    files = [Path("metrics/recipes") / name for name in ("runs.csv", "results.csv", "results.md", "results.png")]
     first = [file.read_bytes() for file in files]
     found = experiment.read()
     assert not found.duplicated(list(Run.__dataclass_fields__)).any()

@@ -4,7 +4,7 @@
 
 Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development pairs,
 then trains and scores each cell of the plan. Every finished run is a row of metrics/recipes/runs.csv and is not made
-again; delete the file to begin anew. At the end stand metrics/recipes/results.csv and results.md. Models lie in
+again; delete the file to begin anew. At the end stand metrics/recipes/results.{csv,md,png}. Models lie in
 data/.experiment.scratch, which may be removed when all is done.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 
 from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
@@ -47,6 +48,7 @@ RATES = {
     "two_stage": (0.0003, 0.001, 0.003),
     "contrastive": (0.0003, 0.001, 0.003),
 }
+OURS = "text_anchored"
 DEVELOPMENT_PAIRS = 50  # a pattern
 MEASURES = ("pairs_plain", "image_to_statement_plain", "zeroshot", "zeroshot_unanchored", "probe")
 
@@ -228,13 +230,20 @@ def gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def results(gained: pd.DataFrame) -> pd.DataFrame:
-    """Mean gain and 95 % t interval over cells, by recipe, weights and measure; `remains`: recipe less shuffled."""
+    """Mean gain and 95 % t interval over cells, by recipe, weights and measure.
+
+    Two kinds of weights are differences, cell by cell: `remains`, the recipe less its shuffled control, and `behind`,
+    text_anchored less the recipe.
+    """
     keys, found = ["detail_share", "denoiser_steps", "seed"], []
+    ours = gained[(gained.recipe == OURS) & (gained.weights == "diva")].set_index(keys)[list(MEASURES)]
     for recipe, own in gained.groupby("recipe", sort=False):
         parts = dict(list(own.set_index(keys).groupby("weights", sort=False)))
         if {"diva", "shuffled"} <= parts.keys():
             shared = parts["shuffled"].index
             parts["remains"] = parts["diva"].loc[shared, list(MEASURES)] - parts["shuffled"][list(MEASURES)]
+        if recipe != OURS and len(ours):
+            parts["behind"] = ours - parts["diva"].loc[ours.index, list(MEASURES)]
         for weights, part in parts.items():
             for measure in MEASURES:
                 interval = over_seeds(part[measure].tolist())
@@ -242,12 +251,34 @@ def results(gained: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["recipe", "weights", "measure", "cells", "gain", "low", "high"])
 
 
-def markdown(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
+    """The table of all gains, and that of the pairs by text tower (the mean of its three cells)."""
     lines = [f"| recipe | weights | cells | {' | '.join(MEASURES)} |", "|---" * (3 + len(MEASURES)) + "|"]
     for (recipe, weights), own in table.groupby(["recipe", "weights"], sort=False):
         texts = [f"{row.gain:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in own.itertuples()]
         lines.append(f"| {recipe} | {weights} | {own.cells.iloc[0]} | {' | '.join(texts)} |")
+    shares = sorted(set(gained.detail_share), reverse=True)
+    texts = [f"{100 * share:.0f} % of captions detailed" for share in shares]
+    lines += ["", f"| pairs_plain, by text tower | {' | '.join(texts)} |", "|---" * (1 + len(shares)) + "|"]
+    for recipe, own in gained[gained.weights == "diva"].groupby("recipe", sort=False):
+        means = own.groupby("detail_share").pairs_plain.mean()
+        lines.append(f"| {recipe} | {' | '.join(f'{means[share]:+.1f}' for share in shares)} |")
     return "\n".join(lines) + "\n"
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Each gain with its interval: a row for a recipe's weights, a panel for a measure."""
+    drawn = Figure(figsize=(12, 5), layout="constrained")
+    for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_plain", "zeroshot", "probe"), strict=True):
+        own = table[(table.measure == measure) & (table.weights != "behind")]
+        colours = ["tab:grey" if weights in ("drift", "shuffled") else "tab:blue" for weights in own.weights]
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.hlines(range(len(own)), own.low, own.high, colors=colours)
+        axis.scatter(own.gain, range(len(own)), c=colours)
+        axis.set(title=measure, xlabel="gain, points")
+    axis.set_yticks(range(len(own)), own.recipe + ", " + own.weights.replace("diva", "tuned"))
+    axis.invert_yaxis()  # the panels share it
+    return drawn
 
 
 @stage
@@ -257,11 +288,13 @@ def main() -> None:
     best = best_rates(read())
     print(f"rates chosen on the development pairs: {best}")
     carry_out(tunnel, list(testing(best)))
-    table = results(gains(read()))
-    with whole(OUTPUT / "results.csv", OUTPUT / "results.md") as (csv, md):
+    gained = gains(read())
+    table = results(gained)
+    with whole(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         table.to_csv(csv, index=False)
-        md.write_text(markdown(table))
-    print(markdown(table))
+        md.write_text(markdown(table, gained))
+        figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})
+    print(markdown(table, gained))
     remove(SCRATCH / "checkpoint")
 
 
