@@ -448,7 +448,7 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
             hub.add_files("/clip", {"ViT-L-14.pt": served / "ViT-L-14.pt"})
             hub.add_repo("sd2-community/sd", served / "sd")
             hub.add_repo("MMVP/MMVP_VLM", checkpoints.mmvp_vlm(1), kind="dataset")
-            hub.add_repo("pixparse/cc3m-wds", {"cc3m-train-0000.tar": checkpoints.shard(0, 2)}, kind="dataset")
+            hub.add_repo("pixparse/cc3m-wds", {"cc3m-train-0000.tar": checkpoints.shard(0, 4)}, kind="dataset")
             for command in ("images", "mmvp_vlm", "denoiser", "backbone openai_224", "train openai_224 diva"):
                 stage(tmp_path, hub, *f"pipeline.{command}".split())
         stage(tmp_path, hub, "pipeline.mmvp", "openai_224", "diva")
@@ -467,6 +467,18 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved
         assert all(name.startswith("visual.") for name in moved)
+
+        paper["train"]["recipe"] = "text_anchored"  # captions, gap, projection and head: each at least one step
+        anchored = paper["recipes"]["text_anchored"]
+        anchored |= {"steps": 1, "batch": 1, "gap": {"components": 1, "pictures": 2}}
+        anchored["fit"]["steps"] = 1
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+        stage(tmp_path, hub, "pipeline.train", "openai_224", "diva")
+        trained = tmp_path / "models/paper/diva/openai_224"
+        tower = load_file(trained / backbones.WEIGHTS)
+        assert all(torch.equal(tower[name], before[name]) for name in before)
+        head = load_file(trained / backbones.HEAD)
+        assert any(tensor.any() for name, tensor in head.items() if name.endswith("weight"))
         for line in map(json.loads, (tmp_path / "metrics/timings.jsonl").read_text().splitlines()):
             print(line["stage"], line["seconds"], "s", line["peak_memory_mb"], "MB")
             assert line["peak_memory_mb"] < 16_000
