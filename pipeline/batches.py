@@ -144,6 +144,13 @@ class Batches:
         self.after = {stream: position for stream, position in (after or {}).items() if stream in streams}
         self.undecodable, self.waited = set(undecodable or ()), 0.0
         self.count = len(streams) * (recipe.batch // p.streams)
+        smallest = min(self.count, self.count % p.micro_batch or p.micro_batch)
+        if recipe.contrast and smallest <= recipe.contrast.negatives:
+            raise UserError(
+                f"recipe {p.recipe}: {self.count} images a step and process in micro-batches of {p.micro_batch} leave "
+                f"one of {smallest}, too few for {recipe.contrast.negatives} negatives. Choose another "
+                "train.micro_batch, fewer processes, or lower contrast.negatives."
+            )
         self.chunks = Chunks(
             shards,
             p,

@@ -22,6 +22,7 @@ from pipeline.runtime import UserError, progress, stage, whole
 
 ALIVE, PICTURE = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of a picture of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
+COUNTED = "diva"  # the recipe whose GPU memory the backbones declare
 MARGIN = 1.15  # for what tests/test_plan.py cannot count: CUDA's own 0.5 GB, workspaces of kernels, fragmentation
 NO_TRAINING = "-S 'run.weights=[pretrained,released]', which needs no pictures, no denoiser and no GPU"
 
@@ -126,7 +127,7 @@ def _left(profile: str) -> int:
 
 
 def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
-    """GB of GPU memory that the training of each backbone takes, if it says; the figures are those of bfloat16."""
+    """GB of GPU memory that the training of each backbone takes, if it says: in bfloat16, by recipe COUNTED."""
     declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if p.run.trained}
     return {name: MARGIN * (takes.fixed + micro_batch * takes.image) for name, takes in declared.items() if takes}
 
@@ -164,16 +165,18 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
 
 def check_gpu(p: params.Params) -> str | None:
     """The same for the GPU's memory."""
-    size, batch = p.profile.train.micro_batch, p.profile.recipe.batch
+    size, recipe = p.profile.train.micro_batch, p.profile.train.recipe
     needed, found = gpu(p, size), gpus()
     most = max(needed, key=lambda backbone: needed[backbone])
     listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"
-    line = f"GPU memory: {needed[most]:.1f} GB needed to train {most} with micro_batch {size}; GPU found: {listed}"
+    counted = "" if recipe == COUNTED else f" (counted for recipe {COUNTED}; {recipe} may take more or less)"
+    takes = f"{needed[most]:.1f} GB needed to train {most} with micro_batch {size}{counted}"
+    line = f"GPU memory: {takes}; GPU found: {listed}"
     print(line)
     if found and needed[most] <= found[0][1]:
         return None
     ways = ["Train where there is more", "choose other run.backbones"]
-    fitting = [m for m in range(1, size) if batch % m == 0 and max(gpu(p, m).values()) <= found[0][1]] if found else []
+    fitting = [m for m in range(1, size) if size % m == 0 and max(gpu(p, m).values()) <= found[0][1]] if found else []
     if fitting:
         ways.insert(0, f"Set -S profiles.{p.run.profile}.train.micro_batch={fitting[-1]}, which changes memory alone")
     return f"{line}. {', '.join(ways)}, or {NO_TRAINING}."

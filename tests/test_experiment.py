@@ -1,5 +1,6 @@
 """The experiment's design, its one rule of choice, its table, and a run that is interrupted and goes on."""
 
+import multiprocessing
 from collections import Counter
 from dataclasses import asdict
 from itertools import combinations
@@ -33,7 +34,7 @@ def test_the_test_has_every_recipe_and_control_of_the_plan_and_no_seed_of_the_tu
     assert {run.benchmark for run in runs} == {"test"}
     tuning = list(experiment.tuning())
     assert {run.benchmark for run in tuning} == {"development"}
-    assert Counter(run.recipe for run in tuning) == {"none": 1, **dict.fromkeys(experiment.RATES, 3)}
+    assert Counter(run.recipe for run in tuning) == {"none": 1, **dict.fromkeys(experiment.RATES, 5)}
     assert {run.seed for run in tuning}.isdisjoint(run.seed for run in runs if run.weights == "diva")
 
 
@@ -41,14 +42,21 @@ def rows(values: dict[Run, dict[str, float]]) -> pd.DataFrame:
     return pd.DataFrame([asdict(run) | found for run, found in values.items()])
 
 
-def test_a_recipe_keeps_the_rate_with_the_most_development_pairs() -> None:
-    found = {run: {"pairs_plain": 50.0} for run in experiment.tuning()}
+def test_a_recipe_keeps_the_rate_with_the_most_development_pairs_that_keeps_zero_shot_ability() -> None:
+    found = {run: {"pairs_plain": 50.0, "zeroshot": 90.0} for run in experiment.tuning()}
     for recipe, rates in experiment.RATES.items():
-        found[Run("development", recipe, "diva", *experiment.TUNED_IN, rates[1])] = {"pairs_plain": 60.0}
-        found[Run("test", recipe, "diva", *experiment.TUNED_IN, rates[2])] = {"pairs_plain": 99.0}  # is not looked at
+        of = {rate: Run("development", recipe, "diva", *experiment.TUNED_IN, rate) for rate in rates}
+        found[of[rates[1]]] = {"pairs_plain": 60.0, "zeroshot": 89.0}  # all that is allowed
+        found[of[rates[2]]] = {"pairs_plain": 70.0, "zeroshot": 88.9}
+        test = Run("test", recipe, "diva", *experiment.TUNED_IN, rates[3])
+        found[test] = {"pairs_plain": 99.0, "zeroshot": 90.0}  # is not looked at
     assert experiment.best_rates(rows(found)) == {recipe: rates[1] for recipe, rates in experiment.RATES.items()}
-    equal = rows({run: {"pairs_plain": 50.0} for run in experiment.tuning()})
-    assert experiment.best_rates(equal) == {recipe: rates[0] for recipe, rates in experiment.RATES.items()}
+    equal = {run: {"pairs_plain": 50.0, "zeroshot": 90.0} for run in experiment.tuning()}
+    assert experiment.best_rates(rows(equal)) == {recipe: rates[0] for recipe, rates in experiment.RATES.items()}
+    lost = {run: {"pairs_plain": 50.0 + run.rate, "zeroshot": 90.0 - 5 * (run.recipe != "none")} for run in equal}
+    for recipe, rates in experiment.RATES.items():
+        lost[Run("development", recipe, "diva", *experiment.TUNED_IN, rates[1])]["zeroshot"] = 86.0
+    assert experiment.best_rates(rows(lost)) == {recipe: rates[1] for recipe, rates in experiment.RATES.items()}
 
 
 def test_gains_are_over_the_same_backbone_and_remains_over_the_same_cells() -> None:
@@ -99,26 +107,27 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
     monkeypatch.setattr(experiment, "TUNED_IN", (0.6, 2, 0))
     monkeypatch.setattr(experiment, "SEEDS", (1, 2, 1))  # two cells with the shuffled control
     monkeypatch.setattr(experiment, "RATES", {"text_anchored": (0.01,), "contrastive": (0.01,)})
-    monkeypatch.setattr(experiment, "DEVELOPMENT_PAIRS", 2)
     small = {
         f"profiles.mini.recipes.{recipe}.{key}": value
         for recipe, own in SMALL.items()
         for key, value in {"batch": 4, "steps": 2, **own}.items()
     }
-    write_params(**small)
-    score, made = experiment.Tunnel.score, []
+    write_params(**small, **{"profiles.mini.images.count": 24, "profiles.mini.images.shard_size": 12})
+    write, written = experiment.write, []
 
-    def interrupted(self: experiment.Tunnel, run: Run) -> dict[str, float]:
-        if len(made) == 8:
+    def interrupted(table: pd.DataFrame) -> None:
+        if len(written) == 5:
             raise KeyboardInterrupt
-        made.append(run)
-        return score(self, run)
+        written.append(table)
+        write(table)
 
-    monkeypatch.setattr(experiment.Tunnel, "score", interrupted)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    monkeypatch.setattr(experiment, "write", interrupted)
+    with pytest.raises(SystemExit, match="130"):
         run(experiment)
-    assert len(experiment.read()) == 8
-    monkeypatch.setattr(experiment.Tunnel, "score", score)
+    assert multiprocessing.active_children() == []
+    assert experiment.read().equals(pd.read_csv("metrics/recipes/runs.csv"))
+    assert len(written[-1]) == len(experiment.read()) > 4
+    monkeypatch.setattr(experiment, "write", write)
     run(experiment)
     files = [Path("metrics/recipes") / name for name in ("runs.csv", "results.csv", "results.md", "results.png")]
     first = [file.read_bytes() for file in files]

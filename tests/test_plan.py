@@ -287,7 +287,7 @@ def test_gpu_memory_grows_with_the_micro_batch_and_is_needed_for_training_alone(
         ([], "none", "Train where there is more"),
         ([8.9], "Board 0 with 8.9 GB", "Train where there is more"),
         ([24, 80], "Board 0 with 24.0 GB, Board 1 with 80.0 GB", "Set -S profiles.paper.train.micro_batch=8,"),
-        ([55], "Board 0 with 55.0 GB", "Set -S profiles.paper.train.micro_batch=10,"),
+        ([55], "Board 0 with 55.0 GB", "Set -S profiles.paper.train.micro_batch=8,"),
     ],
 )
 def test_too_little_gpu_memory_is_refused(
@@ -306,6 +306,17 @@ def test_too_little_gpu_memory_is_refused(
 
     write("openai_224", "pretrained released")
     plan.main()  # as the message promises
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_count_of_gpu_memory_names_its_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, said in (
+        ("diva", "micro_batch 16; GPU"),
+        ("two_stage", "(counted for recipe diva; two_stage may take"),
+    ):
+        write(weights="diva", **{"train.recipe": recipe})
+        plan.main()
+        assert said in capsys.readouterr().out
 
 
 def test_all_that_is_lacking_is_told_at_once(

@@ -172,10 +172,12 @@ def test_no_picture_is_in_two_sets() -> None:
     sets = {
         **{name: [world.picture(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
         "probe": [world.picture("probe", 0, i)[0] for i in range(50)],
-        "scorings": [world.picture("scorings", group, i)[0] for group in (1, 2, 3) for i in range(50)],
-        "pairs": [picture for pattern in range(9) for i in range(6) for picture in world.pair(pattern, i)[0]],
     }
-    assert {*sets} - {"pairs"} == set(world.SETS)
+    for name in ("scorings", "development", "confirmation"):
+        sets[name] = [world.picture(name, group, i)[0] for group in (1, 2, 3) for i in range(50)]
+        pairs = [world.pair(pattern, i, name)[0] for pattern in range(9) for i in range(6)]
+        sets[f"pairs of {name}"] = [picture for pair in pairs for picture in pair]
+    assert {name.removeprefix("pairs of ") for name in sets} == set(world.SETS)
     everything = [picture.tobytes() for pictures in sets.values() for picture in pictures]
     assert len(set(everything)) == len(everything)
 

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.diva.condition import TokenRule, condition, recap
 from pipeline.diva.diffusion import Draw, Prediction, add_noise, target
@@ -164,7 +165,11 @@ class Feedback(nn.Module):
         view_BCHW: torch.Tensor,
         draws: list[Draw],
     ) -> torch.Tensor:
-        """The contrast of each image in each draw, [draws x B]. Raises ValueError where others are too few."""
+        """The contrast of each image in each draw, [draws x B]. Raises ValueError where others are too few.
+
+        The loss needs all predictions at once, but what autograd keeps of one of them fills a GPU: so each is made
+        again when its gradient is taken, and the memory is that of one, whatever the number of negatives.
+        """
         assert self.contrast is not None, "another view: feedback without a contrast"
         others = self.contrast.negatives
         if others >= len(view_BCHW):
@@ -172,7 +177,11 @@ class Feedback(nn.Module):
         viewed = self.tower.image_tokens(view_BCHW)
         told = [torch.cat(conditions), torch.cat([self.condition(*viewed, draw.positions_BK) for draw in draws])]
         told += [torch.cat([own.roll(k, 0) for own in conditions]) for k in range(1, others + 1)]
-        predicted = self.denoiser(noised.repeat(len(told), 1, 1, 1), t_B.repeat(len(told)), torch.cat(told)).float()
-        own_BX, view_BX, *other_BX = predicted.flatten(1).chunk(len(told))
+        own_BX, view_BX, *other_BX = (
+            checkpoint(self.denoiser, noised, t_B, one, use_reentrant=False, preserve_rng_state=False)
+            .float()
+            .flatten(1)
+            for one in told
+        )
         positives = torch.stack([wanted.flatten(1), view_BX])
         return info_nce(own_BX, positives, torch.stack(other_BX), self.contrast.temperature)

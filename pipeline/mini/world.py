@@ -5,7 +5,7 @@ Ten objects; every picture shows one of them together with one value of each of 
 independent. Place, scale, background and pixel noise are nuisance: no caption speaks of them.
 
 A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Picture `i` of a set is a pure function of
-`(WORLD_SEED, set, i)`, so the six sets can be made again anywhere, in any order, and never share a picture.
+`(WORLD_SEED, set, i)`, so the seven sets can be made again anywhere, in any order, and never share a picture.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ SIZE = 64
 CANVAS = 2 * SIZE  # pictures are drawn at twice the size and averaged down: that is the anti-aliasing
 
 # One set per purpose; nothing is scored on a picture that something was trained on.
-SETS = ("image tower", "denoiser", "post-training", "probe", "scorings", "development")
+SETS = ("image tower", "denoiser", "post-training", "probe", "scorings", "development", "confirmation")
 
 OBJECTS = ("fish", "car", "boat", "bird", "house", "cup", "key", "tree", "snail", "plane")
 PATTERNS: dict[str, tuple[str, ...]] = {

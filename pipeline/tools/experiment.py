@@ -1,16 +1,20 @@
 """Do the recipes help, and is it feedback that helps? The experiment of metrics/recipes/plan.md.
 
-    python -m pipeline.tools.experiment         after `dvc repro`; goes on where it was interrupted; about two hours
+    python -m pipeline.tools.experiment         goes on where it was interrupted; ETA on two cores
 
-Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development pairs,
-then trains and scores each cell of the plan. Every finished run is a row of metrics/recipes/runs.csv and is not made
-again; delete the file to begin anew. At the end stand metrics/recipes/results.{csv,md,png}. Models lie in
-data/.experiment.scratch, which may be removed when all is done.
+Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development
+benchmark, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
+Every finished run is a row of metrics/recipes/runs.csv and is not made again; delete the file, and the models in
+data/.experiment.scratch, to begin anew. At the end stand metrics/recipes/results.{csv,md,png}.
 """
 
 import itertools
-import shutil
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift as drift_stage
 from pipeline import images as images_stage
-from pipeline import mmvp, mmvp_vlm, params, zeroshot
+from pipeline import mmvp, mmvp_vlm, params, zeroshot, zeroshot_sets
 from pipeline.adapters.backbones import Backbone, save_like
 from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
@@ -32,7 +36,7 @@ from pipeline.diva import training
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import over_seeds
 from pipeline.mini import world
-from pipeline.params import MiniDenoiser, MiniImages, MiniSource, Recipe
+from pipeline.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
 from pipeline.runtime import UserError, device, progress, remove, stage, whole
 from pipeline.train import Checkpoint, build_feedback, train, tuned
 
@@ -43,13 +47,14 @@ DENOISER_STEPS = (500, 1000, 2000)
 SEEDS = (1, 2, 3)
 TUNED_IN = (0.6, 1000, 0)  # detail share, denoiser steps, seed: no cell of the test has this seed
 RATES = {
-    "diva": (0.003, 0.01, 0.03),
-    "text_anchored": (0.0007, 0.002, 0.006),
-    "two_stage": (0.0003, 0.001, 0.003),
-    "contrastive": (0.0003, 0.001, 0.003),
+    "diva": (0.0001, 0.0003, 0.001, 0.003, 0.01),
+    "text_anchored": (0.00003, 0.0001, 0.0003, 0.001, 0.003),
+    "two_stage": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
+    "contrastive": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
 }
+ALLOWED = 1.0  # points of zero-shot ability that a rate may cost on the development benchmark
 OURS = "text_anchored"
-DEVELOPMENT_PAIRS = 50  # a pattern
+BENCHMARKS = {"development": "development", "test": "confirmation"}  # and the set of the world that each is drawn from
 MEASURES = ("pairs_plain", "image_to_statement_plain", "zeroshot", "zeroshot_unanchored", "probe")
 
 
@@ -64,6 +69,9 @@ class Run:
     denoiser_steps: int
     seed: int
     rate: float
+
+
+KEYS = list(Run.__dataclass_fields__)
 
 
 def cells() -> list[tuple[float, int, int]]:
@@ -90,9 +98,18 @@ def testing(best: dict[str, float]) -> Iterator[Run]:
 
 
 def best_rates(rows: pd.DataFrame) -> dict[str, float]:
-    """Each recipe's rate with the most development pairs right; of equals the smaller."""
-    found = rows[(rows.benchmark == "development") & (rows.weights == "diva")].sort_values("rate")
-    return {recipe: float(found[found.recipe == recipe].set_index("rate").pairs_plain.idxmax()) for recipe in RATES}
+    """Each recipe's rate with the most development pairs right among those that keep zero-shot ability.
+
+    Of equals the smaller. Where none keeps it, the one that loses least of it.
+    """
+    development = rows[rows.benchmark == "development"].sort_values("rate")
+    (before,) = development[development.weights == "pretrained"].zeroshot
+    best = {}
+    for recipe in RATES:
+        own = development[development.recipe == recipe].set_index("rate")
+        kept = own[own.zeroshot >= before - ALLOWED]
+        best[recipe] = float(kept.pairs_plain.idxmax() if len(kept) else own.zeroshot.idxmax())
+    return best
 
 
 class Tunnel:
@@ -100,12 +117,17 @@ class Tunnel:
 
     def __init__(self, p: params.Params, compute: torch.device) -> None:
         self.p, self.compute, self.processes = p, compute, Accelerator(cpu=compute.type == "cpu")
-        source, section, images = p.backbones[NAME].source, p.profile.denoiser, p.profile.images
+        source, profile = p.backbones[NAME].source, p.profile
         if not (
-            isinstance(source, MiniSource) and isinstance(section, MiniDenoiser) and isinstance(images, MiniImages)
+            isinstance(source, MiniSource)
+            and isinstance(profile.denoiser, MiniDenoiser)
+            and isinstance(profile.images, MiniImages)
+            and isinstance(profile.mmvp_vlm, MiniMmvpVlm)
+            and isinstance(profile.zeroshot_sets, MiniZeroshotSets)
         ):
             raise UserError("the experiment is one of the mini world. Set run.profile to mini in params.yaml.")
-        self.source, self.section, self.images = source, section, images
+        self.source, self.section, self.images = source, profile.denoiser, profile.images
+        self.pairs, self.sets = profile.mmvp_vlm, profile.zeroshot_sets
 
     def backbone(self, share: float) -> Path:
         folder = SCRATCH / f"backbone-{share}"
@@ -129,12 +151,14 @@ class Tunnel:
                 images_stage.mini(self.images.model_copy(update={"detail_share": share}), new)
         return Shards(folder, section.max_undecodable, section.held_out.images)
 
-    def development(self) -> Path:
-        folder = SCRATCH / "development"
+    def benchmark(self, name: str) -> tuple[Path, Path]:
+        """The folders of the pairs and of the sets of zero-shot ability."""
+        folder = SCRATCH / name
         if not folder.exists():
             with whole(folder) as (new,):
-                mmvp_vlm.render(new, DEVELOPMENT_PAIRS, "development")
-        return folder
+                mmvp_vlm.render(new / "mmvp_vlm", self.pairs.pairs_per_pattern, BENCHMARKS[name])
+                zeroshot_sets.render(new / "zeroshot_sets", self.sets, BENCHMARKS[name])
+        return folder / "mmvp_vlm", folder / "zeroshot_sets"
 
     def trained(self, run: Run) -> Path:
         """The model's folder, trained here where it is not there yet."""
@@ -153,71 +177,108 @@ class Tunnel:
         chosen = self.p.profile.recipes[run.recipe]
         recipe = chosen.model_copy(update={"optimizer": chosen.optimizer.model_copy(update={"lr": run.rate})})
         with whole(folder) as (new,):
-            save_like(original, self.tensors(run, original, recipe), new)
+            save_like(original, self.tensors(run, original, recipe, new), new)
         return folder
 
-    def tensors(self, run: Run, original: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    def tensors(self, run: Run, original: Path, recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:
         section, own = self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.pictures(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
         feedback = build_feedback(backbone, denoiser, own, section, recipe, run.seed, shards, self.compute)
-        checkpoint = Checkpoint(SCRATCH / "checkpoint", {}, float("inf"), self.processes)
+        curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
+        checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
         train(
-            feedback, backbone, denoiser, shards, section, recipe, run.seed, SCRATCH / "curves", self.processes,
-            checkpoint, shuffled=run.weights == "shuffled",
+            feedback, backbone, denoiser, shards, section, recipe, run.seed, curves, self.processes, checkpoint,
+            shuffled=run.weights == "shuffled",
         )  # fmt: skip
-        shutil.rmtree(SCRATCH / "curves")
+        remove(curves)
         return tuned(backbone)
 
     def score(self, run: Run) -> dict[str, float]:
-        """The measures in %; of the development benchmark the pairs alone."""
-        data, p = Path("data", self.p.run.profile), self.p.profile
-        if run.benchmark == "development":
-            folder, count = self.development(), DEVELOPMENT_PAIRS
-        else:
-            folder, count = data / "mmvp_vlm", p.mmvp_vlm.pairs_per_pattern
+        """The measures in %, all NaN where training came to numbers that are not finite."""
+        pairs_folder, sets_folder = self.benchmark(run.benchmark)
         try:
             backbone = Backbone.load(self.trained(run)).to(self.compute)
         except training.NotFiniteError as error:
             print(f"{run}: {error}")
             return dict.fromkeys(MEASURES, float("nan"))
-        read_out = mmvp.read_out_of(self.p.backbones[NAME].published_read_out)
-        pairs, _, _ = mmvp.score(backbone, read_mmvp_vlm(folder, count), read_out, p.mmvp, self.compute)
-        if run.benchmark == "development":
-            return {"pairs_plain": pairs["plain"]["statement_to_image"]["average"]}
-        sets, answers = zeroshot.score(backbone, data / "zeroshot_sets", p.zeroshot, self.compute)
-        found = headline(pairs, sets)
-        return {
-            **{key: found[key] for key in MEASURES if key in found},
-            "zeroshot_unanchored": self.unanchored(answers),
-        }
+        p, read_out = self.p.profile, mmvp.read_out_of(self.p.backbones[NAME].published_read_out)
+        questions = read_mmvp_vlm(pairs_folder, self.pairs.pairs_per_pattern)
+        pairs, _, _ = mmvp.score(backbone, questions, read_out, p.mmvp, self.compute)
+        sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)
+        found = headline(pairs, sets) | {"zeroshot_unanchored": self.unanchored(answers, BENCHMARKS[run.benchmark])}
+        return {key: found[key] for key in MEASURES}
 
-    def unanchored(self, answers: pd.DataFrame) -> float:
+    def unanchored(self, answers: pd.DataFrame, set_name: str) -> float:
         """Zero-shot accuracy on the pictures whose object no anchor's prompt names, %."""
-        anchored = " ".join(self.p.profile.recipes["text_anchored"].anchor.prompts)  # type: ignore[union-attr]
+        anchored = " ".join(self.p.profile.recipes[OURS].anchor.prompts)  # type: ignore[union-attr]
         asked = answers[answers.measure == "accuracy"]
-        objects = [world.OBJECTS[world.picture("scorings", 1, int(i))[1][0]] for i in asked.image]
+        objects = [world.OBJECTS[world.picture(set_name, 1, int(i))[1][0]] for i in asked.image]
         outside = [name not in anchored.split() for name in objects]
         return 100 * float(asked.right[outside].mean())
 
 
+_tunnel: Tunnel  # of a worker
+
+
+def _start_worker(p: params.Params) -> None:
+    global _tunnel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
+    torch.set_num_threads(1)
+    _tunnel = Tunnel(p, device())
+
+
+def _make(what: str, value: float | str) -> None:
+    getattr(_tunnel, what)(value)
+
+
+def _score(runs: list[Run]) -> list[dict]:
+    return [asdict(run) | _tunnel.score(run) for run in runs]
+
+
+@contextmanager
+def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
+    """A process a core, each on one thread: small models use no more, and the numbers are the same on any of them."""
+    for_them = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    before = {name: os.environ.get(name) for name in for_them}
+    os.environ.update(for_them)
+    context, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
+    try:
+        with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def read() -> pd.DataFrame:
     file = OUTPUT / "runs.csv"
-    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*Run.__dataclass_fields__, *MEASURES])
+    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, *MEASURES])
 
 
-def carry_out(tunnel: Tunnel, runs: list[Run]) -> None:
-    """Make what has no row yet, writing each row as it comes."""
-    keys = list(Run.__dataclass_fields__)
-    for run in progress(runs, "runs"):
-        rows = read()
-        wanted = asdict(run)
-        if (rows[keys] == pd.Series(wanted)).all(axis=1).any():
-            continue
-        row = {**wanted, **tunnel.score(run)}
-        with whole(OUTPUT / "runs.csv") as (file,):
-            table = pd.concat([rows, pd.DataFrame([row])]) if len(rows) else pd.DataFrame([row])
-            table.reindex(columns=[*keys, *MEASURES]).to_csv(file, index=False, float_format="%.4f")
+def write(rows: pd.DataFrame) -> None:
+    with whole(OUTPUT / "runs.csv") as (file,):
+        rows.sort_values(KEYS).to_csv(file, index=False, float_format="%g")
+
+
+def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Run]) -> None:
+    """Make what has no row yet, writing rows as they come. A worker trains a recipe, then moves it as far at random."""
+    done = {Run(**row) for row in read()[KEYS].to_dict("records")}
+    together: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run not in done:
+            kind = "shuffled" if run.weights == "shuffled" else ""
+            together.setdefault((*(value for key, value in asdict(run).items() if key != "weights"), kind), []).append(
+                run
+            )
+    working = [pool.submit(_score, group) for group in together.values()]
+    for work in progress(as_completed(working), "runs", len(working)):
+        write(pd.DataFrame([*read().to_dict("records"), *work.result()])[[*KEYS, *MEASURES]])
 
 
 def gains(rows: pd.DataFrame) -> pd.DataFrame:
@@ -283,11 +344,20 @@ def figure(table: pd.DataFrame) -> Figure:
 
 @stage
 def main() -> None:
-    tunnel = Tunnel(params.load(), device())
-    carry_out(tunnel, list(tuning()))
-    best = best_rates(read())
-    print(f"rates chosen on the development pairs: {best}")
-    carry_out(tunnel, list(testing(best)))
+    p = params.load()
+    tunnel = Tunnel(p, device())
+    for share in progress(DETAIL_SHARES, "pictures of post-training"):  # img2dataset has processes of its own
+        tunnel.pictures(share)
+    with workers(p) as pool:
+        made = [pool.submit(_make, "denoiser", steps) for steps in sorted(DENOISER_STEPS, reverse=True)]
+        made += [pool.submit(_make, "backbone", share) for share in DETAIL_SHARES]
+        made += [pool.submit(_make, "benchmark", name) for name in BENCHMARKS]
+        for work in progress(as_completed(made), "denoisers, backbones, benchmarks", len(made)):
+            work.result()
+        carry_out(pool, tuning())
+        best = best_rates(read())
+        print(f"rates chosen on the development benchmark: {best}")
+        carry_out(pool, testing(best))
     gained = gains(read())
     table = results(gained)
     with whole(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
@@ -295,7 +365,6 @@ def main() -> None:
         md.write_text(markdown(table, gained))
         figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})
     print(markdown(table, gained))
-    remove(SCRATCH / "checkpoint")
 
 
 if __name__ == "__main__":
