@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import launch
@@ -113,6 +113,16 @@ def test_a_step_is_the_same_however_it_is_shared(
         assert same(whole(list(expected(step))), whole([micro for own in cut for micro in own]))
     assert dict(position for part in parts for position in part.after.items()) == expected.after
     assert set().union(*(part.undecodable for part in parts)) == expected.undecodable != set()
+
+
+@pytest.mark.parametrize(("micro_batch", "processes", "left"), [(3, 1, 2), (8, 1, None), (8, 4, 2)])
+def test_a_contrast_without_enough_others_is_refused_before_the_first_step(
+    models: tuple[Backbone, Denoiser], micro_batch: int, processes: int, left: int | None
+) -> None:
+    contrast, shards = {"temperature": 0.1, "negatives": 2, "view": 0.8}, Shards(Path("data/mini/images"), 0.5, 2)
+    p, chosen = section(micro_batch=micro_batch), recipe(contrast=contrast)
+    with nullcontext() if left is None else pytest.raises(UserError, match=f"leave one of {left}, too few for 2 neg"):
+        Batches(shards, *models, RULE, p, chosen, 42, torch.device("cpu"), STEPS, processes=processes)
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -235,7 +235,14 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
         "gap": {"components": 3, "pictures": 6},
         "trained": {"kind": "head", "heads": 2},
     }
-    anchored["fit"]["steps"] = 2
+    two_stage, contrastive = (
+        paper["recipes"][name] | {"batch": 4, "steps": 2, "trained": {"kind": "lora", "rank": 2, "alpha": 2.0}}
+        for name in ("two_stage", "contrastive")
+    )
+    contrastive["contrast"]["negatives"] = 1
+    paper["recipes"] |= {"two_stage": two_stage, "contrastive": contrastive}
+    for recipe in (anchored, two_stage, contrastive):
+        recipe["fit"]["steps"] = 2
     paper["train"] |= {"compile": False, "held_out": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
@@ -351,6 +358,15 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
         )
         assert (clone.root / f"models/paper/export/{name}-diva/residual_head.py").is_file()
         assert (metrics / f"mmvp/{name}-diva.json").is_file()
+
+    content = yaml.safe_load((clone.root / "params.yaml").read_text())
+    for recipe in ("two_stage", "contrastive"):
+        content["profiles"]["paper"]["train"]["recipe"] = recipe
+        (clone.root / "params.yaml").write_text(yaml.safe_dump(content))
+        stage(clone.root, hub, "pipeline.train", "siglip_224", "diva")
+        made = json.loads((clone.root / "models/paper/diva/siglip_224/diva.json").read_text())
+        assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
+        assert made["result"]["steps"] == 2
 
 
 @pytest.mark.slow

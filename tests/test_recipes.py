@@ -186,6 +186,9 @@ def test_the_contrast_sets_own_and_view_against_the_others_conditions() -> None:
     micro = micro_batches(0, TokenRule("none"))[0]
     view = random(4, 3, 8, 8, what="view")
     found = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=view)
+    found.sum().backward()
+    gradient = {name: parameter.grad.clone() for name, parameter in feedback.tower.named_parameters()}
+    feedback.zero_grad()
     alphas = feedback.denoiser.alphas_cumprod
     for k, one in enumerate(micro.draws):
         alpha = alphas[one.timestep_B][:, None, None, None]
@@ -197,7 +200,24 @@ def test_the_contrast_sets_own_and_view_against_the_others_conditions() -> None:
 
         own, positive = predicted(micro.pixels_BCHW), [one.noise_BChw.flatten(1), predicted(view)]
         others = [predicted(micro.pixels_BCHW.roll(turn, 0)) for turn in (1, 2)]
-        torch.testing.assert_close(found[k], info_nce(own, torch.stack(positive), torch.stack(others), 0.2).mean())
+        expected = info_nce(own, torch.stack(positive), torch.stack(others), 0.2).mean()
+        torch.testing.assert_close(found[k], expected)
+        expected.backward()
+    for name, parameter in feedback.tower.named_parameters():  # of the plain version, which keeps all predictions
+        assert parameter.grad.any(), name
+        torch.testing.assert_close(gradient[name], parameter.grad)
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_each_prediction_of_a_contrast_is_made_again_for_its_gradient(negatives: int) -> None:
+    """So that memory does not grow with their number: one call of the denoiser each, and one more when it is due."""
+    feedback, micro, calls = build(TokenRule("none")), micro_batches(0, TokenRule("none"))[0], []
+    feedback.contrast = Contrast(0.2, negatives)
+    feedback.denoiser.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
+    loss = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=micro.pixels_BCHW).sum()
+    assert calls == [8] * (2 + negatives)  # two draws of four images
+    loss.backward()
+    assert calls == [8] * (2 + negatives) * 2
 
 
 def test_a_micro_batch_without_enough_others_is_refused() -> None:

@@ -9,8 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_stages import METRICS, MODELS, finished, here, run  # noqa: F401  (fixtures)
+from test_recipes import SMALL
+from test_stages import METRICS, MODELS, finished, here, run, write_params  # noqa: F401  (fixtures)
 
+from pipeline import params
+from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva import diffusion
 from pipeline.mini import world
 from pipeline.runtime import generator
@@ -39,16 +44,17 @@ def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction
     torch.testing.assert_close(found, torch.tensor([3.0, -3.0, -8.75, 8.75]))  # squares: 4 - 1, 1 - 4, 1/4 - 9, 9 - 1/4
 
 
-def test_every_cell_of_the_figure_shows_its_own_value() -> None:
+@pytest.mark.parametrize("ways", [("caption", "image"), ("caption", "text", "image")])
+def test_every_cell_of_the_figure_shows_its_own_value(ways: tuple[str, ...]) -> None:
     """pandas' unstack(sort=False) once put values into other timesteps' columns."""
     patterns, timesteps = ["b", "a", "c"], [50, 150, 250, 350]
-    keys = list(itertools.product(("caption", "image"), patterns, timesteps))
+    keys = list(itertools.product(ways, patterns, timesteps))
     index = pd.MultiIndex.from_tuples(keys, names=["told", "pattern", "timestep"])
     table = pd.DataFrame({"told_right_is_better": [float(i) for i in range(len(keys))]}, index=index)
     figure = sensitivity.figure(table)
     assert isinstance(figure, Figure)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == patterns  # which both panels share
-    for axis, way in zip(figure.axes, ("caption", "image"), strict=False):
+    for axis, way in zip(figure.axes, ways, strict=False):
         shown = {(int(y), int(x)): text.get_text() for text in axis.texts for x, y in [text.get_position()]}
         assert shown == {
             (row, column): f"{table.loc[(way, pattern, timestep)].item():.0f}"
@@ -78,6 +84,23 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
     patterns = json.loads((METRICS / "ceiling/mini.json").read_text())["patterns"]
     printed = capsys.readouterr().out
     assert all(re.search(rf"^{pattern} .* {value:.1f}$", printed, re.MULTILINE) for pattern, value in patterns.items())
+
+
+@pytest.mark.usefixtures("here")
+def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> None:
+    small = {"batch": 4, **SMALL["text_anchored"]}
+    write_params(
+        **{f"profiles.mini.recipes.text_anchored.{key}": value for key, value in small.items()},
+        **{"profiles.mini.train.recipe": "text_anchored"},
+    )
+    p, cpu = params.load(), torch.device("cpu")
+    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
+    questions = read_mmvp_vlm(Path("data/mini/mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+    table = sensitivity.measure(backbone, denoiser, questions, p, "mini", cpu).sort_index()
+    assert set(table.index.unique("told")) == {"caption", "text", "image"}
+    for pattern in world.PATTERNS:
+        found = [table.loc[(way, pattern)].wrong_minus_right.tolist() for way in ("caption", "text", "image")]
+        assert found[0] != found[1] != found[2]
 
 
 def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -110,10 +110,13 @@ class Feedback(nn.Module):
         self, pooled_BD: torch.Tensor, patches_BND: torch.Tensor, positions_BK: torch.Tensor | None
     ) -> torch.Tensor:
         tokens_BTD = recap(pooled_BD, patches_BND, self.tokens, positions_BK)
-        return self.told(self.gap(tokens_BTD) if self.gap else tokens_BTD)
+        return self._told(self.gap(tokens_BTD) if self.gap else tokens_BTD)
 
-    def told(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
-        """The condition that tokens of the tower's, or the text tower's, width make."""
+    def told_of_text(self, text_BD: torch.Tensor) -> torch.Tensor:
+        """The condition that embeddings of the text tower make, in the place of the image tower's."""
+        return self._told((self.gap.text(text_BD) if self.gap else text_BD)[:, None])
+
+    def _told(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
         return condition(self.text_1LD, self.projection(tokens_BTD), self.text_rule)
 
     def forward(
@@ -138,8 +141,7 @@ class Feedback(nn.Module):
             pooled_BD, patches_BND = self.tower.image_tokens(pixels_BCHW)
             conditions = [self.condition(pooled_BD, patches_BND, draw.positions_BK) for draw in draws]
         else:
-            token_B1D = (self.gap.text(caption_BD) if self.gap else caption_BD)[:, None]
-            conditions = [self.told(token_B1D)] * len(draws)
+            conditions = [self.told_of_text(caption_BD)] * len(draws)
         t_B, noise = (torch.cat(parts) for parts in ([d.timestep_B for d in draws], [d.noise_BChw for d in draws]))
         latent, alphas = latent_BChw.repeat(len(draws), 1, 1, 1), self.denoiser.alphas_cumprod
         noised = add_noise(latent, noise, t_B, alphas)

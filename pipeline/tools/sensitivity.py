@@ -4,11 +4,13 @@
 
 Writes metrics/<profile>/sensitivity/<backbone>-<recipe>.{csv,png}. The two pictures of a pair differ in one detail.
 Where the denoiser does not restore a picture better when told the right one than when told the other, nothing about
-this detail can be fed back at that timestep. Told in two ways:
+this detail can be fed back at that timestep. Told in two ways, or three:
 
     caption     the pair's statements through the denoiser's own text encoder: what it can tell at all
-    image       the pictures through the backbone and its visual projection, fitted as train.recipe says (where it says
-                nothing it is the random one that the published recipe starts from)
+    text        the statements through the backbone's text tower and the visual projection, where train.recipe fits that
+                on captions: what it could be told in the text tower's words, if the image tower showed all
+    image       the pictures through the image tower and the projection, fitted as train.recipe says (where it says
+                nothing it is the random one that the published recipe starts from): what it is told before training
 
 The table has, by way, pattern and timestep, the mean of wrong minus right loss and the share of pictures (%) restored
 better when told right, with one noise each, the same for both; 50 % is chance.
@@ -121,6 +123,7 @@ def measure(
         denoiser.text([PROMPT + question.statement]).cpu() for question in questions
     ]  # before training drops it
     feedback = fitted(backbone, denoiser, p, name, compute)
+    on_captions = p.profile.recipe.fit is not None and p.profile.recipe.fit.told == "captions"
     steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
     timesteps = [(2 * i + 1) * steps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
     rows = []
@@ -129,6 +132,9 @@ def measure(
         with training.autocast(compute, getattr(torch, p.profile.train.precision)):
             latent, projected = seen(feedback, backbone, denoiser, asked, p.profile.train, compute)
             told = {"caption": torch.cat(captions[first : first + size]).to(compute), "image": projected}
+            if on_captions:
+                statements = backbone.embed([PROMPT + question.statement for question in asked])
+                told["text"] = feedback.told_of_text(statements)
             for timestep in timesteps:
                 draws = [generator("sensitivity", "noise", timestep, question.id) for question in asked]
                 noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws]).to(compute)
@@ -144,8 +150,9 @@ def measure(
 
 def figure(table: pd.DataFrame) -> Figure:
     """The share of pictures restored better when told right: patterns by timesteps, a panel for each way of telling."""
-    drawn = Figure(figsize=(12, 4.6), layout="constrained")
-    for axis, way in zip(drawn.subplots(1, 2, sharey=True), ("caption", "image"), strict=True):
+    ways = [way for way in ("caption", "text", "image") if way in table.index.unique("told")]
+    drawn = Figure(figsize=(6 * len(ways), 4.6), layout="constrained")
+    for axis, way in zip(drawn.subplots(1, len(ways), sharey=True), ways, strict=True):
         shares = table.loc[way].told_right_is_better.unstack().reindex(table.index.unique("pattern"))
         image = axis.imshow(shares, cmap="RdBu", vmin=0, vmax=100, aspect="auto")
         axis.set_xticks(range(len(shares.columns)), shares.columns)
