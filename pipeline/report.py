@@ -62,10 +62,11 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
             report[backbone]["published"] = dict(zip(("pairs_plain", "pairs_published"), published, strict=True))
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         gain = report[backbone].get("gain", {})
-        sections.append(section(profile, backbone, scores, found, gain, p.seed, entry))
+        sections.append(section(profile, backbone, scores, found, gain, p.profile.train.recipe, p.seed, entry))
     reconstructions = Path("models", profile, "denoiser", "reconstructions.png")
     shown = {
         "profile": profile,
+        "recipe": p.profile.train.recipe if p.run.trained else None,
         "columns": list(COLUMNS.values()),
         "sections": sections,
         "denoiser": json.loads((metrics / "denoiser.json").read_text()) if p.run.trained else {},

@@ -225,19 +225,25 @@ def by_pattern(changed: dict[str, list[int]]) -> list[int]:
 def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     gain = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
     own = ",".join(str(value) for value in gain.values())
-    write_seeds(f"mini,diva,42,{own},abc", "mini,diva,43,1,2,3,4,5,6,7,def")
+    write_seeds(
+        f"mini,diva,diva,42,{own},abc", "mini,diva,diva,43,1,2,3,4,5,6,7,def", "mini,other,diva,44,1,2,3,4,5,6,7,def"
+    )
     run(report)
     html = (METRICS / "report.html").read_text()
-    assert "Training seeds 42, 43" in html
+    assert "<b>mini</b>, recipe <b>diva</b>. Figures" in html
+    assert "Training seeds 42, 43<" in html
     assert "made by other code" not in html
     interval = statistics.over_seeds([gain["pairs_plain"], 1])
     assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in html
     interval = statistics.over_seeds([gain["probe"], 7])
     assert interval.text() in (METRICS / "report.md").read_text()
-    write_seeds("mini,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,43,1,2,3,4,5,6,7,def")
+    write_seeds("mini,diva,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,diva,43,1,2,3,4,5,6,7,def")
     run(report)
     assert "made by other code" in (METRICS / "report.html").read_text()
     assert "made by other code" in (METRICS / "report.md").read_text()
+    write_seeds("mini,other,diva,43,9,9,9,9,9,9,9,abc", "mini,other,diva,44,1,2,3,4,5,6,7,def")
+    run(report)
+    assert "Training seeds" not in (METRICS / "report.html").read_text()  # the table is another recipe's
 
 
 def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -20,7 +20,13 @@ def data(seed: int, gain: float, **changes: dict) -> dict:
     report = {"mini": {name: dict.fromkeys(COLUMNS, gain) for name in ("gain", "gain_shuffled", "gain_drift")}}
     found = {
         "params": {
-            "params.yaml": {"data": {"seed": 0, "profiles": {"mini": {"lr": 1}}, "backbones": {"mini": {"a": 1}}}}
+            "params.yaml": {
+                "data": {
+                    "seed": 0,
+                    "profiles": {"mini": {"lr": 1, "train": {"recipe": "diva"}}},
+                    "backbones": {"mini": {"a": 1}},
+                }
+            }
         },
         "deps": {"pipeline/train.py": {"hash": "t"}, "pipeline/report.py": {"hash": "r"}, "data/x": {"hash": "d"}},
         "metrics": {
@@ -59,9 +65,8 @@ def test_results_of_the_same_run_count_by_the_seed_that_training_noted() -> None
 
 
 def recipe(profile: dict, backbone: dict, **others: dict) -> dict:
-    return {
-        "params": {"params.yaml": {"data": {"profiles": {"mini": profile}, "backbones": {"mini": backbone} | others}}}
-    }
+    profiles = {"mini": {"train": {"recipe": "diva"}} | profile}
+    return {"params": {"params.yaml": {"data": {"profiles": profiles, "backbones": {"mini": backbone} | others}}}}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,7 @@ def recipe(profile: dict, backbone: dict, **others: dict) -> dict:
         ({"deps": {"pipeline/diva/pixels.py": {"hash": "more"}}}, False),
         (recipe({"lr": 2}, {"a": 1}), False),
         (recipe({"lr": 1}, {"a": 2}), False),
+        (recipe({"lr": 1, "train": {"recipe": "other"}}, {"a": 1}), False),
         (recipe({"lr": 1}, {"a": 1}, other={}), True),
         ({"deps": {"pipeline/report.py": {"hash": "other"}, "data/x": {"hash": "other"}}}, True),
         ({"deps": {"pipeline/evidence/figures.py": {"hash": "other"}}}, True),
@@ -86,7 +92,8 @@ def test_the_table_is_sorted_and_names_what_is_missing() -> None:
     without_drift = copy.deepcopy(data(2, 4.0))
     del without_drift["metrics"]["metrics/mini/report.json"]["data"]["mini"]["gain_drift"]
     table = sweep.table(results(WORKSPACE, ("c", without_drift), ("d", data(7, 3.0))), "mini", ["mini"])
-    assert list(table.columns) == ["backbone", "weights", "seed", *COLUMNS, "revision"]
+    assert list(table.columns) == ["backbone", "recipe", "weights", "seed", *COLUMNS, "revision"]
+    assert set(table.recipe) == {"diva"}
     assert list(zip(table.weights, table.seed, strict=True)) == [
         ("diva", 2), ("diva", 7), ("diva", 42), ("shuffled", 2), ("shuffled", 7), ("shuffled", 42),
         ("drift", 7), ("drift", 42),
@@ -155,9 +162,11 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     Path("pipeline/train.py").write_text(TRAIN)
     Path("pipeline/report.py").write_text(REPORT)
     Path("dvc.yaml").write_text(PIPELINE)
-    parameters = b"seed: 42   # kept as it is\nprofiles: {mini: {}}\nbackbones: {mini: {}}\n"
+    parameters = b"seed: 42   # kept as it is\nprofiles: {mini: {train: {recipe: diva}}}\nbackbones: {mini: {}}\n"
     Path("params.yaml").write_bytes(parameters)
-    Path("metrics/seeds/mini.csv").write_text(",".join(["backbone", "weights", "seed", *COLUMNS, "revision"]) + "\n")
+    Path("metrics/seeds/mini.csv").write_text(
+        ",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "revision"]) + "\n"
+    )
     Path(".gitignore").write_text("runs\ntrap\n")
     do("git", "init", "--quiet")
     do(*sweep.DVC, "init", "--quiet")

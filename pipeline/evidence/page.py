@@ -13,10 +13,11 @@ LABELS = {"shuffled": "control: shuffled", "drift": "control: drift", "published
 
 
 def section(
-    profile: str, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, float], seed: int,
-    entry: Published | None,
+    profile: str, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, float], recipe: str,
+    seed: int, entry: Published | None,
 ) -> dict:  # fmt: skip
     """All that is shown of one backbone; found: its part of evidence.json; gain: diva's, as report.json has it."""
+    over_seeds = results.seeds_table(profile).query("backbone == @backbone and recipe == @recipe")
     published = (entry.before, entry.after) if entry else None
     curves: dict[str, Path] = {
         weights: Path("metrics", profile, "train", f"{backbone}-{weights}", "plots", "metrics")
@@ -34,7 +35,7 @@ def section(
         "figures": [figures.url(figure) for figure in drawn if figure],
         "cosine": {weights: Interval(*result["cosine"]) for weights, result in found["weights"].items()},
         "tests": {weights: result["pairs"] for weights, result in found["weights"].items()},
-        "seeds": seeds(results.seeds_table(profile), backbone, gain, seed, found["read_out"][0], published),
+        "seeds": seeds(over_seeds, gain, seed, found["read_out"][0], published),
         "changed": pairs_changed(scores, Path("data", profile, "mmvp_vlm")),
         "weights": {weights: of_weights.mmvp["weights_sha256"] for weights, of_weights in scores.items()},
     }
@@ -131,11 +132,12 @@ def seeds_verdict(group: pd.DataFrame, read_out: float, published: tuple[float, 
 
 
 def seeds(
-    table: pd.DataFrame, backbone: str, gain: dict[str, float], seed: int, read_out: float,
-    published: tuple[float, float] | None,
-) -> dict | None:  # fmt: skip
-    """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two."""
-    table = table[table.backbone == backbone]
+    table: pd.DataFrame, gain: dict[str, float], seed: int, read_out: float, published: tuple[float, float] | None
+) -> dict | None:
+    """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two.
+
+    table: of one backbone and recipe.
+    """
     groups = {str(weights): group for weights, group in table.groupby("weights", sort=False) if len(group) > 1}
     if not groups:
         return None

@@ -31,7 +31,7 @@ from pipeline.runtime import UserError, stage, whole
 
 DVC = [sys.executable, "-m", "dvc"]
 WEIGHTS = ("diva", "shuffled", "drift")  # what depends on the training seed
-KEYS = ["backbone", "weights", "seed"]
+KEYS = ["backbone", "recipe", "weights", "seed"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Result:
         contents = {path: found.get("data") or {} for path, found in (data.get("metrics") or {}).items()}
         return cls(name, (data.get("params") or {}).get("params.yaml", {}).get("data") or {}, contents, code)
 
-    def recipe(self, profile: str, backbone: str) -> tuple:
+    def run(self, profile: str, backbone: str) -> tuple:
         """All that the result of a backbone depends on, but for its seed."""
         sections = [
             self.params.get(kind, {}).get(key) for kind, key in (("profiles", profile), ("backbones", backbone))
@@ -63,10 +63,12 @@ class Result:
     def rows(self, profile: str, backbone: str) -> Iterator[dict]:
         trained = self.metrics.get(f"metrics/{profile}/train/{backbone}-diva/metrics.json", {})
         report = self.metrics.get(f"metrics/{profile}/report.json", {}).get(backbone, {})
+        recipe = self.params.get("profiles", {}).get(profile, {}).get("train", {}).get("recipe")
         for weights in WEIGHTS:
             if "seed" in trained and GAINS[weights] in report:
                 gain = report[GAINS[weights]]
-                yield {"backbone": backbone, "weights": weights, "seed": trained["seed"], **gain, "revision": self.name}
+                keys = dict(zip(KEYS, (backbone, recipe, weights, trained["seed"]), strict=True))
+                yield keys | gain | {"revision": self.name}
 
 
 def shown() -> list[Result]:
@@ -94,7 +96,7 @@ def table(found: list[Result], profile: str, backbones: list[str]) -> pd.DataFra
         row
         for backbone in backbones
         for result in (*others, workspace)
-        if result.recipe(profile, backbone) == workspace.recipe(profile, backbone)
+        if result.run(profile, backbone) == workspace.run(profile, backbone)
         for row in result.rows(profile, backbone)
     ]
     frame = pd.DataFrame(rows, columns=[*KEYS, *COLUMNS, "revision"]).drop_duplicates([*KEYS, *COLUMNS])
