@@ -23,7 +23,7 @@ from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.downloads import Listing, Remote
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import Draw
-from pipeline.diva.objective import Feedback
+from pipeline.diva.objective import Contrast, Feedback
 from pipeline.params import Download
 from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 
@@ -336,8 +336,8 @@ PAPER = [name for name, backbone in params.load(COMMITTED).backbones.items() if 
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """A GPU of tensors without content: autocast with CUDA's rules, which keep more than the CPU's, and no device."""
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast with CUDA's rules, which keep more than the CPU's, for tensors without content and no device."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
@@ -350,7 +350,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    return FakeTensorMode()
 
 
 def stable_diffusion() -> Denoiser:
@@ -386,14 +385,12 @@ def bytes_of(tensors: list[torch.nn.Parameter]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
-def test_declared_gpu_memory_is_what_training_takes(name: str, fake_gpu: FakeTensorMode) -> None:
-    """Counted without a GPU for the step of pipeline/train.py, in bfloat16, with two draws at 512 px.
+def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, float]:
+    """GB of a step of pipeline/train.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
 
     fixed: weights (of the tower in float32, frozen ones in bfloat16), gradients and momentum of what is trained, and
     what autograd keeps whatever the number of images, the casts of the tower's weights.
-    image: what autograd keeps for one image, of the tower once and of the UNet for both draws, until backward.
+    image: what autograd keeps for one image, of the tower once and of the UNet for each draw, until backward.
 
     Left out, and covered by plan.MARGIN: tensors that live shorter than a layer (1 to 2 % of the whole by the CPU's
     rules), CUDA's own half GB, the workspaces of kernels and the allocator's fragmentation. The VAE, which comes first,
@@ -404,34 +401,50 @@ def test_declared_gpu_memory_is_what_training_takes(name: str, fake_gpu: FakeTen
         clip = open_clip.create_model(backbone.source.architecture, load_weights=False, device="meta").eval()
     shapes = {key: tensor.shape for key, tensor in clip.state_dict().items()}
     size = open_clip.get_model_config(backbone.source.architecture)["vision_cfg"]["image_size"]
+    least = contrast.negatives + 1 if contrast else 1
 
-    with fake_gpu, torch.device("cuda"):
+    with FakeTensorMode(), torch.device("cuda"):
         clip.load_state_dict({key: torch.empty(shape) for key, shape in shapes.items()}, assign=True)
         tower = ImageTower(clip.visual)
         pooled, patches = tower.image_tokens(torch.zeros(1, 3, size, size))
         projection = torch.nn.Linear(pooled.shape[1], 1024)
-        rule = TokenRule(**backbone.condition.tokens.model_dump())
+        rule = TokenRule("none") if contrast else TokenRule(**backbone.condition.tokens.model_dump())
+        text_rule = "mean" if contrast else backbone.condition.text
         feedback = Feedback(
-            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule,
-            backbone.condition.text,
-        )  # fmt: skip
+            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule, text_rule, contrast=contrast
+        )
         trained = [*tower.parameters(), *projection.parameters()]
         everything = list(feedback.parameters())
 
         def forward(images: int) -> torch.Tensor:
-            count = rule.positions(patches.shape[1])
-            positions = torch.zeros(images, count, dtype=torch.int64) if count else None
-            drawn = Draw(torch.zeros(images, dtype=torch.int64), torch.zeros(images, 4, 64, 64), positions)
+            positions = rule.positions(patches.shape[1])
+            drawn = Draw(
+                torch.zeros(images, dtype=torch.int64), torch.zeros(images, 4, 64, 64),
+                torch.zeros(images, positions, dtype=torch.int64) if positions else None,
+            )  # fmt: skip
             pixels, latent = torch.zeros(images, 3, size, size), torch.zeros(images, 4, 64, 64)
             with torch.autocast("cuda", torch.bfloat16):
-                return feedback(pixels, latent, [drawn, drawn])
+                return feedback(pixels, latent, [drawn] * draws, view_BCHW=pixels if contrast else None)
 
-        one, two, three = (saved(lambda n=n: forward(n), everything) for n in (1, 2, 3))
+        one, two, three = (saved(lambda n=n: forward(n), everything) for n in range(least, least + 3))
 
     assert three - two == pytest.approx(two - one, rel=1e-3)
-    fixed = bytes_of(everything) + 2 * bytes_of(trained) + one - (two - one)
-    found = {"fixed": fixed / GB, "image": (two - one) / GB}
-    assert backbone.gpu_memory, found
-    assert backbone.gpu_memory.model_dump() == {key: pytest.approx(value, rel=0.1) for key, value in found.items()}, (
-        found
-    )
+    fixed = bytes_of(everything) + 2 * bytes_of(trained) + one - least * (two - one)
+    return {"fixed": fixed / GB, "image": (two - one) / GB}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize("name", PAPER)
+def test_declared_gpu_memory_is_what_training_takes(name: str) -> None:
+    found, declared = count(name, draws=2), params.load(COMMITTED).backbones[name].gpu_memory
+    assert declared, found
+    assert declared.model_dump() == {key: pytest.approx(value, rel=0.1) for key, value in found.items()}, found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_contrast_with_many_negatives_takes_no_more_than_the_published_recipe() -> None:
+    """What its forward pass keeps, and then one prediction made again, against the published recipe's two."""
+    contrast = count("openai_224", draws=1, contrast=Contrast(0.1, negatives=15))
+    assert contrast["image"] + count("openai_224", draws=1)["image"] < count("openai_224", draws=2)["image"]

@@ -5,13 +5,15 @@
 Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development
 benchmark, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
 Every finished run is a row of metrics/recipes/runs.csv and is not made again; delete the file, and the models in
-data/.experiment.scratch, to begin anew. At the end stand metrics/recipes/results.{csv,md,png}.
+data/.experiment.scratch (where the workers' logs are, too), to begin anew. At the end stand
+metrics/recipes/results.{csv,md,png}.
 """
 
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
@@ -224,7 +227,9 @@ _tunnel: Tunnel  # of a worker
 def _start_worker(p: params.Params) -> None:
     global _tunnel
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
+    sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open("w", buffering=1)  # its bar stands alone
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's and scikit-learn's
     _tunnel = Tunnel(p, device())
 
 
@@ -239,21 +244,14 @@ def _score(runs: list[Run]) -> list[dict]:
 @contextmanager
 def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
     """A process a core, each on one thread: small models use no more, and the numbers are the same on any of them."""
-    for_them = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    before = {name: os.environ.get(name) for name in for_them}
-    os.environ.update(for_them)
     context, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
-    try:
-        with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
-            try:
-                yield pool
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.kill()
-                raise
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def read() -> pd.DataFrame:
