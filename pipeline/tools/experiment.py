@@ -1,6 +1,6 @@
 """Do the recipes help, and is it feedback that helps? The experiment of metrics/recipes/plan.md.
 
-    python -m pipeline.tools.experiment         goes on where it was interrupted; ETA on two cores
+    python -m pipeline.tools.experiment         goes on where it was interrupted; 75 min on two cores
 
 Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development
 benchmark, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
