@@ -1,16 +1,22 @@
 """The experiment's design, its one rule of choice, its table, and a run that is interrupted and goes on."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from scipy import stats
 from test_recipes import SMALL
-from test_stages import finished, here, run, write_params  # noqa: F401  (fixtures)
+from test_stages import ROOT, finished, here, run, write_params  # noqa: F401  (fixtures)
 
 from pipeline.tools import experiment
 from pipeline.tools.experiment import MEASURES, Run
@@ -141,3 +147,34 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
         file.unlink()
     run(experiment)  # from nothing, undisturbed
     assert [file.read_bytes() for file in files] == first
+
+
+ENDLESS = """
+import os, signal, time
+from pipeline import params
+from pipeline.tools import experiment
+if __name__ == "__main__":
+    experiment.SCRATCH.mkdir(parents=True)
+    with experiment.workers(params.load()) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.slow
+def test_the_workers_of_a_killed_experiment_end() -> None:
+    """Else they would go on writing, and the next start would be refused."""
+    Path("endless.py").write_text(ENDLESS)
+    with Path("worker").open("w") as output:
+        killed = subprocess.run(
+            [sys.executable, "endless.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, timeout=120
+        )
+    assert killed.returncode == -signal.SIGKILL
+    with suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int(Path("worker").read_text()))
+        try:
+            worker.wait(10)
+        finally:
+            worker.kill()

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -224,8 +225,16 @@ class Tunnel:
 _tunnel: Tunnel  # of a worker
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(p: params.Params) -> None:
     global _tunnel
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment shall leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open("w", buffering=1)  # its bar stands alone
     torch.set_num_threads(1)
