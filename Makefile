@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test
+.PHONY: repro test test-all
 repro: .venv/installed
 	dvc repro
 	@python -m pipeline.report --show
@@ -12,6 +12,9 @@ test: .venv/installed
 	ruff format --check .
 	mypy
 	pytest
+
+test-all: .venv/installed
+	pytest -m ""
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; assert (3, 11) <= v < (3, 13), f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11"'

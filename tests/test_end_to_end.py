@@ -6,134 +6,18 @@ A clone holds copies of the files that git tracks or would track, and runs the v
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import psutil
 import pytest
-import yaml
+from clones import LOCKS, LOSS_CURVE, WEIGHTS, Clone, stages_run
 
 pytestmark = pytest.mark.slow
-
-REPOSITORY = Path(__file__).parents[1]
-LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
-LOCKS = ("dvc.lock", "pipeline/dvc.lock")
-WEIGHTS = ("pretrained", "diva", "shuffled", "drift")
-VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
-SMALLER: dict[str, dict[str, dict]] = {
-    "profiles": {
-        "images": {"count": 24, "shard_size": 12, "processes": 1, "threads": 4},
-        "mmvp_vlm": {"pairs_per_pattern": 2},
-        "zeroshot_sets": {"classification": 20, "retrieval": 10, "probe_train": 80, "probe_test": 20},
-        "denoiser": {"pictures": 100, "held_out": 16, "steps": 3, "batch": 8},
-        "train": {
-            "streams": 2,
-            "micro_batch": 4,
-            "held_out": {"images": 4, "every": 2},
-        },
-        "mmvp": {"draws": 2},
-    },
-    "recipes": {"diva": {"batch": 4, "steps": 3}},
-    "source": {
-        "text_tower": {"steps": 2, "batch": 8},
-        "image_tower": {"pictures": 32, "steps": 2, "batch": 8},
-    },
-}
-
-
-@dataclass
-class Clone:
-    root: Path
-    output: str = ""  # of the `dvc repro` that filled it
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def make(cls, root: Path) -> "Clone":
-        """The repository with smaller parameters and nothing made yet, committed."""
-        listed = subprocess.check_output(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True
-        )
-        for name in listed.split("\0"):
-            if (REPOSITORY / name).is_file() and name not in LOCKS and not re.match(r"metrics/(?!seeds/)", name):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(REPOSITORY / name, root / name)
-        content = yaml.safe_load((root / "params.yaml").read_text())
-        for sections, smaller in (
-            (content["profiles"]["mini"], SMALLER["profiles"]),
-            (content["profiles"]["mini"]["recipes"], SMALLER["recipes"]),
-            (content["backbones"]["mini"]["source"], SMALLER["source"]),
-        ):
-            for section, values in smaller.items():
-                sections[section] |= values
-        (root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        clone = cls(root.resolve())
-        clone.run("git", "init", "--quiet")
-        clone.commit("as published")
-        return clone
-
-    def copy(self, root: Path) -> "Clone":
-        shutil.copytree(self.root, root)
-        return Clone(root.resolve(), self.output)
-
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command in a process group of its own."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GIT_"))}
-        environment |= {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "SHELL": "/bin/sh",  # DVC's choice where SHELL is unset; Debian's does not step aside for the command
-            "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site"),
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            **self.environment,
-            **{f"GIT_{who}_{what}": "tests@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-        }
-        return subprocess.Popen(
-            command, cwd=self.root, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def run(self, *command: str, status: int = 0) -> str:
-        """Run a command that ends with `status`; returns what it printed."""
-        process = self.start(*command)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == status, output
-        return output
-
-    def commit(self, message: str) -> None:
-        self.run("git", "add", "--all")
-        self.run("git", "commit", "--quiet", "--message", message)
-
-    def contents(self, *names: str) -> dict[str, bytes]:
-        """The bytes of every file that stands under these names, but for timings and what is hidden."""
-        files = [
-            path.relative_to(self.root) for name in names for path in (self.root / name, *(self.root / name).rglob("*"))
-        ]
-        return {
-            str(file): (self.root / file).read_bytes()
-            for file in files
-            if (self.root / file).is_file() and file.name not in VIEWS and not re.search(r"(^|/)\.", str(file))
-        }
-
-    def outputs(self) -> list[str]:
-        locks = [yaml.safe_load((self.root / name).read_text()) for name in LOCKS]
-        return [out["path"] for lock in locks for stage in lock["stages"].values() for out in stage["outs"]]
-
-    def processes(self) -> list[psutil.Process]:
-        """Every living process that works in this clone."""
-        return [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(self.root)]
-
-
-def stages_run(output: str) -> list[str]:
-    """Names of the stages, without the file that they stand in."""
-    return re.findall(r"^Running stage '(?:.+:)?(.+)':$", output, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from test_stages import CPU, METRICS, MODELS, finished, here, run, trained, write_params, write_shards  # noqa: F401
+from shrunk import METRICS, MODELS, run, write_params, write_shards
+from test_stages import CPU, trained
 
 from pipeline import params, train
 from pipeline.adapters import checkpoints
@@ -42,7 +43,7 @@ CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_
 
 
 @pytest.fixture
-def models(here: Path) -> tuple[Backbone, Denoiser]:  # noqa: F811
+def models(here: Path) -> tuple[Backbone, Denoiser]:
     """Beside three shards of images, of which two cannot be decoded."""
     shutil.rmtree("data/mini/images")
     counts = {}
@@ -277,7 +278,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path) -> None:
     write_params(
         **{f"profiles.mini.train.{key}": value for key, value in {"streams": 4, "micro_batch": 3}.items()},
         **{"profiles.mini.recipes.diva.batch": 8, "profiles.mini.recipes.diva.optimizer.lr": 0.05},
@@ -328,7 +329,7 @@ LONGER = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "shard"), [(1, False), (2, False), (2, True)])
 def test_ten_kills_at_random_moments_change_no_bit(
-    here: Path, tmp_path: Path, world: int, shard: bool  # noqa: F811
+    here: Path, tmp_path: Path, world: int, shard: bool
 ) -> None:  # fmt: skip
     write_params(**LONGER, **{"profiles.mini.train.shard": shard})
     undisturbed = tmp_path / "undisturbed"
@@ -381,7 +382,7 @@ def killed_after(saves: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("saves", [1, 3, 5, 7])
 def test_a_run_goes_on_from_its_checkpoint(
-    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], saves: int  # noqa: F811
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], saves: int
 ) -> None:  # fmt: skip
     """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
@@ -424,7 +425,7 @@ def change_the_backbone() -> None:
     ],
 )
 def test_another_recipe_never_goes_on_from_a_checkpoint(
-    here: Path, capsys: pytest.CaptureFixture[str], change, named: str  # noqa: F811
+    here: Path, capsys: pytest.CaptureFixture[str], change, named: str
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(5):
@@ -463,7 +464,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(
-    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     save = checkpoints.save
@@ -490,7 +491,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) ->
 # ------------------------------------------------------------------------------------------------------------ to watch
 
 
-def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:  # noqa: F811
+def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:
     """Of seven steps; every second step and the last of each phase measure the images that are held out."""
     backbone, _, records = trained()
     measured = [(record.phase, record.step) for record in records if record.held_out_loss is not None]
@@ -509,7 +510,7 @@ def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:  # noqa: 
 
 
 @pytest.mark.slow
-def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(bench, "mini", "--rounds", "2", "--micro-batch", "2")
     (written,) = Path("metrics/bench").glob("*.json")
     figures = json.loads(written.read_text())["subjects"]["mini"]

@@ -15,8 +15,8 @@ import pandas as pd
 import psutil
 import pytest
 from scipy import stats
+from shrunk import ROOT, run, write_params
 from test_recipes import SMALL
-from test_stages import ROOT, finished, here, run, write_params  # noqa: F401  (fixtures)
 
 from pipeline.tools import experiment
 from pipeline.tools.experiment import MEASURES, Run

@@ -14,7 +14,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_stages import CPU, METRICS, MODELS, ROOT, finished, here, run  # noqa: F401  (fixtures)
+from shrunk import METRICS, MODELS, ROOT, run
+from test_stages import CPU
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -232,7 +233,7 @@ def test_true_shapes(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def handed_over(here: Path) -> Path:  # noqa: F811
+def handed_over(here: Path) -> Path:
     """A folder in which the pretrained weights stand for diva's and were exported; returns the export."""
     shutil.copytree(MODELS / "pretrained", MODELS / "diva")
     run(export, "mini", "diva")
@@ -272,7 +273,7 @@ def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkey
     ] == []
 
 
-def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:  # noqa: F811
+def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:
     p = params.load(ROOT / "params.yaml").model_copy(
         update={"run": params.Run(profile="paper", backbones=["dfn_224"], weights=["pretrained"])}
     )

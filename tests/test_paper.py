@@ -17,9 +17,9 @@ import open_clip
 import pytest
 import torch
 import yaml
+from clones import Clone, stages_run
 from hub import COMMIT, Hub
 from safetensors.torch import load_file
-from test_end_to_end import Clone, stages_run
 from torch.nn import functional as F
 
 from pipeline import params

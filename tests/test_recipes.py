@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, rel_entr
-from test_stages import MODELS, finished, here, run, write_params  # noqa: F401  (fixtures)
+from shrunk import MODELS, run, write_params
 from test_training import RECIPE, RULES, Tower, build, micro_batches, moved, snapshot, train
 from torch import nn
 from torch.nn import functional as F

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from test_stages import METRICS, ROOT, finished, here, run, write_seeds  # noqa: F401  (fixtures)
+from shrunk import METRICS, run, write_seeds
 
 from pipeline import params, report
 from pipeline.evidence import page, results, statistics
@@ -167,7 +167,7 @@ def test_over_seeds_a_published_gain_is_judged_with_its_read_out() -> None:
 # ---------------------------------------------------------------------------------------------------------- a whole run
 
 
-def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:  # noqa: F811
+def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:
     metrics = finished / METRICS
     written = json.loads((metrics / "report.json").read_text())["mini"]
     assert list(written) == ["pretrained", "diva", "gain", "gain_shuffled", "gain_drift"]
@@ -187,7 +187,7 @@ def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:  # noqa:
         assert sets[name][measure] == pytest.approx(100 * right.mean(), abs=1e-3)
 
 
-def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path) -> None:  # noqa: F811
+def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path) -> None:
     html = (finished / METRICS / "report.html").read_text()
     text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', html)
     assert "http" not in text.partition("<summary>params.yaml")[0]
@@ -222,7 +222,7 @@ def by_pattern(changed: dict[str, list[int]]) -> list[int]:
     return [sum((n - 1) // size == k for n in numbers) for numbers in changed.values() for k in range(pairs)]
 
 
-def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gain = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
     own = ",".join(str(value) for value in gain.values())
     write_seeds(
@@ -246,7 +246,7 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest
     assert "Training seeds" not in (METRICS / "report.html").read_text()  # the table is another recipe's
 
 
-def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (METRICS / "report.html").read_bytes()
     with pytest.raises(SystemExit) as ended:
         run(report, "--check")
@@ -261,7 +261,7 @@ def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFi
 
 
 def test_without_pretrained_weights_there_is_nothing_to_compare_with(
-    here: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     content = yaml.safe_load(Path("params.yaml").read_text())
     content["run"]["weights"] = ["diva"]
@@ -272,7 +272,7 @@ def test_without_pretrained_weights_there_is_nothing_to_compare_with(
 
 
 @pytest.mark.slow
-def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the figures of `dvc metrics diff`; worse pairs fail the check, better ones do not."""
 
     def do(*command: str) -> str:

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from shrunk import METRICS, MODELS, run, write_params
 from test_recipes import SMALL
-from test_stages import METRICS, MODELS, finished, here, run, write_params  # noqa: F401  (fixtures)
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
@@ -103,7 +103,7 @@ def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> 
         assert found[0] != found[1] != found[2]
 
 
-def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / MODELS / "denoiser/unet").rename(here / "elsewhere")
     with pytest.raises(SystemExit):
         run(sensitivity, "mini")

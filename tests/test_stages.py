@@ -9,9 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import reduce
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,12 +23,12 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shrunk import METRICS, MODELS, ROOT, run, write_params
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
-from pipeline import drift, images, mmvp, mmvp_vlm, params, report, train, zeroshot, zeroshot_sets
+from pipeline import drift, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
 from pipeline.adapters import benchmarks
 from pipeline.adapters.backbones import WEIGHTS, Backbone, read_checkpoint
 from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
@@ -39,124 +37,10 @@ from pipeline.adapters.shards import Shards
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.training import Record
 from pipeline.mini import pretrain, world
-from pipeline.runtime import UserError, generator, whole, write_json
+from pipeline.runtime import UserError, generator, whole
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 GOLDEN_LOSS = Path(__file__).parent / "golden_mini_loss.txt"
-MODELS, METRICS = Path("models/mini"), Path("metrics/mini")
-SHRUNK = {
-    "profiles.mini.mmvp_vlm.pairs_per_pattern": 2,
-    "profiles.mini.zeroshot_sets": {
-        "kind": "mini", "classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20
-    },
-    "profiles.mini.denoiser.pictures": 48,
-    "profiles.mini.denoiser.held_out": 12,
-    "profiles.mini.denoiser.autoencoder.latent_channels": 4,
-    "profiles.mini.denoiser.unet.block_out_channels": [8, 16],
-    "profiles.mini.denoiser.unet.norm_num_groups": 4,
-    "profiles.mini.denoiser.unet.cross_attention_dim": 16,
-    "profiles.mini.denoiser.text_encoder": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "projection_dim": 16,
-    },
-    "profiles.mini.denoiser.steps": 2,
-    "profiles.mini.denoiser.batch": 8,
-    "profiles.mini.recipes.diva.batch": 4,
-    "profiles.mini.train.streams": 2,
-    "profiles.mini.train.micro_batch": 2,
-    "profiles.mini.train.held_out": {"images": 3, "every": 2},
-    "profiles.mini.recipes.diva.steps": 4,
-    "profiles.mini.recipes.diva.fit.steps": 3,
-    "profiles.mini.recipes.diva.optimizer.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
-    "profiles.mini.mmvp.draws": 3,
-    "backbones.mini.source.architecture": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 64, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
-        "text_cfg": {"width": 16, "heads": 2, "layers": 1},
-    },
-    "backbones.mini.source.text_tower.steps": 2,
-    "backbones.mini.source.text_tower.batch": 8,
-    "backbones.mini.source.image_tower.pictures": 16,
-    "backbones.mini.source.image_tower.steps": 2,
-    "backbones.mini.source.image_tower.batch": 8,
-    "backbones.mini.published_read_out.tokens": {"kind": "random", "number": 3},
-}  # fmt: skip
-
-SCORED = ("pretrained", "diva", "shuffled", "drift")
-
-
-def write_params(**changes: Any) -> None:
-    """Write the committed params.yaml here, shrunk; a change's key is dotted."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for key, value in {**SHRUNK, **changes}.items():
-        *parents, last = key.split(".")
-        reduce(dict.__getitem__, parents, content)[last] = value
-    Path("params.yaml").write_text(yaml.safe_dump(content))
-
-
-def write_shards(folder: Path, count: int) -> None:
-    """One shard of post-training pictures, as adapters.shards documents it."""
-    folder.mkdir(parents=True)
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for i in range(count):
-            file = io.BytesIO()
-            Image.fromarray(world.picture(images.SET, i)[0]).save(file, "JPEG", quality=95)
-            for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", b"a fish")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    write_json(folder / "shards.json", {"size": 64, "samples": count, "shards": {"00000.tar": count}})
-
-
-def write_seeds(*rows: str) -> None:
-    """The table that tools/sweep.py writes; a row: backbone,recipe,weights,seed,<seven gains>,revision."""
-    file = Path("metrics/seeds/mini.csv")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join([(ROOT / "metrics/seeds/paper.csv").read_text().strip(), *rows, ""]))
-
-
-def run(stage: ModuleType, *arguments: str) -> None:
-    """Run a stage's main() as `python -m pipeline.<stage> <arguments>` would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [stage.__name__, *arguments])
-        stage.main()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which every stage has run; the images stage has tests of its own."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        write_params()
-        write_shards(Path("data/mini/images"), 12)
-        for stage in (mmvp_vlm, zeroshot_sets, denoiser_stage):
-            run(stage)
-        run(backbone_stage, "mini")
-        for weights in ("diva", "shuffled"):
-            run(train, "mini", weights)
-        run(drift, "mini")
-        for stage, weights in itertools.product((mmvp, zeroshot), SCORED):
-            run(stage, "mini", weights)
-        write_seeds()
-        run(report)
-    yield folder
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to work in, with nothing trained yet."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    for weights in ("diva", "shuffled", "drift"):
-        shutil.rmtree(folder / MODELS / weights)
-    shutil.rmtree(folder / METRICS / "train")
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return folder
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:

@@ -1,0 +1,113 @@
+"""The mini world shrunk to seconds: its parameters, its images, and how a test runs a stage."""
+
+import io
+import itertools
+import sys
+import tarfile
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, train, zeroshot, zeroshot_sets
+from pipeline.mini import world
+from pipeline.runtime import write_json
+
+ROOT = Path(__file__).parents[1]
+MODELS, METRICS = Path("models/mini"), Path("metrics/mini")
+SHRUNK = {
+    "profiles.mini.mmvp_vlm.pairs_per_pattern": 2,
+    "profiles.mini.zeroshot_sets": {
+        "kind": "mini", "classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20
+    },
+    "profiles.mini.denoiser.pictures": 48,
+    "profiles.mini.denoiser.held_out": 12,
+    "profiles.mini.denoiser.autoencoder.latent_channels": 4,
+    "profiles.mini.denoiser.unet.block_out_channels": [8, 16],
+    "profiles.mini.denoiser.unet.norm_num_groups": 4,
+    "profiles.mini.denoiser.unet.cross_attention_dim": 16,
+    "profiles.mini.denoiser.text_encoder": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+    "profiles.mini.denoiser.steps": 2,
+    "profiles.mini.denoiser.batch": 8,
+    "profiles.mini.recipes.diva.batch": 4,
+    "profiles.mini.train.streams": 2,
+    "profiles.mini.train.micro_batch": 2,
+    "profiles.mini.train.held_out": {"images": 3, "every": 2},
+    "profiles.mini.recipes.diva.steps": 4,
+    "profiles.mini.recipes.diva.fit.steps": 3,
+    "profiles.mini.recipes.diva.optimizer.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
+    "profiles.mini.mmvp.draws": 3,
+    "backbones.mini.source.architecture": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+        "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+    },
+    "backbones.mini.source.text_tower.steps": 2,
+    "backbones.mini.source.text_tower.batch": 8,
+    "backbones.mini.source.image_tower.pictures": 16,
+    "backbones.mini.source.image_tower.steps": 2,
+    "backbones.mini.source.image_tower.batch": 8,
+    "backbones.mini.published_read_out.tokens": {"kind": "random", "number": 3},
+}  # fmt: skip
+
+SCORED = ("pretrained", "diva", "shuffled", "drift")
+
+
+def write_params(**changes: Any) -> None:
+    """Write the committed params.yaml here, shrunk; a change's key is dotted."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for key, value in {**SHRUNK, **changes}.items():
+        *parents, last = key.split(".")
+        reduce(dict.__getitem__, parents, content)[last] = value
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """One shard of post-training pictures, as adapters.shards documents it."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(count):
+            file = io.BytesIO()
+            Image.fromarray(world.picture(images.SET, i)[0]).save(file, "JPEG", quality=95)
+            for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", b"a fish")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    write_json(folder / "shards.json", {"size": 64, "samples": count, "shards": {"00000.tar": count}})
+
+
+def write_seeds(*rows: str) -> None:
+    """The table that tools/sweep.py writes; a row: backbone,recipe,weights,seed,<seven gains>,revision."""
+    file = Path("metrics/seeds/mini.csv")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([(ROOT / "metrics/seeds/paper.csv").read_text().strip(), *rows, ""]))
+
+
+def run(stage: ModuleType, *arguments: str) -> None:
+    """Run a stage's main() as `python -m pipeline.<stage> <arguments>` would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [stage.__name__, *arguments])
+        stage.main()
+
+
+def run_every_stage() -> None:
+    """Fill the working directory with what every stage makes; the images stage has tests of its own."""
+    write_params()
+    write_shards(Path("data/mini/images"), 12)
+    for stage in (mmvp_vlm, zeroshot_sets, denoiser):
+        run(stage)
+    run(backbone, "mini")
+    for weights in ("diva", "shuffled"):
+        run(train, "mini", weights)
+    run(drift, "mini")
+    for stage, weights in itertools.product((mmvp, zeroshot), SCORED):
+        run(stage, "mini", weights)
+    write_seeds()
+    run(report)
