@@ -124,7 +124,12 @@ def _entries(tokenizer) -> int:
 def state(folder: Path) -> Tensors:
     """The tensors of a model's folder by name, its residual head's among them, as the model's state has them."""
     head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
-    return {**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}}
+    return _float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
+
+
+def _float32(tensors: Tensors) -> Tensors:
+    """As every model here computes: what training adds to a weight is often less than half precision can hold."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def fresh_head(width: int, heads: int, seed: int) -> ResidualHead:
@@ -205,7 +210,7 @@ def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
 
 
 def read_checkpoint(path: Path) -> Tensors:
-    """The tensors of a checkpoint by name, as they are stored.
+    """The tensors of a checkpoint by name, in float32 whatever they are stored in.
 
     Formats: safetensors; PyTorch files of open_clip, MetaCLIP and DIVA's authors (plain, or below `state_dict`, with or
     without `module.`), read without running what they hold; OpenAI's TorchScript archive, by openai-clip.
@@ -214,8 +219,8 @@ def read_checkpoint(path: Path) -> Tensors:
     try:
         if _is_torchscript(path):
             model, _ = openai_clip.load(str(path), device="cpu", jit=False)
-            return model.state_dict()
-        return load_state_dict(str(path), weights_only=True)
+            return _float32(model.state_dict())
+        return _float32(load_state_dict(str(path), weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, AttributeError, StopIteration) as error:
         first, _, _ = str(error).partition("\n")
         raise UserError(

@@ -62,7 +62,10 @@ class Denoiser(nn.Module):
         vae_class = json.loads((folder / "vae/config.json").read_text())["_class_name"]
         if vae_class not in AUTOENCODERS:
             raise UserError(f"{folder}/vae: unknown autoencoder {vae_class}; known: {', '.join(AUTOENCODERS)}")
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        # Unlike diffusers, transformers computes in the type that a folder is stored in, unless it is told another.
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", local_files_only=True, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         if len(tokenizer) != text_encoder.config.vocab_size:  # transformers builds a wrong one when files are missing
             raise UserError(
