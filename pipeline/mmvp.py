@@ -26,12 +26,12 @@ DIRECTIONS = ("statement_to_image", "image_to_statement")
 
 @torch.no_grad()
 def tokens(
-    backbone: Backbone, questions: list[Question], batch: int, compute: torch.device
+    backbone: Backbone, questions: list[Question], resize_mode: str | None, batch: int, compute: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """(pooled [Q, D], patches [Q, N, D]) of the questions' images under the backbone's own preprocessing."""
+    """(pooled [Q, D], patches [Q, N, D]) of the questions' images; resize_mode None: the backbone's own."""
     parts = []
     for start in progress(range(0, len(questions), batch), "images of the pairs"):
-        images = [backbone.preprocess(question.image()) for question in questions[start : start + batch]]
+        images = [backbone.preprocess(question.image(), resize_mode) for question in questions[start : start + batch]]
         parts.append(backbone.image_tokens(torch.stack(images).to(compute)))
     return torch.cat([pooled for pooled, _ in parts]), torch.cat([patches for _, patches in parts])
 
@@ -41,12 +41,13 @@ def logits(
     backbone: Backbone, questions: list[Question], pooled: torch.Tensor, patches: torch.Tensor, rule: ReadOut,
     seed: int, draw: int,
 ) -> torch.Tensor:  # fmt: skip
-    """[pair, statement, image]. Where the read-out draws tokens, every statement draws its own (as published)."""
+    """[pair, statement, image]."""
     ids = backbone.tokenizer([PROMPT + question.statement for question in questions]).to(pooled.device)
     text = torch.nn.functional.normalize(backbone.encode_text(ids), dim=-1).unflatten(0, (-1, 2))
     per_statement = []
     for statement in range(2):
-        draws = [generator(seed, "read-out", draw, statement, question.id) for question in questions]
+        drawn = statement if rule.drawn_per == "statement" else 0
+        draws = [generator(seed, "read-out", draw, drawn, question.id) for question in questions]
         positions = draw_positions(rule.tokens, patches.shape[1], draws)
         images = read_out(pooled, patches, rule, positions).unflatten(0, (-1, 2))
         per_statement.append(torch.einsum("pd,pid->pi", text[:, statement], images))
@@ -57,10 +58,12 @@ def score(
     backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device
 ) -> tuple[dict, pd.DataFrame, torch.Tensor]:
     """(summary for the JSON file, a table of pairs, the pictures' stock embeddings [Q, D])."""
-    pooled, patches = tokens(backbone, questions, p.batch, compute)
+    stock = pooled, patches = tokens(backbone, questions, None, p.batch, compute)
     summary: dict = {"pairs": len(questions) // 2}
     tables = []
     for name, rule in (("plain", PLAIN), ("published", published)):
+        if rule.resize_mode:
+            pooled, patches = tokens(backbone, questions, rule.resize_mode, p.batch, compute)
         draws = p.draws if rule.tokens.positions(patches.shape[1]) else 1
         scores: dict[str, list[PairScores]] = {direction: [] for direction in DIRECTIONS}
         for draw in range(draws):
@@ -85,11 +88,11 @@ def score(
                 "patterns_sd_over_draws": {pattern: round(float(value), 3) for pattern, value in sd.items()},
             }
         tables.append(table)
-    return summary, pd.concat(tables), pooled.cpu()
+    return summary, pd.concat(tables), stock[0].cpu()
 
 
 def read_out_of(section: ReadOutSection) -> ReadOut:
-    return ReadOut(TokenRule(**section.tokens.model_dump()), section.unit_tokens, section.unit_sum)
+    return ReadOut(**{**section.model_dump(), "tokens": TokenRule(**section.tokens.model_dump())})
 
 
 @stage

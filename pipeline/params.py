@@ -449,9 +449,13 @@ class CheckpointSource(Section):
 
 
 class ReadOutSection(Section):
+    """diva/condition.py's ReadOut says what the keys mean."""
+
     tokens: Tokens
     unit_tokens: bool
     unit_sum: bool
+    drawn_per: Literal["statement", "pair"] = "statement"
+    resize_mode: Literal["shortest", "squash"] | None = None
 
 
 class Published(Section):

@@ -19,13 +19,15 @@ import torch
 import yaml
 from clones import Clone, stages_run
 from hub import COMMIT, Hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from pipeline import params
 from pipeline.adapters import backbones
 from pipeline.adapters.backbones import Backbone
+from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule
+from pipeline.mmvp import read_out_of
 from pipeline.runtime import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +38,8 @@ RULES = {  # patches, tokens of the condition, its rule, its text, the read-out 
     "openai_336": (576, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
     "metaclip_l14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
     "metaclip_h14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
-    "dfn_224": (256, 257, ALL, "mean", PLAIN),
-    "dfn_378": (729, 365, HALF, "mean", ReadOut(HALF, unit_tokens=True, unit_sum=False)),
+    "dfn_224": (256, 257, ALL, "mean", ReadOut(TokenRule("none"), resize_mode="shortest")),
+    "dfn_378": (729, 365, HALF, "mean", ReadOut(HALF, True, False, drawn_per="pair", resize_mode="shortest")),
     "siglip_224": (256, 43, TokenRule("windows", 6), "mean", PLAIN),
     "siglip_384": (729, 73, TokenRule("windows", 10), "mean", PLAIN),
 }
@@ -72,8 +74,7 @@ def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     assert entry.condition.text == text
     drawn = rule.positions(patches) or (patches // int(rule.number) if rule.kind == "windows" else patches)
     assert 1 + drawn == tokens
-    section = entry.published_read_out
-    assert ReadOut(TokenRule(**section.tokens.model_dump()), section.unit_tokens, section.unit_sum) == read_out
+    assert read_out_of(entry.published_read_out) == read_out
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -138,6 +139,29 @@ def test_a_checkpoint_of_every_format_embeds_as_its_own_library_does(formats: di
         pooled, _ = backbone.image_tokens(pixels)
     torch.testing.assert_close(pooled, stock.encode_image(pixels), rtol=1e-4, atol=1e-5)
     assert backbone.logit_scale.item() == pytest.approx(stock.logit_scale.exp().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_comes_in_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    backbones.write_config(checkpoints.OPENCLIP, PAPER["metaclip_l14"].source.preprocessing.model_dump(), tmp_path)
+    model = checkpoints.build(checkpoints.OPENCLIP, 2)
+    stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    path.write_bytes(checkpoints.torch_file(stored))
+    backbones.save_weights(backbones.fitting(backbones.read_checkpoint(path), tmp_path, path), tmp_path)
+    written = load_file(tmp_path / backbones.WEIGHTS)
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in written.items())
+
+
+def test_a_denoiser_stored_in_half_precision_computes_in_float32(tmp_path: Path) -> None:
+    checkpoints.stable_diffusion(tmp_path)
+    for part in ("vae", "unet", "text_encoder"):
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = tmp_path / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    assert {parameter.dtype for parameter in Denoiser.load(tmp_path).parameters()} == {torch.float32}
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(formats: dict, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -30,11 +30,12 @@ from torch.nn import functional as F
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
 from pipeline.adapters import benchmarks
-from pipeline.adapters.backbones import WEIGHTS, Backbone, read_checkpoint
+from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
 from pipeline.diva.condition import ReadOut, TokenRule
+from pipeline.diva.pairs import score_pairs
 from pipeline.diva.training import Record
 from pipeline.mini import pretrain, world
 from pipeline.runtime import UserError, generator, whole
@@ -306,6 +307,28 @@ def test_drift_goes_as_far_as_training_in_every_tensor(finished: Path) -> None:
     assert not torch.equal(other["visual.proj"], moved["visual.proj"])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.01])  # of the change by training; published rates move far less than mini's
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_drift_goes_as_far_as_training_whatever_type_the_checkpoint_was_stored_in(
+    finished: Path, tmp_path: Path, dtype: torch.dtype, share: float
+) -> None:
+    before, after = (load_file(finished / MODELS / weights / "mini" / WEIGHTS) for weights in ("pretrained", "diva"))
+    stored = {name: tensor.to(dtype) for name, tensor in before.items()}
+    trained = {name: stored[name].float() + share * (after[name] - before[name]) for name in before}
+    for folder, tensors in (("pretrained", stored), ("diva", trained)):
+        shutil.copytree(finished / MODELS / "pretrained/mini", tmp_path / folder)
+        save_file(tensors, tmp_path / folder / WEIGHTS)
+    drift.drift(tmp_path / "pretrained", tmp_path / "diva", 42, tmp_path / "drift")
+    moved = load_file(tmp_path / "drift" / WEIGHTS)
+    distances = {
+        name: [(to[name].double() - tensor.double()).norm().item() for to in (moved, trained)]
+        for name, tensor in stored.items()
+    }
+    assert sum(by_training > 0 for _, by_training in distances.values()) > 20
+    for by_chance, by_training in distances.values():
+        assert by_chance == pytest.approx(by_training, rel=0.01)
+
+
 def test_the_shuffled_control_learns_from_another_image(finished: Path) -> None:
     losses = [
         pd.read_csv(finished / METRICS / f"train/mini-{weights}/plots/metrics/projection/loss.tsv", sep="\t").loss
@@ -493,7 +516,7 @@ class ByHand(nn.Module):
         self.images = torch.tensor([vector for pair in pairs for vector in pair[2:]])
         self.patch, self.logit_scale = patch, torch.tensor(10.0)
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
+    def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
         return torch.tensor(round(np.asarray(image).mean() / 10))
 
     def tokenizer(self, texts: list[str]) -> torch.Tensor:
@@ -551,21 +574,24 @@ def test_scores_of_hand_made_pairs(tmp_path: Path) -> None:
     assert rows.image_to_statement.tolist() == [1, 0, 0, 0, 1, 1, 0]
 
 
-def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn_per", ["statement", "pair"])
+def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(
+    tmp_path: Path, drawn_per: Literal["statement", "pair"]
+) -> None:
     def honest_or_swapped(images: torch.Tensor) -> torch.Tensor:
         return 100 * torch.stack([images, images.flip(-1)], 1)
 
     kinds = {"Color": ["both"] * 6, "Text": ["both"] * 5}
-    (first, table), (second, _) = (
-        by_hand(tmp_path, kinds, ReadOut(TokenRule("random", 1)), honest_or_swapped) for _ in range(2)
-    )
+    read_out = ReadOut(TokenRule("random", 1), drawn_per=drawn_per)
+    (first, table), (second, _) = (by_hand(tmp_path, kinds, read_out, honest_or_swapped) for _ in range(2))
     assert first == second
     assert (first["plain"]["statement_to_image"]["average"], first["plain"]["statement_to_image"]["draws"]) == (100, 1)
     result = first["published"]["statement_to_image"]
     assert result["draws"] == 6
 
     def honest(draw: int, statement: int, image: int) -> bool:
-        return int(torch.randint(2, (1,), generator=generator(0, "read-out", draw, statement, image))) == 0
+        own = statement if drawn_per == "statement" else 0
+        return int(torch.randint(2, (1,), generator=generator(0, "read-out", draw, own, image))) == 0
 
     right = np.array([  # an image that shows its other axis still beats nothing: both must, to mislead a statement
         [all(honest(d, s, 2 * pair) or honest(d, s, 2 * pair + 1) for s in range(2)) for pair in range(11)]
@@ -577,6 +603,34 @@ def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(tmp_path: Path) -
     assert result["average"] == pytest.approx(by_draw.mean(), abs=1e-3)
     assert result["sd_over_draws"] == pytest.approx(by_draw.std(ddof=1), abs=1e-3)
     assert result["sd_over_draws"] > 0
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_a_read_out_has_its_own_way_to_resize(
+    finished: Path, tmp_path: Path, resize_mode: Literal["shortest", "squash"]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(finished / MODELS / "pretrained/mini", folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config["preprocess_cfg"]["resize_mode"] = "squash"  # DFN's own
+    (folder / CONFIG).write_text(json.dumps(config))
+    backbone, questions, expected = Backbone.load(folder), [], []
+    for number in range(8):
+        picture = Image.fromarray(world.picture("scorings", 0, number)[0]).resize((128, 64))
+        picture.save(tmp_path / f"{number}.png")
+        crop = picture.crop((32, 0, 96, 64)) if resize_mode == "shortest" else picture.resize((64, 64), 3)
+        expected.append(backbone.preprocess(crop))
+        questions.append(Question(number, "Color", f"{number} dots", tmp_path / f"{number}.png"))
+    read_out = ReadOut(TokenRule("none"), unit_sum=False, resize_mode=resize_mode)
+    squashed, _ = mmvp.tokens(backbone, questions, None, 8, CPU)
+    pooled, _ = mmvp.tokens(backbone, questions, resize_mode, 8, CPU)
+    with torch.no_grad():
+        torch.testing.assert_close(pooled, backbone.encode_image(torch.stack(expected)), rtol=1e-3, atol=1e-4)
+    _, table, stock = mmvp.score(backbone, questions, read_out, params.Mmvp(seed=0, draws=1, batch=4), CPU)
+    torch.testing.assert_close(stock, squashed)  # whatever the published read-out is
+    logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], read_out, 0, 0)
+    right = score_pairs(logits).right_P.tolist()
+    assert table[table.read_out == "published"].statement_to_image.tolist() == right
 
 
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:

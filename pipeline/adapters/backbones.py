@@ -65,7 +65,6 @@ class Backbone(nn.Module):
             pooled_BD, patches_BND = self.image_tokens(torch.zeros(1, 3, self.image_size, self.image_size))
         self.width: int = pooled_BD.shape[1]
         self.patches: int = patches_BND.shape[1]
-        self._transform = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
 
     @classmethod
     def load(cls, folder: Path) -> "Backbone":
@@ -92,9 +91,10 @@ class Backbone(nn.Module):
     def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.tower.image_tokens(pixels_BCHW)
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """The backbone's own evaluation transform: a picture to float [3, size, size]."""
-        return self._transform(image)
+    def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
+        """The backbone's evaluation transform, a picture to float [3, size, size]; resize_mode None: its own."""
+        other = {"resize_mode": resize_mode} if resize_mode else {}
+        return image_transform_v2(PreprocessCfg(**self.preprocessing | other), is_train=False)(image)
 
     def encode_image(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_image(pixels_BCHW)

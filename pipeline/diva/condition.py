@@ -31,11 +31,17 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """How one vector is made of the tokens: pooled + mean(tokens by the rule), with or without unit length."""
+    """How one vector is made of an image: pooled + mean(tokens by the rule), with or without unit length.
+
+    drawn_per: whether the two statements of a pair meet tokens drawn anew, or the same ones.
+    resize_mode: how the image is brought to the tower's size; None: as the backbone does it.
+    """
 
     tokens: TokenRule
     unit_tokens: bool = False
     unit_sum: bool = True
+    drawn_per: Literal["statement", "pair"] = "statement"
+    resize_mode: Literal["shortest", "squash"] | None = None
 
 
 PLAIN = ReadOut(TokenRule("none"))

@@ -29,9 +29,9 @@ from pipeline.runtime import UserError, device, stage, whole
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
     """[statement, picture] by read-out, the mean over `mmvp.draws` draws where it draws tokens."""
-    pooled, patches = tokens(backbone, questions, len(questions), next(backbone.parameters()).device)
-    found = {}
+    compute, found = next(backbone.parameters()).device, {}
     for read_out, rule in (("plain", PLAIN), ("published", read_out_of(p.backbones[name].published_read_out))):
+        pooled, patches = tokens(backbone, questions, rule.resize_mode, len(questions), compute)
         draws = p.profile.mmvp.draws if rule.tokens.positions(patches.shape[1]) else 1
         asked = [logits(backbone, questions, pooled, patches, rule, p.profile.mmvp.seed, draw) for draw in range(draws)]
         found[read_out] = (torch.stack(asked).mean(0)[0] / backbone.logit_scale).cpu()
