@@ -40,9 +40,14 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
 
 
 def card(
-    p: params.Params, name: str, weights: str, sha256: str, distances: dict, missing: str | None, headed: bool
-) -> str:
-    """The model card; missing: why there is no transformers format, where there is none; headed: is there a head?"""
+    p: params.Params, name: str, weights: str, sha256: str, code: str | None, distances: dict, missing: str | None,
+    headed: bool,
+) -> str:  # fmt: skip
+    """The model card.
+
+    code: the hash of what trained them; missing: why there is no transformers format, where there is none; headed: is
+    there a head?
+    """
     rows, found = table(p.run.profile, name, weights)
     source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipe
     condition = chosen.condition or p.backbones[name].condition
@@ -59,7 +64,8 @@ def card(
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if weights in ("diva", "shuffled") else None,
         "rows": rows, "found": found, "distances": distances, "missing": missing,
         "captions": chosen.gap is not None or (chosen.fit is not None and chosen.fit.told == "captions"),
-        "named": p.profile.train.recipe, "headed": headed, "sha256": sha256, "revision": provenance.code_revision(),
+        "named": p.profile.train.recipe, "headed": headed, "sha256": sha256, "code": code,
+        "made_from": provenance.hashes([f"models/{p.run.profile}/{weights}/{name}"]),
     }  # fmt: skip
     return render("card.md.jinja", values)
 
@@ -82,8 +88,9 @@ def main() -> None:
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
         if missing:
             print(f"{name}: exported for open_clip only. {missing}")
+        code = json.loads((original / "diva.json").read_text())["code"] if weights in ("diva", "shuffled") else None
         (folder / "README.md").write_text(
-            card(p, name, weights, backbone.sha256, distances, missing, (folder / HEAD).exists())
+            card(p, name, weights, backbone.sha256, code, distances, missing, (folder / HEAD).exists())
         )
         write_json(metrics_file, distances)
 

@@ -5,7 +5,7 @@
     metrics/<profile>/patterns.csv    pairs right per pattern, for `dvc plots`
     metrics/<profile>/report.html     one self-contained page, and report.md, its twin for a terminal or a code host
 
-The page and its twin tell wall time and revision, which differ between equal runs: git keeps them, DVC does not hash
+The page and its twin tell wall time and machine, which differ between equal runs: git keeps them, DVC does not hash
 them. Loss curves and the denoiser's figures are read where training is among the weights, but are no dependencies, so
 that DVC can make the report of other weights without training.
 
@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from pipeline import params
 from pipeline.evidence import figures, results, statistics
 from pipeline.evidence.page import LABELS, cells, section
-from pipeline.evidence.provenance import provenance
+from pipeline.evidence.provenance import provenance, run
 from pipeline.evidence.results import COLUMNS, CONTROLS, GAINS, Scores
 from pipeline.evidence.templates import render
 from pipeline.runtime import UserError, stage, whole, write_json
@@ -62,7 +62,8 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
             report[backbone]["published"] = dict(zip(("pairs_plain", "pairs_published"), published, strict=True))
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         gain = report[backbone].get("gain", {})
-        sections.append(section(profile, backbone, scores, found, gain, p.profile.train.recipe, p.seed, entry))
+        recipe, of = p.profile.train.recipe, run(p, backbone)
+        sections.append(section(profile, backbone, scores, found, gain, recipe, p.seed, of, entry))
     reconstructions = Path("models", profile, "denoiser", "reconstructions.png")
     shown = {
         "profile": profile,

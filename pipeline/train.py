@@ -40,7 +40,7 @@ from pipeline.diva.condition import TokenRule
 from pipeline.diva.gap import GapRemoved
 from pipeline.diva.objective import Anchor, Contrast, Feedback
 from pipeline.params import Condition, Head, Lora, Recipe, Sgd, Train
-from pipeline.runtime import UserError, device, progress, remove, seeded, stage, whole, write_json
+from pipeline.runtime import UserError, device, program, progress, remove, seeded, stage, whole, write_json
 
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
 
@@ -198,8 +198,6 @@ def fingerprint(
     p: params.Params, name: str, weights: str, backbone: Backbone, denoiser: Path, images: Path
 ) -> dict[str, Any]:
     """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
-    imported = {sys.modules[module].__file__ for module in sys.modules if module.startswith("pipeline.")}
-    code = sorted(Path(file) for file in imported | {__file__} if file)
     return {
         "seed": p.seed,
         "weights": weights,
@@ -209,7 +207,7 @@ def fingerprint(
         "backbone": backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest([images / INDEX]),
-        "code": digest(code),
+        "code": program("train.py"),
         "torch": torch.__version__,
     }
 
@@ -356,6 +354,7 @@ def main() -> None:
                     "train": section.model_dump(),
                     "recipe": recipe.model_dump(),
                     "condition": (recipe.condition or own).model_dump(),
+                    "code": mark["code"],
                     "result": result,
                 },
             )

@@ -113,9 +113,10 @@ class Clone:
             if (self.root / file).is_file() and file.name not in VIEWS and not re.search(r"(^|/)\.", str(file))
         }
 
-    def outputs(self) -> list[str]:
+    def md5(self) -> dict[str, str]:
+        """Of every output, as the locks have it."""
         locks = [yaml.safe_load((self.root / name).read_text()) for name in LOCKS]
-        return [out["path"] for lock in locks for stage in lock["stages"].values() for out in stage["outs"]]
+        return {out["path"]: out["md5"] for lock in locks for stage in lock["stages"].values() for out in stage["outs"]}
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that works in this clone."""

@@ -84,7 +84,7 @@ def write_shards(folder: Path, count: int) -> None:
 
 
 def write_seeds(*rows: str) -> None:
-    """The table that tools/sweep.py writes; a row: backbone,recipe,weights,seed,<seven gains>,revision."""
+    """The table that tools/sweep.py writes; a row: backbone,recipe,weights,seed,<seven gains>,run."""
     file = Path("metrics/seeds/mini.csv")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join([(ROOT / "metrics/seeds/paper.csv").read_text().strip(), *rows, ""]))

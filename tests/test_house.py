@@ -1,7 +1,9 @@
 """Who may import whom, and whether dvc.yaml, params.yaml, the lock and the README tell all of it."""
 
 import ast
+import importlib.util
 import re
+import shutil
 import sys
 import tomllib
 from functools import cache, reduce
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from pipeline import runtime
+from pipeline.evidence import provenance
 
 ROOT = Path(__file__).parents[1]
 WANTED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]  # by people; the others run where these need them
@@ -133,6 +138,40 @@ def test_dependencies_are_the_import_closure(stage: str) -> None:
     assert len(code) == len(set(code))
     assert set(code) == closure(Path("pipeline", f"{stage}.py"))
     assert all((ROOT / dep).is_file() for dep in deps)
+
+
+@pytest.mark.parametrize("stage", DVC)
+def test_a_program_is_the_import_closure(stage: str) -> None:
+    assert {f"pipeline/{file}" for file in runtime.sources(f"{stage}.py")} == closure(Path("pipeline", f"{stage}.py"))
+
+
+def test_every_stage_before_the_report_decides_gains() -> None:
+    after = {"plan", "released", "report", "export"}  # or have no part in them
+    assert set(provenance.DECIDE) == {f"{stage}.py" for stage in DVC.keys() - after} | {"evidence/results.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "same"),
+    [
+        ("diva/objective.py", "import torch\n", "import torch  # which it needs\n\n\n", True),
+        ("train.py", '"""Stage train@', '"""The stage train@', True),
+        ("train.py", "len(tower) // 10", "len(tower) // 20", False),
+        ("diva/diffusion.py", "\n\ndef ", "\n\nNEW = 1\n\n\ndef ", False),
+        ("report.py", "import argparse", "import argparse, json", True),
+    ],
+)
+def test_a_comment_makes_no_other_program(file: str, old: str, new: str, same: bool, tmp_path: Path) -> None:
+    copy = tmp_path / "pipeline"
+    shutil.copytree(ROOT / "pipeline", copy)
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location("copied", copy / "runtime.py")
+    assert spec
+    assert spec.loader
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert (copied.program("train.py") == runtime.program("train.py")) == same
 
 
 def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:

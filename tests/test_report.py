@@ -13,7 +13,7 @@ import yaml
 from shrunk import METRICS, run, write_seeds
 
 from pipeline import params, report
-from pipeline.evidence import page, results, statistics
+from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Scores
 from pipeline.mini import world
 from pipeline.runtime import UserError
@@ -201,9 +201,7 @@ def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path
         section = markdown.partition(f"### diva: pairs {how} (plain read-out)\n")[2].partition("#")[0]
         assert [int(number) for number in re.findall(r"^- (\d+), ", section, re.MULTILINE)] == numbers
     for told in (text, markdown):
-        assert all(
-            said in told for said in ("git revision", "training seed", "torch", "processor", "control: shuffled")
-        )
+        assert all(said in told for said in ("run of mini", "training seed", "torch", "processor", "control: shuffled"))
         assert scores["diva"].mmvp["weights_sha256"] in told
     assert [line.split(" | ")[0] for line in markdown.splitlines() if line.startswith("| ")][:9] == [
         "| weights", "| ---", "| pretrained", "| diva", "| control: shuffled", "| control: drift", "| gain, diva",
@@ -224,26 +222,32 @@ def by_pattern(changed: dict[str, list[int]]) -> list[int]:
 
 def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gain = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
-    own = ",".join(str(value) for value in gain.values())
+    own, mark = ",".join(str(value) for value in gain.values()), provenance.run(params.load(), "mini")
     write_seeds(
-        f"mini,diva,diva,42,{own},abc", "mini,diva,diva,43,1,2,3,4,5,6,7,def", "mini,other,diva,44,1,2,3,4,5,6,7,def"
-    )
+        f"mini,diva,diva,42,{own},{mark}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{mark}",
+        f"mini,diva,diva,43,2,2,3,4,5,6,7,{mark}", "mini,diva,diva,44,1,2,3,4,5,6,7,abc",
+        f"mini,other,diva,45,1,2,3,4,5,6,7,{mark}",
+    )  # fmt: skip
     run(report)
-    html = (METRICS / "report.html").read_text()
+    html, markdown = ((METRICS / f"report.{suffix}").read_text() for suffix in ("html", "md"))
     assert "<b>mini</b>, recipe <b>diva</b>. Figures" in html
     assert "Training seeds 42, 43<" in html
-    assert "made by other code" not in html
+    assert "on another machine" not in html
     interval = statistics.over_seeds([gain["pairs_plain"], 1])
     assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in html
-    interval = statistics.over_seeds([gain["probe"], 7])
-    assert interval.text() in (METRICS / "report.md").read_text()
-    write_seeds("mini,diva,diva,42,9,9,9,9,9,9,9,abc", "mini,diva,diva,43,1,2,3,4,5,6,7,def")
+    assert statistics.over_seeds([gain["probe"], 7]).text() in markdown
+    for page_ in (html, markdown):
+        assert "metrics/seeds/mini.csv has seeds 44 of other code or parameters" in page_
+    write_seeds(f"mini,diva,diva,42,9,9,9,9,9,9,9,{mark}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{mark}")
     run(report)
-    assert "made by other code" in (METRICS / "report.html").read_text()
-    assert "made by other code" in (METRICS / "report.md").read_text()
-    write_seeds("mini,other,diva,43,9,9,9,9,9,9,9,abc", "mini,other,diva,44,1,2,3,4,5,6,7,def")
+    for suffix in ("html", "md"):
+        assert "on another machine" in (METRICS / f"report.{suffix}").read_text()
+        assert "other code" not in (METRICS / f"report.{suffix}").read_text()
+    write_seeds("mini,diva,diva,43,9,9,9,9,9,9,9,abc", "mini,diva,diva,44,1,2,3,4,5,6,7,abc")
     run(report)
-    assert "Training seeds" not in (METRICS / "report.html").read_text()  # the table is another recipe's
+    html = (METRICS / "report.html").read_text()
+    assert "Training seeds" not in html
+    assert "has seeds 43, 44 of other code" in html
 
 
 def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

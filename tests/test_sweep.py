@@ -1,105 +1,108 @@
-"""Which results count as the same run with another seed, and the loop over `dvc exp run` in a pipeline of seconds."""
+"""What the table of seeds keeps, takes up and leaves out, and the loop over `dvc exp run` in a pipeline of seconds."""
 
-import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from shrunk import write_params
 
-from pipeline.evidence.results import COLUMNS
+from pipeline import params
+from pipeline.evidence.provenance import run
+from pipeline.evidence.results import COLUMNS, seeds_table
+from pipeline.runtime import write_json
 from pipeline.tools import sweep
-from pipeline.tools.sweep import Result
+
+TABLE = Path("metrics/seeds/mini.csv")
 
 
-def data(seed: int, gain: float, **changes: dict) -> dict:
-    """What `dvc exp show --json` says of one revision, as far as it is read."""
-    report = {"mini": {name: dict.fromkeys(COLUMNS, gain) for name in ("gain", "gain_shuffled", "gain_drift")}}
-    found = {
-        "params": {
-            "params.yaml": {
-                "data": {
-                    "seed": 0,
-                    "profiles": {"mini": {"lr": 1, "train": {"recipe": "diva"}}},
-                    "backbones": {"mini": {"a": 1}},
-                }
-            }
-        },
-        "deps": {"pipeline/train.py": {"hash": "t"}, "pipeline/report.py": {"hash": "r"}, "data/x": {"hash": "d"}},
-        "metrics": {
-            "metrics/mini/report.json": {"data": report},
-            "metrics/mini/train/mini-diva/metrics.json": {"data": {"seed": seed}},
-        },
-    }
-    for section, change in changes.items():
-        found[section] = found[section] | change
-    return found
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def results(*states: tuple[str, dict]) -> list[Result]:
-    return [Result.of(name, state) for name, state in states]
+def add(
+    seed: int, gain: float, names: tuple[str, ...] = ("gain", "gain_shuffled", "gain_drift"), **changes: Any
+) -> None:
+    """Let a run end that found this gain everywhere, and add it to the table."""
+    write_params(seed=seed, **changes)
+    Path("metrics/mini").mkdir(parents=True, exist_ok=True)
+    write_json(Path("metrics/mini/report.json"), {"mini": {name: dict.fromkeys(COLUMNS, gain) for name in names}})
+    sweep.add(params.load())
 
 
-WORKSPACE = ("workspace", data(42, 1.0))
+def found(weights: str = "diva") -> list[tuple[str, int, float]]:
+    table = seeds_table("mini")
+    rows = table[table.weights == weights]
+    return list(zip(rows.recipe, rows.seed, rows.pairs_plain, strict=True))
 
 
-def rows(*others: tuple[str, dict]) -> list[tuple[int, float, str]]:
-    """(seed, gain, revision) of diva."""
-    table = sweep.table(results(WORKSPACE, *others), "mini", ["mini"])
-    found = table[table.weights == "diva"]
-    return list(zip(found.seed, found.pairs_plain, found.revision, strict=True))
+@pytest.mark.usefixtures("folder")
+def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]) -> None:
+    add(42, 1.0)
+    add(3, 2.0)
+    written = TABLE.read_text()
+    add(3, 2.5)  # another machine rounds differently: what stands there stays
+    assert TABLE.read_text() == written
+    assert found() == [("diva", 3, 2.0), ("diva", 42, 1.0)]
+    table = pd.read_csv(TABLE, dtype={"run": str})
+    assert list(table.columns) == ["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]
+    assert set(table.run) == {run(params.load(), "mini")}
+    assert [*table.weights] == ["diva", "diva", "shuffled", "shuffled", "drift", "drift"]
+    merged = written + "".join(line.replace("2.0", "2.5") for line in written.splitlines(True)[1:])  # by git, say
+    TABLE.write_text(merged)
+    assert found() == [("diva", 3, 2.0), ("diva", 42, 1.0)]
+    assert capsys.readouterr().out == ""
 
 
-def test_results_of_the_same_run_count_by_the_seed_that_training_noted() -> None:
-    found = rows(("c1", data(42, 1.0)), ("c2", data(3, 2.0)), ("exp", data(1, 3.0)))
-    assert found == [(1, 3.0, "exp"), (3, 2.0, "c2"), (42, 1.0, "c1")]
-    assert rows() == [(42, 1.0, "workspace")]
-    assert rows(("c1", data(5, 9.0)), ("c2", data(5, 9.0)), ("c3", data(5, 8.0))) == [
-        (5, 9.0, "c1"),
-        (5, 8.0, "c3"),
-        (42, 1.0, "workspace"),
-    ]  # fmt: skip  (another processor rounds differently)
-
-
-def recipe(profile: dict, backbone: dict, **others: dict) -> dict:
-    profiles = {"mini": {"train": {"recipe": "diva"}} | profile}
-    return {"params": {"params.yaml": {"data": {"profiles": profiles, "backbones": {"mini": backbone} | others}}}}
-
-
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
-    ("changes", "counts"),
+    ("key", "value", "same"),
     [
-        ({"deps": {"pipeline/train.py": {"hash": "other"}}}, False),
-        ({"deps": {"pipeline/diva/pixels.py": {"hash": "more"}}}, False),
-        (recipe({"lr": 2}, {"a": 1}), False),
-        (recipe({"lr": 1}, {"a": 2}), False),
-        (recipe({"lr": 1, "train": {"recipe": "other"}}, {"a": 1}), False),
-        (recipe({"lr": 1}, {"a": 1}, other={}), True),
-        ({"deps": {"pipeline/report.py": {"hash": "other"}, "data/x": {"hash": "other"}}}, True),
-        ({"deps": {"pipeline/evidence/figures.py": {"hash": "other"}}}, True),
-        ({"metrics": {"metrics/mini/train/mini-diva/metrics.json": {}}}, False),
-        ({"metrics": {"metrics/mini/report.json": {"error": {}}}}, False),
+        ("profiles.mini.train.checkpoint_minutes", 7, True),
+        ("profiles.mini.recipes.two_stage.steps", 7, True),
+        ("profiles.paper.mmvp.draws", 7, True),
+        ("run.weights", ["pretrained", "diva"], True),
+        ("profiles.mini.recipes.diva.steps", 7, False),
+        ("profiles.mini.mmvp.draws", 7, False),
+        ("profiles.mini.images.count", 7, False),
+        ("backbones.mini.source.text_tower.steps", 7, False),
     ],
-)  # fmt: skip
-def test_what_makes_it_another_run(changes: dict, counts: bool) -> None:
-    assert ((1, 5.0, "other") in rows(("other", data(1, 5.0, **changes)))) == counts
+)
+def test_rows_of_other_parameters_make_room_and_it_is_said(
+    key: str, value: Any, same: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(1, 1.0)
+    add(2, 2.0, **{key: value})
+    assert found() == ([("diva", 1, 1.0)] if same else []) + [("diva", 2, 2.0)]
+    said = "3 rows of mini, diva, of other code or parameters, leave the table"
+    assert (said in capsys.readouterr().out) == (not same)
 
 
-def test_the_table_is_sorted_and_names_what_is_missing() -> None:
-    without_drift = copy.deepcopy(data(2, 4.0))
-    del without_drift["metrics"]["metrics/mini/report.json"]["data"]["mini"]["gain_drift"]
-    table = sweep.table(results(WORKSPACE, ("c", without_drift), ("d", data(7, 3.0))), "mini", ["mini"])
-    assert list(table.columns) == ["backbone", "recipe", "weights", "seed", *COLUMNS, "revision"]
-    assert set(table.recipe) == {"diva"}
-    assert list(zip(table.weights, table.seed, strict=True)) == [
-        ("diva", 2), ("diva", 7), ("diva", 42), ("shuffled", 2), ("shuffled", 7), ("shuffled", 42),
-        ("drift", 7), ("drift", 42),
-    ]  # fmt: skip
-    assert sweep.missing(table, ["mini"], [1, 2, 42]) == [1]
-    assert sweep.missing(table, ["mini", "other"], [2]) == [2]
+@pytest.mark.usefixtures("folder")
+def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    add(1, 1.0)
+    other = TABLE.read_text() + TABLE.read_text().splitlines()[1].replace("mini,", "openai_224,") + "\n"
+    TABLE.write_text(other)
+    add(1, 2.0, **{"profiles.mini.train.recipe": "two_stage"})
+    assert found() == [("diva", 1, 1.0), ("two_stage", 1, 2.0), ("diva", 1, 1.0)]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_missing_is_what_no_row_of_this_run_has() -> None:
+    add(1, 1.0)
+    add(2, 1.0, names=("gain", "gain_shuffled"))
+    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 2]
+    write_params(**{"run.weights": ["pretrained", "diva", "shuffled"]})
+    assert sweep.missing(params.load(), [3, 1, 2]) == [3]
+    write_params(**{"profiles.mini.recipes.diva.steps": 7})
+    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
 
 
 def test_seeds_are_ranges_and_lists() -> None:
@@ -162,11 +165,10 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     Path("pipeline/train.py").write_text(TRAIN)
     Path("pipeline/report.py").write_text(REPORT)
     Path("dvc.yaml").write_text(PIPELINE)
-    parameters = b"seed: 42   # kept as it is\nprofiles: {mini: {train: {recipe: diva}}}\nbackbones: {mini: {}}\n"
+    write_params(**{"run.weights": ["pretrained", "diva"]})
+    parameters = Path("params.yaml").read_bytes() + b"# kept as it is\n"
     Path("params.yaml").write_bytes(parameters)
-    Path("metrics/seeds/mini.csv").write_text(
-        ",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "revision"]) + "\n"
-    )
+    TABLE.write_text(",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]) + "\n")
     Path(".gitignore").write_text("runs\ntrap\n")
     do("git", "init", "--quiet")
     do(*sweep.DVC, "init", "--quiet")
@@ -176,10 +178,10 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
 
     Path("trap").touch()
     with pytest.raises(sweep.UserError, match="seed 2: `dvc exp run` ended with status"):
-        sweep.sweep("mini", ["mini"], [1, 2, 3])
+        sweep.sweep(params.load(), [1, 2, 3])
     assert Path("params.yaml").read_bytes() == parameters
     Path("trap").unlink()
-    result = sweep.sweep("mini", ["mini"], [1, 2, 3])
+    result = sweep.sweep(params.load(), [1, 2, 3])
     assert "1 are there, 2 to run" in capsys.readouterr().out
     assert result.seed.tolist() == [1, 2, 3, 42]
     assert result.pairs_plain.tolist() == [0.1, 0.2, 0.3, 4.2]
@@ -187,10 +189,10 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     assert Path("params.yaml").read_bytes() == parameters
     assert json.loads(Path("metrics/mini/report.json").read_text())["mini"]["gain"]["probe"] == 4.2
     assert Path("metrics/mini/seen").read_text() == "5"  # the report saw the new table
-    written = Path("metrics/seeds/mini.csv").read_bytes()
-    assert pd.read_csv("metrics/seeds/mini.csv").seed.tolist() == [1, 2, 3, 42]
+    written = TABLE.read_bytes()
+    assert pd.read_csv(TABLE).seed.tolist() == [1, 2, 3, 42]
     sweep.show(result)
     assert "1,2,3,42" in capsys.readouterr().out
-    assert sweep.sweep("mini", ["mini"], [2, 3]).seed.tolist() == [1, 2, 3, 42]
+    assert sweep.sweep(params.load(), [2, 3]).seed.tolist() == [1, 2, 3, 42]
     assert Path("runs").read_text().split() == ["42", "1", "2", "3"]
-    assert Path("metrics/seeds/mini.csv").read_bytes() == written
+    assert TABLE.read_bytes() == written

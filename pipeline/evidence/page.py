@@ -14,10 +14,14 @@ LABELS = {"shuffled": "control: shuffled", "drift": "control: drift", "published
 
 def section(
     profile: str, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, float], recipe: str,
-    seed: int, entry: Published | None,
+    seed: int, run: str, entry: Published | None,
 ) -> dict:  # fmt: skip
-    """All that is shown of one backbone; found: its part of evidence.json; gain: diva's, as report.json has it."""
+    """All that is shown of one backbone.
+
+    found: its part of evidence.json; gain: diva's, as report.json has it; run: what the seeds that count are of.
+    """
     over_seeds = results.seeds_table(profile).query("backbone == @backbone and recipe == @recipe")
+    others = over_seeds.query("run != @run")
     published = (entry.before, entry.after) if entry else None
     curves: dict[str, Path] = {
         weights: Path("metrics", profile, "train", f"{backbone}-{weights}", "plots", "metrics")
@@ -35,7 +39,8 @@ def section(
         "figures": [figures.url(figure) for figure in drawn if figure],
         "cosine": {weights: Interval(*result["cosine"]) for weights, result in found["weights"].items()},
         "tests": {weights: result["pairs"] for weights, result in found["weights"].items()},
-        "seeds": seeds(over_seeds, gain, seed, found["read_out"][0], published),
+        "seeds": seeds(over_seeds.query("run == @run"), gain, seed, found["read_out"][0], published),
+        "other_seeds": ", ".join(map(str, sorted(set(others.seed)))),
         "changed": pairs_changed(scores, Path("data", profile, "mmvp_vlm")),
         "weights": {weights: of_weights.mmvp["weights_sha256"] for weights, of_weights in scores.items()},
     }
@@ -136,7 +141,7 @@ def seeds(
 ) -> dict | None:
     """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two.
 
-    table: of one backbone and recipe.
+    table: of one backbone, recipe and run.
     """
     groups = {str(weights): group for weights, group in table.groupby("weights", sort=False) if len(group) > 1}
     if not groups:

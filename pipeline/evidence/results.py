@@ -185,6 +185,15 @@ def _rounded(interval: Interval, digits: int = 2) -> list[float]:
     return [round(float(value), digits) + 0.0 for value in interval]  # + 0.0: no minus zero
 
 
+SEEDS = ["backbone", "recipe", "weights", "seed"]
+
+
 def seeds_table(profile: str) -> pd.DataFrame:
-    """What tools/sweep.py found for several training seeds: gains in points, one row a backbone, weights and seed."""
-    return pd.read_csv(Path("metrics", "seeds", f"{profile}.csv"))
+    """What tools/sweep.py found for several training seeds: gains in points, one row a backbone, weights and seed.
+
+    run: the hash that evidence/provenance.py gives to all that they depend on, but for the seed. Of a seed that two
+    machines ran, and git merged, the row that stands first counts.
+    """
+    file = Path("metrics", "seeds", f"{profile}.csv")
+    table = pd.read_csv(file, dtype={"run": str}) if file.exists() else pd.DataFrame()
+    return table.reindex(columns=[*SEEDS, *COLUMNS, "run"]).drop_duplicates([*SEEDS, "run"])

@@ -2,12 +2,13 @@
 
     python -m pipeline.tools.sweep --seeds 1..5         also 1,2,7 or 42,1..4
 
-A plain loop over `dvc exp run -S seed=N`. A seed that an experiment or a commit holds already is not run again, so the
-same command goes on after an interruption, and results of other machines count once their experiments or commits were
-fetched. It writes metrics/seeds/<profile>.csv, gains in points, and makes the report anew.
+A plain loop over `dvc exp run -S seed=N`. Each seed that ends is added to metrics/seeds/<profile>.csv, gains in points,
+and is not run again: the same command goes on after an interruption, and seeds of another machine count once git has
+merged its table. At the end the report is made anew.
 
-A result is of the run at hand if all parameters of profile and backbone and all code but the report's are the
-workspace's; its seed is the one that training noted, since a commit's params.yaml may be newer than its results.
+A row names its run: the hash of all parameters and code that decide its figures, but for the seed (`run` of
+evidence/provenance.py). Rows of the run at hand are never taken away. Rows of the same backbone and recipe, but of
+another run, make room for the first new row, and the command says so.
 """
 
 import argparse
@@ -16,8 +17,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -25,94 +24,52 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import params
-from pipeline.evidence.results import COLUMNS, GAINS
+from pipeline.evidence.provenance import run
+from pipeline.evidence.results import COLUMNS, GAINS, SEEDS, seeds_table
 from pipeline.evidence.statistics import over_seeds
 from pipeline.runtime import UserError, stage, whole
 
 DVC = [sys.executable, "-m", "dvc"]
 WEIGHTS = ("diva", "shuffled", "drift")  # what depends on the training seed
-KEYS = ["backbone", "recipe", "weights", "seed"]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What `dvc exp show` says of a commit, of an experiment, or of the workspace."""
+def missing(p: params.Params, seeds: list[int]) -> list[int]:
+    """The seeds that some backbone and weights have no row of, of the run at hand."""
+    table = seeds_table(p.run.profile)
+    there = set(table[["backbone", "run", "weights", "seed"]].itertuples(index=False, name=None))
+    wanted = [(b, run(p, b), w) for b in p.run.backbones for w in WEIGHTS if w in p.run.weights]
+    return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 
-    name: str
-    params: dict
-    metrics: dict[str, dict]
-    code: dict[str, str]
 
-    @classmethod
-    def of(cls, name: str, data: dict) -> "Result":
-        code = {
-            path: dep["hash"]
-            for path, dep in (data.get("deps") or {}).items()
-            if re.fullmatch(r"pipeline/(?!report\.py|evidence/).*\.py", path)
-        }
-        contents = {path: found.get("data") or {} for path, found in (data.get("metrics") or {}).items()}
-        return cls(name, (data.get("params") or {}).get("params.yaml", {}).get("data") or {}, contents, code)
-
-    def run(self, profile: str, backbone: str) -> tuple:
-        """All that the result of a backbone depends on, but for its seed."""
-        sections = [
-            self.params.get(kind, {}).get(key) for kind, key in (("profiles", profile), ("backbones", backbone))
+def add(p: params.Params) -> None:
+    """Add what the last run here found to the table, unless it has that seed of that run already."""
+    profile, recipe = p.run.profile, p.profile.train.recipe
+    report = json.loads(Path("metrics", profile, "report.json").read_text())
+    table, rows = seeds_table(profile), []
+    for backbone in p.run.backbones:
+        own = run(p, backbone)
+        rows += [
+            dict(zip(SEEDS, (backbone, recipe, weights, p.seed), strict=True))
+            | report[backbone][GAINS[weights]]
+            | {"run": own}
+            for weights in WEIGHTS
+            if GAINS[weights] in report[backbone]
         ]
-        return *sections, self.code
-
-    def rows(self, profile: str, backbone: str) -> Iterator[dict]:
-        trained = self.metrics.get(f"metrics/{profile}/train/{backbone}-diva/metrics.json", {})
-        report = self.metrics.get(f"metrics/{profile}/report.json", {}).get(backbone, {})
-        recipe = self.params.get("profiles", {}).get(profile, {}).get("train", {}).get("recipe")
-        for weights in WEIGHTS:
-            if "seed" in trained and GAINS[weights] in report:
-                gain = report[GAINS[weights]]
-                keys = dict(zip(KEYS, (backbone, recipe, weights, trained["seed"]), strict=True))
-                yield keys | gain | {"revision": self.name}
-
-
-def shown() -> list[Result]:
-    """Everything that `dvc exp show` knows, the workspace first, else the oldest commit first."""
-    done = subprocess.run([*DVC, "exp", "show", "--json", "--all-commits"], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"`dvc exp show` ended with status {done.returncode}: {done.stderr.strip()}")
-    workspace, *commits = json.loads(done.stdout)
-    found = [Result.of("workspace", workspace["data"])]
-    for commit in reversed(commits):
-        found += [Result.of(commit["rev"][:7], commit["data"])] if commit.get("data") else []
-        for experiment in commit.get("experiments") or []:
-            found += [
-                Result.of(experiment.get("name") or state["rev"][:7], state["data"])
-                for state in (experiment.get("revs") or [])[:1]
-                if state.get("data")
-            ]
-    return found
+        stale = (table.backbone == backbone) & (table.recipe == recipe) & (table.run != own)
+        if stale.any():
+            print(f"{stale.sum()} rows of {backbone}, {recipe}, of other code or parameters, leave the table")
+            table = table[~stale]
+    table = pd.DataFrame([*table.to_dict("records"), *rows], columns=table.columns)
+    table = table.drop_duplicates([*SEEDS, "run"]).sort_values(
+        SEEDS, key=lambda column: column.map(WEIGHTS.index) if column.name == "weights" else column
+    )
+    with whole(Path("metrics", "seeds", f"{profile}.csv")) as (file,):
+        table.to_csv(file, index=False)
 
 
-def table(found: list[Result], profile: str, backbones: list[str]) -> pd.DataFrame:
-    """One row a backbone, weights and seed (more, where machines disagree), each from the oldest that shows it."""
-    workspace, *others = found
-    rows = [
-        row
-        for backbone in backbones
-        for result in (*others, workspace)
-        if result.run(profile, backbone) == workspace.run(profile, backbone)
-        for row in result.rows(profile, backbone)
-    ]
-    frame = pd.DataFrame(rows, columns=[*KEYS, *COLUMNS, "revision"]).drop_duplicates([*KEYS, *COLUMNS])
-    order = {name: i for i, name in enumerate((*backbones, *WEIGHTS))}
-    return frame.sort_values(KEYS, key=lambda column: column.map(lambda value: order.get(value, value)), kind="stable")
-
-
-def missing(done: pd.DataFrame, backbones: list[str], seeds: list[int]) -> list[int]:
-    """The seeds that some backbone has no result of."""
-    there = {(row.backbone, row.seed) for row in done[done.weights == "diva"].itertuples()}
-    return [seed for seed in seeds if any((backbone, seed) not in there for backbone in backbones)]
-
-
-def sweep(profile: str, backbones: list[str], seeds: list[int]) -> pd.DataFrame:
-    """Run what is missing, write the table, and leave the workspace with its own seed and a new report."""
-    ahead = missing(table(shown(), profile, backbones), backbones, seeds)
+def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
+    """Run what is missing, and leave the workspace with its own seed and a new report; returns the rows of this run."""
+    ahead, runs = missing(p, seeds), {backbone: run(p, backbone) for backbone in p.run.backbones}
     print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
     own, start = params.PARAMS_FILE.read_bytes(), time.monotonic()
     try:
@@ -124,18 +81,18 @@ def sweep(profile: str, backbones: list[str], seeds: list[int]) -> pd.DataFrame:
                 raise UserError(
                     f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
                 )
+            now = params.load()
+            if {backbone: run(now, backbone) for backbone in now.run.backbones} != runs:
+                raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
+            add(now)
     finally:
         params.PARAMS_FILE.write_bytes(own)
-    result, file = table(shown(), profile, backbones), Path("metrics", "seeds", f"{profile}.csv")
     if ahead:
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the workspace's own seed, from DVC's memory of it
-        result = table(shown(), profile, backbones)
-    text = result.to_csv(index=False)
-    if not file.exists() or file.read_text() != text:
-        with whole(file) as (partial,):
-            partial.write_text(text)
+        add(p)
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the report with the new table
-    return result
+    table = seeds_table(p.run.profile)
+    return table[table.run.isin(runs.values())]
 
 
 def show(result: pd.DataFrame) -> None:
@@ -171,7 +128,7 @@ def main() -> None:
     seeds, p = parser.parse_args().seeds, params.load()
     if not {"pretrained", "diva"} <= set(p.run.weights):
         raise UserError(f"run.weights is {p.run.weights}: a gain over seeds needs 'pretrained' and 'diva'. Add them.")
-    show(sweep(p.run.profile, p.run.backbones, seeds))
+    show(sweep(p, seeds))
 
 
 if __name__ == "__main__":
