@@ -80,9 +80,9 @@ class Chunks(IterableDataset):
             cropped: list[torch.Tensor] = []
             views, captions, undecodable = [], [], []
             while len(cropped) < size:
-                key, image, caption, after = next(stream)
+                key, image, caption, after, tar = next(stream)
                 if image is None:
-                    undecodable.append(key)
+                    undecodable.append(f"{tar}: {key}")
                     continue
                 of_sample = (phase, step, samples[len(cropped)])
                 if self.recipe.contrast and phase == "tower":

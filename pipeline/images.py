@@ -99,7 +99,13 @@ def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
 def mirror(source: params.Download, folder: Path) -> dict[str, Any]:
     """Fill `folder` with shards that somebody else made. Returns their counts, and where they came from."""
     record = downloads.fetch(source, folder)
-    return shards.index(folder, MIRROR_SIZE) | {"source": record}
+    found = shards.index(folder, MIRROR_SIZE)
+    others = ", ".join(f"{count} {ending}" for ending, count in found["other_files"].items()) or "none"
+    print(
+        f"{found['images']} images in {found['shards']} shards, {found['captioned']} of them with a caption (recipes "
+        f"that read captions pass over the rest); other files in the shards, left alone: {others}"
+    )
+    return found | {"source": record}
 
 
 def published(section: params.Links, folder: Path, scratch: Path) -> dict[str, Any]:

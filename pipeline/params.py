@@ -333,6 +333,10 @@ class Recipe(Section):
     warmup_ratio: Share
     clip_norm: PositiveFloat
 
+    @property
+    def reads_captions(self) -> bool:
+        return self.gap is not None or (self.fit is not None and self.fit.told == "captions")
+
     @field_validator("timesteps")
     @classmethod
     def _timesteps(cls, timesteps: list[int]) -> list[int]:
@@ -344,8 +348,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _embedding_alone(self) -> "Recipe":
         """A caption has one embedding and no patches, and the gap is one between embeddings."""
-        captions = self.fit is not None and self.fit.told == "captions"
-        if (self.gap or captions) and (self.condition is None or self.condition.tokens.kind != "none"):
+        if self.reads_captions and (self.condition is None or self.condition.tokens.kind != "none"):
             raise ValueError(
                 "gap, and fit.told captions, need condition.tokens.kind none: they know the embedding alone"
             )

@@ -319,7 +319,7 @@ def main() -> None:
                 f"profiles.{profile}.recipes.{section.recipe}.timesteps ends at {recipe.timesteps[1]}, but the "
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
-        shards = Shards(images, section.max_undecodable, section.held_out.images)
+        shards = Shards(images, section.max_undecodable, section.held_out.images, recipe.reads_captions)
         mark = fingerprint(p, name, weights, backbone, Path("models", profile, "denoiser"), images)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
         own = p.backbones[name].condition

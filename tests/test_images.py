@@ -1,9 +1,12 @@
 """The images stage: lists, img2dataset's runs checked, resumed and repacked, a mirror's shards, the stream."""
 
+import bz2
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -12,7 +15,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,7 +174,9 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(UserError, match=r"00001\.tar holds 8 images where shards\.json says 16.*--force \S+:images"):
+    with pytest.raises(
+        UserError, match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:images"
+    ):
         epoch(Shards(folder), 0)
 
 
@@ -504,12 +509,123 @@ def write_mirror(folder: Path) -> None:
 def test_a_mirrors_shards_are_counted_and_left_as_they_are(tmp_path: Path) -> None:
     write_mirror(tmp_path)
     before = [path.read_bytes() for path in sorted(tmp_path.rglob("*.tar"))]
-    assert shards.index(tmp_path, 512) == {"shards": 2, "images": 7}
+    counts = {"shards": 2, "images": 9, "captioned": 7, "other_files": {".json": 7, ".txt": 2}}
+    assert shards.index(tmp_path, 512) == counts
     assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.tar"))] == before
-    reader = Shards(tmp_path)
-    assert (reader.size, reader.counts) == (512, {"more/train-0001.tar": 4, "train-0000.tar": 3})
-    found = sorted(sample.image.tobytes() for sample in epoch(reader, 0))
-    assert found == sorted(Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (0, 1, 2, 10, 11, 12, 13))
+    for captioned, (first, second), own in ((False, (5, 4), [0, 0]), (True, (4, 3), [])):
+        reader = Shards(tmp_path, captioned=captioned)
+        assert (reader.size, reader.counts) == (512, {"more/train-0001.tar": first, "train-0000.tar": second})
+        found = sorted(sample.image.tobytes() for sample in epoch(reader, 0))
+        wanted = [jpeg(i) for i in (0, 1, 2, 10, 11, 12, 13, *own)]
+        assert found == sorted(Image.open(io.BytesIO(data)).convert("RGB").tobytes() for data in wanted)
+
+
+def index_of(folder: Path, members: list[tuple[str, bytes]]) -> tuple[dict, list[Sample]]:
+    """What the index counts of a tar, and its samples in the order of their keys."""
+    folder.mkdir()
+    write_tar(folder / "0.tar", members)
+    counts = shards.index(folder, 512)
+    assert counts.pop("shards") == 1
+    return counts, sorted(epoch(Shards(folder), 0))
+
+
+@pytest.mark.parametrize(
+    "endings", [["jpg", "JPG", "JPG"], ["jpg", "jpeg", "png"], ["JPG"] * 3, ["webp", "PNG", "Jpeg"]]
+)
+def test_images_are_images_however_their_tools_name_them(tmp_path: Path, endings: list[str]) -> None:
+    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    pictures = [encode("RGB", (64, 64), (80 * i, 0, 0), kinds[ending.lower()]) for i, ending in enumerate(endings)]
+    members = [
+        member for i, ending in enumerate(endings)
+        for member in ((f"a.b/{i}.{ending}", pictures[i]), (f"a.b/{i}.TXT", b"%d" % i), (f"a.b/._{i}.{ending}", b"Mac"))
+    ]  # fmt: skip
+    counts, samples = index_of(tmp_path / "shards", members)
+    assert (counts["images"], counts["captioned"]) == (3, 3)
+    assert sum(counts["other_files"].values()) == 3
+    assert [(sample.key, sample.caption) for sample in samples] == [(f"a.b/{i}", str(i)) for i in range(3)]
+    assert [abs(sample.image.getpixel((5, 5))[0] - 80 * i) < 8 for i, sample in enumerate(samples)] == [True] * 3
+
+
+def test_what_is_no_image_that_is_known_is_counted_by_its_ending(tmp_path: Path) -> None:
+    files = ("1.jpg", "1.seg.png", "1.png", "1.txt", "2.heic", "2.txt", "3.jpg", "3.json", "README")
+    counts, samples = index_of(tmp_path / "shards", [(name, jpeg(0)) for name in files])
+    others = {".seg.png": 1, ".png": 1, ".heic": 1, ".txt": 1, ".json": 1, "without an ending, or no files": 1}
+    assert counts == {"images": 2, "captioned": 1, "other_files": dict(sorted(others.items()))}
+    assert [(sample.key, bool(sample.caption)) for sample in samples] == [("1", True), ("3", False)]
+
+
+def test_a_key_that_occurs_twice_has_two_images(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", jpeg(0)),
+        ("a.txt", b"0"),
+        ("b.jpg", jpeg(1)),
+        ("b.txt", b"1"),
+        ("a.jpg", jpeg(2)),
+        ("a.txt", b"2"),
+    ]
+    counts, samples = index_of(tmp_path / "shards", members)
+    assert counts == {"images": 3, "captioned": 3, "other_files": {}}
+    assert [(sample.key, sample.caption) for sample in samples] == [("a", "0"), ("a#1", "2"), ("b", "1")]
+    for sample in samples:
+        assert sample.image.tobytes() == Image.open(io.BytesIO(jpeg(int(sample.caption)))).tobytes()
+    counts, samples = index_of(tmp_path / "one caption", [*members[:5]])
+    assert counts == {"images": 3, "captioned": 1, "other_files": {".txt": 1}}  # whose is it?
+    assert [(sample.key, sample.caption) for sample in samples] == [("a", ""), ("a#1", ""), ("b", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("0.tar.gz", gzip.compress), ("0.tgz", gzip.compress), ("0.tar", gzip.compress), ("0.tar.bz2", bz2.compress),
+     ("0.tar.xz", lzma.compress), ("0.tar.gz", bytes), ("0.TAR", bytes)],
+)  # fmt: skip
+def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    write_mirror(tmp_path)
+    counts, tar = shards.index(tmp_path, 512), tmp_path / "train-0000.tar"
+    plain = tar.read_bytes()
+    tar.unlink()
+    (tmp_path / name).write_bytes(pack(plain))
+    assert shards.index(tmp_path, 512) == counts
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "more", "shards.json"]
+    assert (tmp_path / "0.tar").read_bytes() == plain
+    assert sum(sample.image is not None for sample in epoch(Shards(tmp_path), 0)) == 9
+
+
+def test_compressed_tars_that_cannot_be_unpacked_are_told(tmp_path: Path) -> None:
+    write_mirror(tmp_path)
+    packed = gzip.compress((tmp_path / "train-0000.tar").read_bytes())
+    for name, content, message in (
+        ("0.tar.gz", packed[:2000], r"0\.tar\.gz cannot be unpacked \(EOFError.*--force"),
+        ("0.tar.gz", b"\x1f\x8b" + bytes(50), r"0\.tar\.gz cannot be unpacked \(BadGzipFile.*--force"),
+        ("0.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(50), r"0\.tar\.zst is packed by zstd.*plain tars"),
+        ("train-0000.tar.gz", packed, r"train-0000\.tar and .*gz are one shard twice\. Leave one out"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            shards.index(tmp_path, 512)
+        (tmp_path / name).unlink()
+
+
+def test_a_recipe_that_reads_captions_needs_some(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.jpg", jpeg(0)), ("1.jpg", jpeg(1))])
+    assert shards.index(tmp_path, 512)["captioned"] == 0
+    assert [sample.caption for sample in epoch(Shards(tmp_path), 0)] == ["", ""]
+    with pytest.raises(UserError, match=r"none of its 1 shards has an image with a caption.*train\.recipe"):
+        Shards(tmp_path, captioned=True)
+
+
+def test_a_picture_that_claims_ten_thousand_million_pixels_is_passed_over(tmp_path: Path) -> None:
+    members = [(f"{i}.jpg", b"P6 100000 100000 255\n" if i == 5 else jpeg(i)) for i in range(100)]
+    _, samples = index_of(tmp_path / "shards", members)
+    assert [sample.key for sample in samples if sample.image is None] == ["5"]
+
+
+def test_pictures_on_their_side_are_put_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(lying, "JPEG", exif=exif)
+    _, (sample,) = index_of(tmp_path / "shards", [("0.jpg", lying.getvalue())])
+    assert sample.image.size == (48, 64)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +634,7 @@ def test_a_mirrors_shards_are_counted_and_left_as_they_are(tmp_path: Path) -> No
         (None, "has no file"),
         (b"<html>Sign in</html>", r"b\.tar cannot be read"),
         (b"", r"b\.tar cannot be read"),
-        ([("1.jpg", b""), ("2.txt", b"")], r"b\.tar has no image with a caption"),
+        ([("1.heic", b""), ("1.txt", b"")], r"b\.tar has no image .*, but 1 \.heic, 1 \.txt\. Choose another mirror"),
     ],
 )
 def test_what_is_no_folder_of_shards(tmp_path: Path, content, message: str) -> None:
@@ -601,9 +717,9 @@ def test_the_stage_takes_a_mirrors_shards(server: Server, tmp_path: Path, monkey
     output = Path("data/paper/images")
     assert {name: (output / name).read_bytes() for name in names} == server.answers
     assert json.loads((output / "shards.json").read_text())["size"] == 512
-    assert len(epoch(Shards(output), 0)) == 7
+    assert len(epoch(Shards(output), 0)) == 9
     report = json.loads(Path("metrics/paper/images.json").read_text())
-    assert (report["shards"], report["images"]) == (2, 7)
+    assert (report["shards"], report["images"], report["captioned"]) == (2, 9, 7)
     assert (report["source"]["address"], report["source"]["licence"]) == (server.address, "none")
     assert sorted(path.name for path in output.iterdir()) == ["more", "shards.json", "train-0000.tar"]
 

@@ -1,21 +1,26 @@
 """Images as WebDataset tars: fetched by img2dataset, repacked so that their bytes never change, read back in any order.
 
-A folder of shards holds tars (members KEY.jpg and KEY.txt; a mirror's have KEY.json, too) and `shards.json`:
+A folder of shards holds tars (members KEY.jpg and KEY.txt) and `shards.json`:
 `{"size": 64, "samples": 12000, "shards": {"00000.tar": 1000, ...}}`, size in pixels of the shorter edge at most, the
-rest counts. Tars made here are called NNNNN.tar; their keys ascend, and no two of them share one.
+rest counts. Tars made here are called NNNNN.tar; their keys ascend, and no two of them share one. Other people's hold
+images of other kinds, too, and files of other kinds; `captioned` says how many of their images have a caption.
 """
 
+import bz2
+import gzip
 import hashlib
-import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tarfile
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,9 +32,16 @@ import pyarrow.compute
 import pyarrow.parquet
 from PIL import Image
 
+from pipeline.adapters.pictures import UndecodableError, decode
 from pipeline.runtime import UserError, generator, progress, remove, write_json
 
 INDEX = "shards.json"
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # of several with one key, the first
+COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
 MEND = "Run `dvc repro --force pipeline/dvc.yaml:images`."
 OPTIONS = {
@@ -286,60 +298,137 @@ def _repack(source: Path, target: Path) -> int:
     return sum(member.name.endswith(".jpg") for member in members)
 
 
-def index(folder: Path, size: int) -> dict[str, int]:
-    """Make a folder of shards out of a folder of tars, by writing its index; the tars stay as they are.
+def index(folder: Path, size: int) -> dict[str, Any]:
+    """Make a folder of shards out of a folder of tars, by writing its index; of the tars only compressed ones change.
 
-    `size` is what their maker promises. Returns the number of `shards` and of `images`. Raises UserError where there is
-    no tar, and for one that cannot be read or has no image with a caption.
+    `size` is what their maker promises. Returns the number of `shards`, of `images` and of those `captioned`, and of
+    the `other_files` in the tars by their endings. Raises UserError where there is no tar, and for one that cannot be
+    read or has no image.
     """
-    tars = sorted(folder.rglob("*.tar"))
+    tars = _unpacked(folder)
     if not tars:
-        raise UserError(f"{folder} has no file *.tar: the download that params.yaml describes is no folder of shards.")
-    counts = {}
+        found = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
+        raise UserError(
+            f"{folder} has no file *.tar (but {_listed(found)}): the download that params.yaml describes is no folder "
+            "of shards. Choose another mirror."
+        )
+    counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):
-        counts[tar.relative_to(folder).as_posix()] = count = len(_members(tar))
-        if not count:
-            raise UserError(f"{tar} has no image with a caption (members KEY.jpg, KEY.txt). Choose another mirror.")
-    _write_index(folder, size, counts)
-    return {"shards": len(counts), "images": sum(counts.values())}
+        name = tar.relative_to(folder).as_posix()
+        members, other = _members(tar)
+        if not members:
+            raise UserError(
+                f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. Choose "
+                "another mirror, or leave this file out of images.shards in params.yaml."
+            )
+        counts[name], captioned[name] = len(members), sum(member.caption is not None for member in members)
+        others += other
+    _write_index(folder, size, counts, captioned)
+    return {
+        "shards": len(counts),
+        "images": sum(counts.values()),
+        "captioned": sum(captioned.values()),
+        "other_files": dict(sorted(others.items())),
+    }
 
 
-def _write_index(folder: Path, size: int, counts: dict[str, int]) -> None:
-    write_json(folder / INDEX, {"size": size, "samples": sum(counts.values()), "shards": counts})
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8)) or "nothing else"
+
+
+def _unpacked(folder: Path) -> list[Path]:
+    """The tars in a folder. Those that are compressed are unpacked first, since images are read where they lie."""
+    tars = []
+    for path in sorted(folder.rglob("*")):
+        stem = re.fullmatch(r"(?i)(.+)\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)", path.name)
+        if not stem or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            start = file.read(6)
+        unpack = next((unpack for magic, unpack in COMPRESSED.items() if start.startswith(magic)), None)
+        tar = path.with_name(f"{stem[1]}.tar")
+        if tar != path and tar.exists():
+            raise UserError(f"{tar} and {path} are one shard twice. Leave one out of images.shards in params.yaml.")
+        if unpack:
+            try:
+                unpacked = path.with_name(f".{path.name}.partial")
+                with unpack(path) as source, unpacked.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise UserError(f"{path} cannot be unpacked ({type(error).__name__}: {error}). {MEND}") from error
+            path.unlink()
+            unpacked.rename(tar)
+        elif start.startswith(b"\x28\xb5\x2f\xfd"):
+            raise UserError(
+                f"{path} is packed by zstd, which Python cannot unpack. Choose a mirror of plain tars, or packed by "
+                "gzip, bzip2 or xz."
+            )
+        elif tar != path:
+            path.rename(tar)
+        tars.append(tar)
+    return sorted(tars)
+
+
+def _write_index(folder: Path, size: int, counts: dict[str, int], captioned: dict[str, int] | None = None) -> None:
+    index: dict[str, Any] = {"size": size, "samples": sum(counts.values()), "shards": counts}
+    write_json(folder / INDEX, index | ({"captioned": captioned} if captioned else {}))
 
 
 class _Member(NamedTuple):
-    """An image and its caption in a tar, each where it starts and how many bytes it has."""
+    """An image and its caption, if it has one, in a tar: each where it starts and how many bytes it has."""
 
     key: str
     image: tuple[int, int]
-    caption: tuple[int, int]
+    caption: tuple[int, int] | None
 
 
-def _members(tar: Path) -> list[_Member]:
-    """A tar's images that have a caption, in the order of the tar. Raises UserError for one that cannot be read."""
+def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
+    """A tar's images in its order, and how many of its files are neither these nor their captions, by their endings.
+
+    A key that occurs several times has as many images, each with the caption in the same place among the key's
+    captions; where there are not as many captions, nobody knows whose they are. Raises UserError for a tar that cannot
+    be read.
+    """
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
-        with tarfile.open(tar) as file:
-            members = [(*base_plus_ext(member.name), member) for member in file if member.isfile()]
+        with tarfile.open(tar, "r:") as file:
+            members = [member for member in file if not member.isdir()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
-    captions = {key: (m.offset_data, m.size) for key, extension, m in members if extension == "txt"}
-    return [
-        _Member(key, (m.offset_data, m.size), captions[key])
-        for key, extension, m in members
-        if extension == "jpg" and key in captions
-    ]
+    found: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    others: Counter[str] = Counter()
+    for member in members:
+        key, ending = base_plus_ext(member.name)
+        ending = (ending or Path(member.name).suffix.removeprefix(".")).lower()
+        if key and member.isfile() and ending in (*IMAGES, "txt"):
+            found.setdefault(key, {}).setdefault(ending, []).append((member.offset_data, member.size))
+        else:
+            others[f".{ending}" if member.isfile() and ending else "without an ending, or no files"] += 1
+    samples = []
+    for key, files in found.items():
+        captions = files.pop("txt", [])
+        kind = next((kind for kind in IMAGES if kind in files), None)
+        images = files.pop(kind) if kind else []
+        paired = len(images) == len(captions)
+        for i, image in enumerate(images):
+            samples.append(_Member(f"{key}#{i}" if i else key, image, captions[i] if paired else None))
+        others.update({f".{ending}": len(left) for ending, left in files.items()})
+        others[".txt"] += 0 if paired else len(captions)
+    return sorted(samples, key=lambda member: member.image), +others
 
 
 class Sample(NamedTuple):
-    """image: None where it cannot be decoded; after: where its stream goes on, for `Shards.stream(start=...)`."""
+    """image: None where it cannot be decoded; after: where its stream goes on, for `Shards.stream(start=...)`.
+
+    The key is one of its tar's; an image without a caption has an empty one.
+    """
 
     key: str
     image: Image.Image | None
     caption: str
     after: tuple[int, int]
+    tar: str
 
 
 class Shards:
@@ -348,24 +437,34 @@ class Shards:
     Images are read one by one where they lie, so that memory does not grow with the size of a shard.
     """
 
-    def __init__(self, folder: Path, max_undecodable: float = 0.01, held_out: int = 0) -> None:
+    def __init__(self, folder: Path, max_undecodable: float = 0.01, held_out: int = 0, captioned: bool = False) -> None:
         """Bear with a share `max_undecodable` of each shard; keep the last shard's first `held_out` from the streams.
 
-        Raises UserError where the index is missing or wrong, or the last shard has no more than `held_out`.
+        captioned: pass over the images without a caption. Raises UserError where the index is missing or wrong, no
+        image is left, or the last shard has no more than `held_out`.
         """
-        self.folder, self.max_undecodable = folder, max_undecodable
+        self.folder, self.max_undecodable, self.captioned = folder, max_undecodable, captioned
         path = folder / INDEX
         if not path.is_file():
             raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro`.")
         try:
             index = json.loads(path.read_text())
             self.size: int = index["size"]
-            self.counts: dict[str, int] = dict(sorted(index["shards"].items()))
-            whole = sum(self.counts.values()) == index["samples"] > 0
+            self.found: dict[str, tuple[int, int]] = {  # images, and how many of them have a caption
+                name: (count, index.get("captioned", index["shards"])[name])
+                for name, count in sorted(index["shards"].items())
+            }
+            self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
+            whole = sum(count for count, _ in self.found.values()) == index["samples"] > 0
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}). {MEND}") from error
         if not whole:
             raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {MEND}")
+        if not self.counts:
+            raise UserError(
+                f"{folder}: none of its {len(self.found)} shards has an image with a caption (KEY.jpg, KEY.txt), but "
+                "this recipe reads captions. Choose another recipe (train.recipe), or images with captions."
+            )
         self.names = list(self.counts)
         last = self.names[-1]
         self.reserved = {last: held_out}
@@ -414,10 +513,12 @@ class Shards:
                     if failed > self.max_undecodable * len(members):
                         raise UserError(
                             f"{self.folder / name}: {failed} of its {len(members)} images cannot be decoded, more than "
-                            f"the share {self.max_undecodable:g} allowed; the last is {key} ({error}). {MEND}"
+                            f"the share {self.max_undecodable:g} allowed; the last is {key} ({error}). If they came "
+                            f"like this, raise train.max_undecodable in params.yaml or choose other images; else {MEND}"
                         )
-                caption = self._read(file, members[j].caption).decode(errors="replace")
-                yield Sample(key, image, caption, (shard, after))
+                where = members[j].caption
+                caption = self._read(file, where).decode(errors="replace") if where else ""
+                yield Sample(key, image, caption, (shard, after), name)
 
     @staticmethod
     def _read(file: BinaryIO, where: tuple[int, int]) -> bytes:
@@ -427,18 +528,21 @@ class Shards:
     @classmethod
     def _decode(cls, file: BinaryIO, where: tuple[int, int]) -> tuple[Image.Image | None, Exception | None]:
         try:
-            return Image.open(io.BytesIO(cls._read(file, where))).convert("RGB"), None  # convert() decodes to the end
-        except (OSError, SyntaxError, ValueError) as error:
+            return decode(cls._read(file, where), upright=True), None
+        except UndecodableError as error:
             return None, error
 
     def _members(self, name: str) -> list[_Member]:
         """One shard's images, in the order of the tar."""
-        members = _members(self.folder / name)
-        # A tar cut between two members, or in a header, reads like a shorter tar: only the count tells.
-        if len(members) != self.counts[name]:
-            path = self.folder / name
-            raise UserError(f"{path} holds {len(members)} images where {INDEX} says {self.counts[name]}. {MEND}")
-        return members
+        members, _ = _members(self.folder / name)
+        captioned = [member for member in members if member.caption]
+        # A tar cut between two members, or in a header, reads like a shorter tar: only the counts tell.
+        if (len(members), len(captioned)) != (wanted := self.found[name]):
+            raise UserError(
+                f"{self.folder / name} holds {len(members)} images, {len(captioned)} of them with a caption, where "
+                f"{INDEX} says {wanted[0]} and {wanted[1]}. {MEND}"
+            )
+        return captioned if self.captioned else members
 
 
 def _permutation(n: int, *purpose: str | int) -> list[int]:

@@ -75,7 +75,7 @@ def wrong_minus_right(
 def fitted(backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, compute: torch.device) -> Feedback:
     """The feedback with its projection fitted, as the first phase of stage train does."""
     section, recipe, folder = p.profile.train, p.profile.recipe, Path("data", p.run.profile, "images")
-    shards = Shards(folder, section.max_undecodable, section.held_out.images)
+    shards = Shards(folder, section.max_undecodable, section.held_out.images, recipe.reads_captions)
     own = p.backbones[name].condition
     feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, compute)
     phase = training.phases(feedback, training_recipe(recipe))[0]

@@ -1,0 +1,46 @@
+"""From a file to a picture: the one decoder, of shards, of the pairs and of people's own photos."""
+
+import io
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class UndecodableError(Exception):
+    """Why something is no picture, for whoever counts it or tells its name."""
+
+
+def decode(source: Path | bytes, upright: bool) -> Image.Image:
+    """The picture in RGB; of an animation the first, 16 bits scaled to 8, on white where it is transparent.
+
+    upright: turned as its orientation tag says, which is how viewers show it. Raises UndecodableError for all that is
+    no picture of at least one pixel and at most as many as Pillow takes for honest.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            if upright:
+                with suppress(Exception):  # a tag that cannot be read says nothing
+                    ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
+    except MemoryError:  # says something of the machine, and nothing of the picture
+        raise
+    except UnidentifiedImageError as error:
+        raise UndecodableError("in no format that Pillow reads") from error
+    except Exception as error:  # Pillow's readers trust a file, and fail in a dozen ways where it lies
+        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers, of which white is unknown")
+    if image.mode.startswith("I"):  # Pillow would cut off whatever is lighter than 255 of 65535
+        image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+        image.info.pop("transparency", None)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
