@@ -13,8 +13,8 @@ import yaml
 from pipeline import params
 from pipeline.adapters import exports
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.adapters.residual_head import HEAD
+from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.evidence import provenance
 from pipeline.evidence.results import COLUMNS, CONTROLS
 from pipeline.evidence.statistics import Interval

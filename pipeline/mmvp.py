@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
+from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, draw_positions, read_out
 from pipeline.diva.pairs import PairScores, score_pairs
 from pipeline.params import Mmvp, ReadOutSection

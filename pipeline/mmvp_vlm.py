@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import params
 from pipeline.adapters import downloads
-from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.mini import world
 from pipeline.params import MiniMmvpVlm
 from pipeline.runtime import progress, stage, whole, write_json

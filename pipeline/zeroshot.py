@@ -11,8 +11,10 @@ import pandas as pd
 import torch
 
 from pipeline import params
-from pipeline.adapters import benchmarks
 from pipeline.adapters.backbones import Backbone
+from pipeline.benchmarks.clip_sets import classification, retrieval
+from pipeline.benchmarks.probe import probe
+from pipeline.benchmarks.sets import kinds
 from pipeline.params import Zeroshot
 from pipeline.runtime import device, stage, whole, write_json
 
@@ -26,13 +28,13 @@ def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) ->
         return torch.nn.functional.normalize(backbone.encode_image(pixels), dim=-1)
 
     summary, tables = {}, []
-    for name, kind in benchmarks.kinds(root).items():
+    for name, kind in kinds(root).items():
         if kind == "classification":
-            answers = benchmarks.classification(backbone, root, name, p.batch, compute)
+            answers = classification(backbone, root, name, p.batch, compute)
         elif kind == "retrieval":
-            answers = benchmarks.retrieval(backbone, root, name, p.batch, p.recall, compute)
+            answers = retrieval(backbone, root, name, p.batch, p.recall, compute)
         else:
-            answers = benchmarks.probe(embed, root, name, p.batch)
+            answers = probe(embed, root, name, p.batch)
         values = 100 * answers.groupby("measure", sort=False).right.mean()
         scores = {"average": values.mean(), **values}
         summary[name] = {"kind": kind, **{key: round(float(value), 3) for key, value in scores.items()}}

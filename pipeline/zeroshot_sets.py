@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import params
 from pipeline.adapters import downloads
-from pipeline.adapters.benchmarks import kinds, write_split
+from pipeline.benchmarks.sets import kinds, write_split
 from pipeline.mini import world
 from pipeline.params import MiniZeroshotSets, PublishedZeroshotSets
 from pipeline.runtime import progress, stage, whole, write_json
@@ -33,23 +33,23 @@ def render(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> N
     write_split(details, "test", "probe", _samples(set_name, 3, sizes.probe_test, _attributes))
 
 
-def _samples(set_name: str, group: int, count: int, target) -> Iterator[dict[str, Any]]:
+def _samples(set_name: str, group: int, count: int, target) -> Iterator[tuple[str, dict[str, bytes]]]:
     for index in progress(range(count), f"{target.__name__.strip('_')} pictures"):
         pixels, scene = world.picture(set_name, group, index)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "png")
-        yield {"__key__": f"{index:06d}", "png": file.getvalue(), **target(scene)}
+        yield f"{index:06d}", {"png": file.getvalue(), **target(scene)}
 
 
-def _label(scene: np.ndarray) -> dict[str, Any]:
-    return {"cls": int(scene[0])}
+def _label(scene: np.ndarray) -> dict[str, bytes]:
+    return {"cls": b"%d" % scene[0]}
 
 
-def _caption(scene: np.ndarray) -> dict[str, Any]:
-    return {"txt": world.caption(scene)}
+def _caption(scene: np.ndarray) -> dict[str, bytes]:
+    return {"txt": world.caption(scene).encode()}
 
 
-def _attributes(scene: np.ndarray) -> dict[str, Any]:
+def _attributes(scene: np.ndarray) -> dict[str, bytes]:
     return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from functools import cache, reduce
@@ -73,7 +74,7 @@ def packages(file: Path) -> set[str]:
 
 
 def may_import(file: Path, name: str) -> bool:
-    """The layering, downwards only: tools, stages, mini, evidence, adapters and diva, params and runtime."""
+    """The layering, downwards only: tools, stages, mini, evidence, adapters and benchmarks, diva, params, runtime."""
     room, target = file.parts[1], name.split(".")[1]
     rooms = {
         "runtime.py": set(),
@@ -81,6 +82,7 @@ def may_import(file: Path, name: str) -> bool:
         "batches.py": {"params", "runtime", "adapters", "diva"},
         "diva": {"diva"},
         "adapters": {"params", "runtime", "adapters"},
+        "benchmarks": {"runtime", "benchmarks"},
         "mini": {"params", "runtime", "adapters", "mini"},
         "evidence": {"params", "runtime", "evidence"},
         "tools": {
@@ -88,13 +90,15 @@ def may_import(file: Path, name: str) -> bool:
             "runtime",
             "batches",
             "adapters",
+            "benchmarks",
             "diva",
             "evidence",
             "mini",
             *(stage.stem for stage in STAGES),
         },
     }
-    return target in rooms.get(room, {"params", "runtime", "batches", "adapters", "diva", "evidence", "mini"})
+    stage = {"params", "runtime", "batches", "adapters", "benchmarks", "diva", "evidence", "mini"}
+    return target in rooms.get(room, stage)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -113,10 +117,16 @@ def test_the_method_needs_torch_alone() -> None:
     assert set().union(*map(packages, diva)) == {"torch"}
 
 
-def test_models_and_tools_enter_through_adapters() -> None:
-    found = {str(file): packages(file) & TOOLS for file in FILES if file.parts[1] != "adapters"}
+def test_models_and_tools_enter_through_adapters_and_benchmarks() -> None:
+    found = {str(file): packages(file) & TOOLS for file in FILES if file.parts[1] not in ("adapters", "benchmarks")}
     assert {file: names for file, names in found.items() if names} == BUILDERS
     assert set().union(*(packages(file) for file in FILES)) >= TOOLS  # each is used: the list is not out of date
+
+
+def test_the_stages_that_fetch_or_draw_pictures_start_without_torch() -> None:
+    """It takes a second, and what is built on it several."""
+    light = "import pipeline.images, pipeline.mmvp_vlm, pipeline.plan, pipeline.zeroshot_sets, sys"
+    subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
 # dvc.yaml

@@ -14,8 +14,8 @@ from test_recipes import SMALL
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
+from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.diva import diffusion
 from pipeline.mini import world
 from pipeline.runtime import generator

@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import open_clip
@@ -29,11 +29,13 @@ from torch.nn import functional as F
 
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
-from pipeline.adapters import benchmarks
 from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
-from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
+from pipeline.benchmarks import clip_sets
+from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
+from pipeline.benchmarks.probe import probe
+from pipeline.benchmarks.sets import kinds, write_split
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.pairs import score_pairs
 from pipeline.diva.training import Record
@@ -677,7 +679,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
     sizes = params.MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
     zeroshot_sets.render(root, sizes)
-    assert benchmarks.kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
+    assert kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
     model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)
 
     def units(tar_file: Path) -> torch.Tensor:
@@ -694,7 +696,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     expected = 100 * (chosen == labels).double().mean().item()
     assert len(set(chosen.tolist())) > 3
     assert 0 < expected < 100
-    answers = benchmarks.classification(model, root, "objects", 16, CPU)
+    answers = clip_sets.classification(model, root, "objects", 16, CPU)
     assert answers.right.tolist() == (chosen == labels).tolist()
 
     captions = [data.decode() for data in members(root / "wds/captions/test/0.tar", ".txt")]
@@ -703,7 +705,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     found = {"image_to_text": similarity, "text_to_image": similarity.T}
     recall = {way: 100 * np.mean([i in row.topk(k).indices for i, row in enumerate(s)]) for way, s in found.items()}
     assert recall["image_to_text"] != recall["text_to_image"]
-    answers = benchmarks.retrieval(model, root, "captions", 7, k, CPU)
+    answers = clip_sets.retrieval(model, root, "captions", 7, k, CPU)
     assert (100 * answers.groupby("measure").right.mean()).to_dict() == pytest.approx(recall)
     for way, table in answers.groupby("measure"):
         assert table.right.tolist() == [i in row.topk(k).indices for i, row in enumerate(found[str(way)])]
@@ -732,17 +734,17 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
         def tokenizer(self, found: list[str]) -> torch.Tensor:
             return torch.tensor([int(text) for text in found])
 
-    def samples() -> Iterator[dict[str, Any]]:
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         first = 0
         for i, n in enumerate(numbers):
             file = io.BytesIO()
             Image.new("RGB", (2, 2), (10 * i,) * 3).save(file, "png")
-            yield {"__key__": f"{i:06d}", "png": file.getvalue(), "txt": "\n".join(map(str, range(first, first + n)))}
+            yield f"{i:06d}", {"png": file.getvalue(), "txt": "\n".join(map(str, range(first, first + n))).encode()}
             first += n
 
-    benchmarks.write_split(tmp_path / "wds/captions", "test", "retrieval", samples())
-    answers = benchmarks.retrieval(Drawn(), tmp_path, "captions", 4, 2, CPU)
-    _, loader = benchmarks._load(Drawn(), tmp_path, "captions", "zeroshot_retrieval", 4)
+    write_split(tmp_path / "wds/captions", "test", "retrieval", samples())
+    answers = clip_sets.retrieval(Drawn(), tmp_path, "captions", 4, 2, CPU)
+    _, loader = clip_sets._load(Drawn(), tmp_path, "captions", "zeroshot_retrieval", 4)
     expected = zeroshot_retrieval.evaluate(Drawn(), loader, Drawn().tokenizer, "cpu", amp=False, recall_k_list=[2])
     found = answers.groupby("measure").right.mean()
     assert found["text_to_image"] == pytest.approx(expected["image_retrieval_recall@2"])
@@ -754,7 +756,7 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
 def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
     draws, details = np.random.default_rng(0), tmp_path / "wds/details"
 
-    def samples(count: int) -> Iterator[dict[str, Any]]:
+    def samples(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         for i in range(count):
             shown, hidden = (int(v) for v in draws.integers(3, size=2))
             file = io.BytesIO()
@@ -762,23 +764,23 @@ def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Pat
                 file, "png"
             )
             labels = json.dumps({"shown": shown, "hidden": hidden}).encode()
-            yield {"__key__": f"{i:06d}", "png": file.getvalue(), "json": labels}
+            yield f"{i:06d}", {"png": file.getvalue(), "json": labels}
 
     for split in ("train", "test"):
-        benchmarks.write_split(details, split, "probe", samples(400))
+        write_split(details, split, "probe", samples(400))
 
     def embed(pictures: list[Image.Image]) -> torch.Tensor:
         red, *noise = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]).T
         return torch.stack([red == 0, red == 100, *noise], 1).float()
 
-    scores = 100 * benchmarks.probe(embed, tmp_path, "details", batch=64).groupby("measure").right.mean()
+    scores = 100 * probe(embed, tmp_path, "details", batch=64).groupby("measure").right.mean()
     assert scores["shown"] == 100
     assert scores["hidden"] == pytest.approx(100 / 3, abs=8)
 
 
 def test_the_same_samples_give_the_same_shard(tmp_path: Path) -> None:
     for name in ("first", "second"):
-        benchmarks.write_split(tmp_path / name, "test", "retrieval", [{"__key__": "0", "txt": "a fish"}])
+        write_split(tmp_path / name, "test", "retrieval", [("0", {"txt": b"a fish"})])
     assert (tmp_path / "first/test/0.tar").read_bytes() == (tmp_path / "second/test/0.tar").read_bytes()
 
 

@@ -27,10 +27,6 @@ from torch import nn
 from pipeline.adapters.residual_head import HEAD, ResidualHead, WithHead, image_tokens
 from pipeline.runtime import UserError, seeded
 
-with warnings.catch_warnings():  # openai-clip imports pkg_resources, which says at every import that it is old
-    warnings.simplefilter("ignore")
-    import clip as openai_clip
-
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PREFIX = "visual.residual_head."
 Tensors = Mapping[str, torch.Tensor]
@@ -218,7 +214,10 @@ def read_checkpoint(path: Path) -> Tensors:
     """
     try:
         if _is_torchscript(path):
-            model, _ = openai_clip.load(str(path), device="cpu", jit=False)
+            with warnings.catch_warnings():  # of pkg_resources, which openai-clip imports; no other format needs either
+                warnings.simplefilter("ignore")
+                import clip
+            model, _ = clip.load(str(path), device="cpu", jit=False)
             return _float32(model.state_dict())
         return _float32(load_state_dict(str(path), weights_only=True))
     except (RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, AttributeError, StopIteration) as error:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline import mmvp, params, zeroshot
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import read_mmvp_vlm
+from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.evidence.results import headline
 from pipeline.mini import pretrain, world
 from pipeline.params import MiniSource

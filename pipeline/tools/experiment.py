@@ -33,9 +33,9 @@ from pipeline import drift as drift_stage
 from pipeline import images as images_stage
 from pipeline import mmvp, mmvp_vlm, params, zeroshot, zeroshot_sets
 from pipeline.adapters.backbones import Backbone, save_like
-from pipeline.adapters.benchmarks import read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
+from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.diva import training
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import over_seeds

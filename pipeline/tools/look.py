@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import Question
+from pipeline.benchmarks.pairs import Question
 from pipeline.diva.condition import PLAIN
 from pipeline.diva.pairs import score_pairs
 from pipeline.mmvp import PROMPT, logits, read_out_of, tokens

@@ -35,10 +35,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline import params
 from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.benchmarks import Question, read_mmvp_vlm
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
 from pipeline.batches import Batches
+from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.diva import diffusion, pixels, training
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.objective import Feedback
