@@ -116,6 +116,9 @@ STABLE_DIFFUSION_2_1_BASE = bench.STABLE_DIFFUSION_2_1_BASE | {
     "text_encoder": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
                      "num_attention_heads": 16, "projection_dim": 512},
 }  # fmt: skip
+ONE_BLOCK = bench.ONE_BLOCK | {  # the same widths
+    "text_encoder": STABLE_DIFFUSION_2_1_BASE["text_encoder"] | {"num_hidden_layers": 1},
+}
 
 
 def metaclip_file(model: nn.Module) -> bytes:

@@ -4,7 +4,8 @@
         hub.add_repo("owner/name", {"weights.bin": b"..."}, lfs=100)
         hub.add_files("/folder", {"weights.bin": b"..."})
         hub.cut("weights.bin", after_bytes=50)
-        ...  # HF_ENDPOINT is hub.endpoint; plain files are below f"{hub.endpoint}/folder"
+        hub.stand_in(monkeypatch)
+        ...  # of another process HF_ENDPOINT is hub.endpoint; plain files are below f"{hub.endpoint}/folder"
 
 Folders are served from the disk, piece by piece, so files may be large. Faults are found by the end of a URL's path.
 """
@@ -23,6 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 CHUNK = 1 << 20
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -154,6 +158,14 @@ class Hub:
     def endpoint(self) -> str:
         """What HF_ENDPOINT has to be."""
         return f"http://127.0.0.1:{self.server.server_port}"
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Be the hub that this process asks: its client reads HF_ENDPOINT only once, at import."""
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Else the first request of a process is another one, about coding agents, without a token.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
 
     def add_repo(
         self,

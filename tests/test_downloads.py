@@ -41,13 +41,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(downloads, "WAIT", 0.001)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with Hub() as hub:
-        # HF_ENDPOINT is read at import; a test below sets it for a process of its own.
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        hub.stand_in(monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-        # Else the first request of a process is another one, about coding agents, without a token.
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
         hub.add_repo("owner/model", MODEL, lfs=1000)
         yield hub
 

@@ -1,6 +1,7 @@
 """The paper profile: the eight published backbones as data; its stages on checkpoints served by a hub of our own."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import checkpoints
@@ -18,12 +20,15 @@ import pytest
 import torch
 import yaml
 from clones import Clone, stages_run
-from hub import COMMIT, Hub
+from hub import COMMIT, Hub, Request
 from safetensors.torch import load_file, save_file
+from shrunk import run
 from torch.nn import functional as F
 
-from pipeline import params
-from pipeline.adapters import backbones
+from pipeline import backbone as backbone_stage
+from pipeline import denoiser as denoiser_stage
+from pipeline import export, images, mmvp, mmvp_vlm, params, plan, released, report, train, zeroshot, zeroshot_sets
+from pipeline.adapters import backbones, downloads
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule
@@ -288,37 +293,116 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
     return content
 
 
-def stage(folder: Path, hub: Hub, *command: str, status: int = 0) -> str:
-    """Run a stage in a process of its own, as DVC does; returns what it printed."""
-    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, text=True, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout
-    return done.stdout
-
-
 @pytest.fixture
-def folder(hub: Hub, tmp_path: Path) -> Path:
-    content = smaller(yaml.safe_load((ROOT / "params.yaml").read_text()), hub.endpoint)
-    content["run"] = {"profile": "paper", "backbones": ["siglip_224"], "weights": ["pretrained"]}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path
+def folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory for profile paper, in which that server is the hub and is well again afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(downloads, "WAIT", 0.001)
+    hub.stand_in(monkeypatch)
+    write(smaller(committed(), hub.endpoint), ["siglip_224"], ["pretrained"])
+    yield tmp_path
+    hub.heal()
+
+
+def committed() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def write(content: dict[str, Any], names: list[str], weights: list[str]) -> None:
+    content["run"] = {"profile": "paper", "backbones": names, "weights": weights}
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+
+
+def read(path: str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text())
+
+
+def fetched(requests: list[Request]) -> list[str]:
+    """Names of the files whose bytes were asked for."""
+    return [path.rpartition("/")[2] for method, path, *_ in requests if method == "GET" and "/api/" not in path]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("denoiser")
-def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> None:
-    """The user's commands, on two backbones with training, then on others with the authors' weights and without it."""
-    clone = Clone.make(tmp_path / "clone")
-    (clone.root / "params.yaml").write_text(
-        yaml.safe_dump(smaller(yaml.safe_load((ROOT / "params.yaml").read_text()), hub.endpoint), sort_keys=False)
-    )
-    clone.commit("smaller")
-    clone.environment = {"HF_ENDPOINT": hub.endpoint}
+def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its stages in DVC's order, towers of open_clip and of timm: training, the authors' weights, every recipe."""
+    content, names, weights = smaller(committed(), hub.endpoint), ["openai_224", "siglip_224"], ["diva", "released"]
+    write(content, names, ["pretrained", *weights])
     hub.fail("/resolve/" + COMMIT + "/vae/config.json", status=500, times=2)  # which passes by itself
     hub.cut("cc3m-train-0000.tar", after_bytes=3000)
+    hub.requests.clear()
+    for stage in (plan, images, mmvp_vlm, zeroshot_sets, denoiser_stage):
+        run(stage)
+    assert not [fault for fault in hub.faults if fault.times]
+    assert fetched(hub.requests).count("cc3m-train-0000.tar") == 2  # cut before a whole piece of it was kept
+    assert read("metrics/paper/images.json")["images"] == 12
+    told = capsys.readouterr()
+    assert "not among clip-benchmark's sets, so left out of 3: birdsnap" in told.out + told.err
+    assert "hf://gone/sd@main" in told.err  # the first address does not answer, the mirror does
+
+    hub.requests.clear()
+    for stage, name in itertools.product((backbone_stage, released), names):
+        run(stage, name)
+    assert sorted(fetched(hub.requests)) == [
+        "ViT-L-14.pt", "open_clip_model.safetensors", "openai.pth", "siglip.pth", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert read("metrics/paper/backbone/siglip_224.json")["weights"]["revision"] == COMMIT
+    assert "their licence: MIT" in capsys.readouterr().out
+
+    hub.requests.clear()
+    for name in names:
+        run(train, name, "diva")
+    for stage, name, tuned in itertools.product((mmvp, zeroshot), names, ["pretrained", *weights]):
+        run(stage, name, tuned)
+    run(report)
+    found, evidence = read("metrics/paper/report.json"), read("metrics/paper/evidence.json")
+    page = Path("metrics/paper/report.html").read_text()
+    assert found["openai_224"]["published"] == {"pairs_plain": 19.3, "pairs_published": 25.9}
+    for name in names:
+        assert {"pretrained", *weights, "gain", "gain_released", "published"} == found[name].keys()
+        assert evidence[name]["weights"]["diva"]["verdict"]["pairs"] in (
+            "reproduced", "not reproduced", "not distinguishable",
+        )  # fmt: skip
+    assert "<td>GenHancer, theirs<td>19.3<td>31.9<td>+12.6" in page
+    assert "read-out before, published read-out after, as in the paper&#39;s table; published +6.6)" in page
+
+    capsys.readouterr()
+    for name, tuned in itertools.product(names, ["pretrained", *weights]):
+        run(export, name, tuned)
+    assert (
+        "siglip_224: exported for open_clip only. transformers' SiglipModel is of another shape"
+        in capsys.readouterr().out
+    )
+    assert "Licence of the base weights: MIT" in Path("models/paper/export/openai_224-diva/README.md").read_text()
+    assert "hf://datasets/pixparse/cc3m-wds@" in Path("models/paper/export/siglip_224-diva/README.md").read_text()
+
+    content["profiles"]["paper"]["train"]["recipe"] = "text_anchored"  # captions, gap, head
+    write(content, names, ["pretrained", "diva"])
+    for name in names:
+        for stage in (train, mmvp, export):
+            run(stage, name, "diva")
+        assert read(f"models/paper/diva/{name}/diva.json")["recipe"]["fit"]["steps"] == 2
+        assert Path(f"models/paper/export/{name}-diva/residual_head.py").is_file()
+    for recipe in ("two_stage", "contrastive"):
+        content["profiles"]["paper"]["train"]["recipe"] = recipe
+        write(content, names, ["pretrained", "diva"])
+        run(train, "siglip_224", "diva")
+        made = read("models/paper/diva/siglip_224/diva.json")
+        assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
+        assert made["result"]["steps"] == 2
+    assert hub.requests == []  # once all was fetched, nobody is asked
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("denoiser")
+def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> None:
+    """Through DVC: two backbones with training, then another with the authors' weights and without it."""
+    clone = Clone.make(tmp_path / "clone")
+    (clone.root / "params.yaml").write_text(yaml.safe_dump(smaller(committed(), hub.endpoint), sort_keys=False))
+    clone.commit("smaller")
+    clone.environment = {"HF_ENDPOINT": hub.endpoint}
     weights = "run.weights=[pretrained,diva]"
     output = clone.run(
         "dvc", "exp", "run", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]", "-S", weights
@@ -331,66 +415,29 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
         }
     assert sorted(stages_run(output)) == sorted(everything)
     assert stages_run(output)[0] == "plan"
-    assert "not among clip-benchmark's sets, so left out of 3: birdsnap" in output
-    assert "hf://gone/sd@main" in output  # the first address does not answer, the mirror does
     assert "their licence: apple-amlr" in output
-    metrics = clone.root / "metrics/paper"
-    report = json.loads((metrics / "report.json").read_text())
-    assert report["openai_224"]["published"] == {"pairs_plain": 19.3, "pairs_published": 25.9}
+    report = json.loads((clone.root / "metrics/paper/report.json").read_text())
     assert {"pretrained", "diva", "gain", "published"} == report["dfn_378"].keys()
-    page = (metrics / "report.html").read_text()
-    assert "<td>GenHancer, theirs<td>19.3<td>31.9<td>+12.6" in page
-    assert "read-out before, published read-out after, as in the paper&#39;s table; published +6.6)" in page
-    evidence = json.loads((metrics / "evidence.json").read_text())
-    verdicts = ("reproduced", "not reproduced", "not distinguishable")
-    assert all(found["weights"]["diva"]["verdict"]["pairs"] in verdicts for found in evidence.values())
-    assert json.loads((metrics / "backbone/dfn_378.json").read_text())["weights"]["revision"] == COMMIT
-    assert json.loads((metrics / "images.json").read_text())["images"] == 12
-
     card = (clone.root / "models/paper/export/dfn_378-diva/README.md").read_text()
     assert "Licence of the base weights: apple-amlr (research only)" in card
-    assert "hf://datasets/pixparse/cc3m-wds@" in card
 
-    asked = [request.method for request in hub.requests if request.path.endswith("/cc3m-train-0000.tar")]
-    assert asked.count("GET") == 2  # a file of a few bytes is cut before any of them is kept
-    assert not [fault for fault in hub.faults if fault.times]
-
-    fetched = len(hub.requests)
+    hub.requests.clear()
     output = clone.run(
         "dvc", "exp", "run", "-S", "run.backbones=[siglip_224]", "-S", "run.weights=[pretrained,released]"
     )
     expected = {"plan", "backbone@siglip_224", "released@siglip_224", "report"}
     expected |= {f"{s}@siglip_224-{w}" for s in ("mmvp", "zeroshot", "export") for w in ("pretrained", "released")}
     assert sorted(stages_run(output)) == sorted(expected)
-    asked = {
-        request.path for request in hub.requests[fetched:] if request.method == "GET" and "/resolve/" in request.path
-    }
-    assert {path.rpartition("/")[2] for path in asked} == {
-        "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "siglip.pth",
-    }  # fmt: skip
-    report = json.loads((metrics / "report.json").read_text())
-    assert {"pretrained", "released", "gain_released", "published"} == report["siglip_224"].keys()
-    assert "siglip_224: exported for open_clip only. transformers' SiglipModel is of another shape" in output
+    assert sorted(fetched(hub.requests)) == [
+        "open_clip_model.safetensors", "siglip.pth", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
     assert stages_run(clone.run("dvc", "repro")) == []
 
-    recipe = "profiles.paper.train.recipe=text_anchored"  # captions, gap, head, for towers of open_clip and of timm
+    recipe = "profiles.paper.train.recipe=text_anchored"
     clone.run("dvc", "exp", "run", "-S", recipe, "-S", "run.backbones=[openai_224,siglip_224]", "-S", weights)
     for name in ("openai_224", "siglip_224"):
-        assert (
-            json.loads((clone.root / f"models/paper/diva/{name}/diva.json").read_text())["recipe"]["fit"]["steps"] == 2
-        )
         assert (clone.root / f"models/paper/export/{name}-diva/residual_head.py").is_file()
-        assert (metrics / f"mmvp/{name}-diva.json").is_file()
-
-    content = yaml.safe_load((clone.root / "params.yaml").read_text())
-    for recipe in ("two_stage", "contrastive"):
-        content["profiles"]["paper"]["train"]["recipe"] = recipe
-        (clone.root / "params.yaml").write_text(yaml.safe_dump(content))
-        stage(clone.root, hub, "pipeline.train", "siglip_224", "diva")
-        made = json.loads((clone.root / "models/paper/diva/siglip_224/diva.json").read_text())
-        assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
-        assert made["result"]["steps"] == 2
 
 
 @pytest.mark.slow
@@ -401,77 +448,97 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, tmp_path: Path) -> 
         (lambda hub: hub.missing("tokenizer.json"), r"tokenizer\.json.*404|404.*tokenizer\.json"),
     ],
 )
-def test_a_faulty_download_stops_the_stage_and_leaves_nothing(hub: Hub, folder: Path, fault: Any, message: str) -> None:
+def test_a_faulty_download_stops_the_stage_and_leaves_nothing(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], fault: Any, message: str
+) -> None:
     fault(hub)
-    try:
-        output = stage(folder, hub, "pipeline.backbone", "siglip_224", status=1)
-    finally:
-        hub.heal()
-    assert re.search(message, output, re.DOTALL), output
-    assert "Traceback" not in output
+    with pytest.raises(SystemExit) as ended:
+        run(backbone_stage, "siglip_224")
+    assert ended.value.code == 1
+    assert re.search(f"error: .*({message})", capsys.readouterr().err, re.DOTALL)
     assert not [path for path in (folder / "models").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     assert not list((folder / "metrics").rglob("*.json"))
-    stage(folder, hub, "pipeline.backbone", "siglip_224")  # the second try, with the hub well again
+    hub.heal()
+    run(backbone_stage, "siglip_224")
     assert Backbone.load(folder / "models/paper/pretrained/siglip_224").width == 96
 
 
-@pytest.mark.slow
-def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    checkpoints.save_tokenizer(tmp_path / "short", 320)
-    hub.add_repo("timm/short", tmp_path / "short")
-    content = yaml.safe_load((folder / "params.yaml").read_text())
+def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints.save_tokenizer(folder / "short", 320)
+    hub.add_repo("timm/short", folder / "short")
+    content = smaller(committed(), hub.endpoint)
     content["backbones"]["siglip_224"]["source"]["tokenizer"]["at"] = ["hf://timm/short@main"]
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    output = stage(folder, hub, "pipeline.backbone", "siglip_224", status=1)
-    assert "the tokenizer has 320 entries, the text tower 32000" in output
+    write(content, ["siglip_224"], ["pretrained"])
+    with pytest.raises(SystemExit):
+        run(backbone_stage, "siglip_224")
+    assert "the tokenizer has 320 entries, the text tower 32000" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_another_model_of_open_clip_takes_one_entry(hub: Hub, folder: Path) -> None:
-    """ViT-B-16 at its true size, which is in no code of ours."""
-    model = checkpoints.build("ViT-B-16", 5)
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    hub.add_repo("laion/ViT-B-16", {"open_clip_pytorch_model.bin": checkpoints.torch_file(weights)}, lfs=1000)
-    content = yaml.safe_load((folder / "params.yaml").read_text())
-    content["backbones"]["b16"] = {
+@pytest.mark.usefixtures("folder")
+def test_another_model_of_open_clip_takes_one_entry(hub: Hub) -> None:
+    """A small one at its true size, whose name is in no code of ours."""
+    name = "ViT-S-32-alt"
+    model = checkpoints.build(name, 5)
+    stored = {key: tensor.half() for key, tensor in model.state_dict().items()}
+    hub.add_repo(f"laion/{name}", {"open_clip_pytorch_model.bin": checkpoints.torch_file(stored)}, lfs=1000)
+    content = smaller(committed(), hub.endpoint)
+    content["backbones"]["other"] = {
         "profile": "paper",
         "source": {
             "kind": "checkpoint",
-            "architecture": "ViT-B-16",
+            "architecture": name,
             "preprocessing": content["backbones"]["openai_224"]["source"]["preprocessing"],
             "weights": {
-                "at": ["hf://laion/ViT-B-16@main"], "licence": "MIT", "files": {"open_clip_pytorch_model.bin": None}
+                "at": [f"hf://laion/{name}@main"], "licence": "MIT", "files": {"open_clip_pytorch_model.bin": None}
             },
         },
         "condition": {"tokens": {"kind": "all"}, "text": "mean"},
         "published_read_out": {"tokens": {"kind": "none"}, "unit_tokens": False, "unit_sum": True},
     }  # fmt: skip
-    content["run"] = {"profile": "paper", "backbones": ["b16"], "weights": ["pretrained"]}
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    for command in (["plan"], ["mmvp_vlm"], ["backbone", "b16"], ["mmvp", "b16", "pretrained"]):
-        stage(folder, hub, f"pipeline.{command[0]}", *command[1:])
-    scores = json.loads((folder / "metrics/paper/mmvp/b16-pretrained.json").read_text())
-    assert scores["pairs"] == 9
-    backbone = Backbone.load(folder / "models/paper/pretrained/b16")
-    pixels = torch.stack([backbone.preprocess(checkpoints.picture(i)) for i in range(2)])
+    write(content, ["other"], ["pretrained"])
+    for stage, *arguments in ((plan,), (mmvp_vlm,), (backbone_stage, "other"), (mmvp, "other", "pretrained")):
+        run(stage, *arguments)
+    assert read("metrics/paper/mmvp/other-pretrained.json")["pairs"] == 9
+    found = Backbone.load(Path("models/paper/pretrained/other"))
+    pixels = torch.stack([found.preprocess(checkpoints.picture(i)) for i in range(2)])
     with torch.no_grad():
-        similarity = F.cosine_similarity(backbone.encode_image(pixels), model.encode_image(pixels))
+        similarity = F.cosine_similarity(found.encode_image(pixels), model.encode_image(pixels))
     assert similarity.min() > 0.999
 
 
+def process(stage: ModuleType, *arguments: str) -> None:
+    """Run a stage in a process of its own, as DVC does, so that its memory is its own."""
+    subprocess.run([sys.executable, "-m", stage.__name__, *arguments], check=True)
+
+
 @pytest.mark.slow
-def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "every_layer", [pytest.param(True, marks=pytest.mark.exhaustive, id="every layer"), pytest.param(False, id="one")]
+)
+def test_one_step_and_one_scoring_at_true_size(
+    every_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ViT-L/14 and stable-diffusion-2-1-base with random weights, from download to score, one picture at a time.
 
-    Its stages' times and memory stand in the README.
+    With every layer its stages' times and memory stand in the README. With one, and the UNet's first block, widths are
+    the true ones.
     """
-    served = tmp_path / "served"
+    do, shape, shapes = process, checkpoints.VIT_L_14, checkpoints.STABLE_DIFFUSION_2_1_BASE
+    content, served = committed(), tmp_path / "served"
+    paper, entry = content["profiles"]["paper"], content["backbones"]["openai_224"]
+    if not every_layer:
+        do, shape, shapes = run, shape | {"vision_layers": 1, "transformer_layers": 1}, checkpoints.ONE_BLOCK
+        config = open_clip.get_model_config(entry["source"]["architecture"])
+        for part in ("vision_cfg", "text_cfg"):
+            config[part]["layers"] = 1
+        entry["source"]["architecture"] = config
+        paper["train"]["size"] = 128
+    monkeypatch.chdir(tmp_path)
     served.mkdir()
     try:
-        checkpoints.openai_archive(served / "ViT-L-14.pt", 1, checkpoints.VIT_L_14)
-        checkpoints.stable_diffusion(served / "sd", checkpoints.STABLE_DIFFUSION_2_1_BASE)
-        content = yaml.safe_load((ROOT / "params.yaml").read_text())
-        paper, entry = content["profiles"]["paper"], content["backbones"]["openai_224"]
+        checkpoints.openai_archive(served / "ViT-L-14.pt", 1, shape)
+        checkpoints.stable_diffusion(served / "sd", shapes)
         paper["train"] |= {"streams": 1, "micro_batch": 1}
         paper["recipes"]["diva"] |= {"steps": 1, "batch": 1, "warmup_ratio": 0.0}
         paper["train"] |= {"compile": False, "held_out": {"images": 1, "every": 1}}
@@ -482,27 +549,34 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
         paper["denoiser"]["download"] |= {
             "at": ["hf://sd2-community/sd@main"], "files": dict.fromkeys(paper["denoiser"]["download"]["files"])
         }  # fmt: skip
-        content["run"] = {"profile": "paper", "backbones": ["openai_224"], "weights": ["pretrained", "diva"]}
         with Hub() as hub:
+            hub.stand_in(monkeypatch)
+            for name, value in {
+                "HF_ENDPOINT": hub.endpoint,
+                "PYTHONPATH": str(ROOT),
+                "CUDA_VISIBLE_DEVICES": "",
+            }.items():
+                monkeypatch.setenv(name, value)
             entry["source"]["weights"] |= {"at": [f"{hub.endpoint}/clip"], "files": {"ViT-L-14.pt": None}}
-            (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+            write(content, ["openai_224"], ["pretrained", "diva"])
             hub.add_files("/clip", {"ViT-L-14.pt": served / "ViT-L-14.pt"})
             hub.add_repo("sd2-community/sd", served / "sd")
             hub.add_repo("MMVP/MMVP_VLM", checkpoints.mmvp_vlm(1), kind="dataset")
             hub.add_repo("pixparse/cc3m-wds", {"cc3m-train-0000.tar": checkpoints.shard(0, 4)}, kind="dataset")
-            for command in ("images", "mmvp_vlm", "denoiser", "backbone openai_224", "train openai_224 diva"):
-                stage(tmp_path, hub, *f"pipeline.{command}".split())
-        stage(tmp_path, hub, "pipeline.mmvp", "openai_224", "diva")
+            for stage in (images, mmvp_vlm, denoiser_stage):
+                do(stage)
+            do(backbone_stage, "openai_224")
+        do(train, "openai_224", "diva")
+        do(mmvp, "openai_224", "diva")
 
-        made = json.loads((tmp_path / "models/paper/diva/openai_224/diva.json").read_text())
-        assert made["result"]["steps"] == 1
-        assert made["result"]["loss_first_tenth"] > 0
-        assert (
-            json.loads((tmp_path / "metrics/paper/backbone/openai_224.json").read_text())["parameters"] == 427_616_513
-        )
-        assert json.loads((tmp_path / "metrics/paper/denoiser.json").read_text())["unet_parameters"] == 865_910_724
+        result = read("models/paper/diva/openai_224/diva.json")["result"]
+        assert result["steps"] == 1
+        assert result["loss_first_tenth"] > 0
+        if every_layer:
+            assert read("metrics/paper/backbone/openai_224.json")["parameters"] == 427_616_513
+            assert read("metrics/paper/denoiser.json")["unet_parameters"] == 865_910_724
         before, after = (
-            load_file(tmp_path / "models/paper" / weights / "openai_224" / backbones.WEIGHTS)
+            load_file(Path("models/paper", weights, "openai_224", backbones.WEIGHTS))
             for weights in ("pretrained", "diva")
         )
         moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -513,14 +587,14 @@ def test_one_step_and_one_scoring_at_true_size(tmp_path: Path) -> None:
         anchored = paper["recipes"]["text_anchored"]
         anchored |= {"steps": 1, "batch": 1, "gap": {"components": 1, "pictures": 2}}
         anchored["fit"]["steps"] = 1
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-        stage(tmp_path, hub, "pipeline.train", "openai_224", "diva")
-        trained = tmp_path / "models/paper/diva/openai_224"
-        tower = load_file(trained / backbones.WEIGHTS)
+        write(content, ["openai_224"], ["pretrained", "diva"])
+        do(train, "openai_224", "diva")
+        tower, head = (
+            load_file(Path("models/paper/diva/openai_224", file)) for file in (backbones.WEIGHTS, backbones.HEAD)
+        )
         assert all(torch.equal(tower[name], before[name]) for name in before)
-        head = load_file(trained / backbones.HEAD)
         assert any(tensor.any() for name, tensor in head.items() if name.endswith("weight"))
-        for line in map(json.loads, (tmp_path / "metrics/timings.jsonl").read_text().splitlines()):
+        for line in map(json.loads, Path("metrics/timings.jsonl").read_text().splitlines()):
             print(line["stage"], line["seconds"], "s", line["peak_memory_mb"], "MB")
             assert line["peak_memory_mb"] < 16_000
     finally:
