@@ -73,28 +73,40 @@ def test_gains_are_over_the_same_backbone_and_remains_over_the_same_cells() -> N
         found[one] = dict.fromkeys(MEASURES, base + gain)
     gained = experiment.gains(rows(found))
     table = experiment.results(gained).set_index(["weights", "measure"])
-    own = [5.5, 6.0, 7.0] * 3
-    low, high = stats.t.interval(0.95, 8, loc=sum(own) / 9, scale=stats.sem(own))
-    assert table.loc[("diva", "probe"), ["cells", "gain", "low", "high"]].tolist() == [
-        9, pytest.approx(6.17, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
-    ]  # fmt: skip
+    row = table.loc[("diva", "probe")]  # 5.5, 6 and 7 for each text tower
+    assert row[["cells", "gain"]].tolist() == [9, pytest.approx(6.17, abs=0.005)]
+    assert row[["new_low", "new_high"]].tolist() == pytest.approx([6.17, 6.17])  # the text towers do not differ
+    half = stats.t.ppf(0.975, 6) * stats.sem([5.5, 6.0, 7.0]) / 3**0.5
+    assert row[["these_low", "these_high"]].tolist() == pytest.approx([6.1667 - half, 6.1667 + half], abs=0.005)
     assert table.loc[("drift", "probe"), ["cells", "gain"]].tolist() == [9, -1]
-    assert table.loc[("remains", "probe"), ["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
+    row = table.loc[("remains", "probe")]  # a cell a text tower: 3.5, 4 and 5, so of these towers nothing is known
+    wanted = stats.t.interval(0.95, 2, loc=12.5 / 3, scale=stats.sem([3.5, 4, 5]))
+    assert row[["new_low", "new_high"]].tolist() == pytest.approx(wanted, abs=0.005)
+    assert row[["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
+    assert row[["these_low", "these_high"]].isna().all()
     text = experiment.markdown(table.reset_index(), gained)
-    assert "| diva | remains | 3 | +4.2 [" in text
+    assert "| diva | remains | 3 | +4.2 [+2.3, +6.1] |" in text
+    assert "| diva | diva | 9 | +6.2 [+6.2, +6.2] [+5.5, +6.8] |" in text
     assert "| diva | +6.2 | +6.2 | +6.2 |" in text
+
+
+def ahead(share: float, steps: int, seed: int) -> float:
+    return 2 * seed + steps / 1000 + 3 * share**2
 
 
 def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
     found: dict[Run, dict[str, float]] = {}
     for one in experiment.testing({"diva": 0.1, "text_anchored": 0.1}):
-        gain = {"none": 0, "diva": one.seed, "text_anchored": 2 * one.seed + one.denoiser_steps / 1000}[one.recipe]
+        gain = {"none": 0, "diva": one.seed, "text_anchored": ahead(one.detail_share, one.denoiser_steps, one.seed)}[
+            one.recipe
+        ]
         found[one] = dict.fromkeys(MEASURES, 50.0 + gain * (one.weights == "diva"))
     found = dict(reversed(found.items()))  # rows are matched by cell, not by where they stand
     table = experiment.results(experiment.gains(rows(found))).set_index(["recipe", "weights", "measure"])
-    less = [cell[2] + cell[1] / 1000 for cell in experiment.cells()]
-    low, high = stats.t.interval(0.95, 8, loc=sum(less) / 9, scale=stats.sem(less))
-    assert table.loc[("diva", "behind", "zeroshot"), ["cells", "gain", "low", "high"]].tolist() == [
+    less = [ahead(*cell) - cell[2] for cell in experiment.cells()]
+    means = [sum(less[i : i + 3]) / 3 for i in (0, 3, 6)]
+    low, high = stats.t.interval(0.95, 2, loc=sum(less) / 9, scale=stats.sem(means))
+    assert table.loc[("diva", "behind", "zeroshot"), ["cells", "gain", "new_low", "new_high"]].tolist() == [
         9, pytest.approx(sum(less) / 9, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
     ]  # fmt: skip
     assert ("text_anchored", "behind") not in set(table.index.droplevel("measure"))

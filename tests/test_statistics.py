@@ -63,6 +63,24 @@ def test_over_seeds_is_a_t_interval() -> None:
         over_seeds([1.0])
 
 
+def test_groups_answer_two_questions() -> None:
+    new, these = statistics.over_groups([[6, 6.4, 6.3], [7.7, 6.7, 6.7], [2.3, 2, 3.9]])
+    assert new == statistics.over_seeds([18.7 / 3, 21.1 / 3, 8.2 / 3])
+    assert these == pytest.approx((5.33, 4.77, 5.89), abs=0.01)
+    assert np.isnan(statistics.over_groups([[1], [2]])[1].low)
+    with pytest.raises(ValueError, match="two at least"):
+        statistics.over_groups([[1, 2]])
+
+
+def test_each_interval_covers_its_own_truth_in_95_of_100_experiments() -> None:
+    rng, covered = np.random.default_rng(1), np.zeros(2)
+    for _ in range(2000):
+        groups = 5 + rng.normal(0, 2, (3, 1))
+        new, these = statistics.over_groups((groups + rng.normal(0, 1, (3, 3))).tolist())
+        covered += new.low < 5 < new.high, these.low < groups.mean() < these.high
+    assert covered / 2000 == pytest.approx([0.95, 0.95], abs=0.015)
+
+
 @pytest.mark.parametrize(
     ("gain", "published", "verdict"),
     [

@@ -63,6 +63,22 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def over_groups(groups: Sequence[Sequence[float]]) -> tuple[Interval, Interval]:
+    """The mean of groups of equal size, with t intervals that answer two questions: (of new groups, of these groups).
+
+    New groups differ from each other as these do, so what counts is the spread of the groups' means; of these groups
+    it is the spread within them, NaN where each has a single value. Raises ValueError for fewer than two groups.
+    """
+    values = np.array(groups, dtype=float)
+    new, (number, size) = over_seeds(values.mean(1).tolist()), values.shape
+    freedom = number * (size - 1)
+    if not freedom:
+        return new, Interval(new.value, math.nan, math.nan)
+    error = math.sqrt(((values - values.mean(1, keepdims=True)) ** 2).sum() / freedom / values.size)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return new, Interval(new.value, new.value - half, new.value + half)
+
+
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p of so many pairs won and lost, if a changed pair were as likely to be either."""
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0

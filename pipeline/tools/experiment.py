@@ -38,7 +38,7 @@ from pipeline.adapters.shards import Shards
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.diva import training
 from pipeline.evidence.results import headline
-from pipeline.evidence.statistics import over_seeds
+from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world
 from pipeline.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
 from pipeline.runtime import UserError, device, progress, remove, stage, whole
@@ -298,7 +298,11 @@ def gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def results(gained: pd.DataFrame) -> pd.DataFrame:
-    """Mean gain and 95 % t interval over cells, by recipe, weights and measure.
+    """Mean gain of the cells, by recipe, weights and measure, with 95 % t intervals that answer two questions.
+
+    new_*: what would other text towers give? The spread of the text towers' means. these_*: what would these give with
+    other denoisers and seeds? The spread of the cells of a text tower; NaN with a cell each. Neither holds the error
+    of the questions that were asked: all cells answer the same, and runs.csv has no single answers.
 
     Two kinds of weights are differences, cell by cell: `remains`, the recipe less its shuffled control, and `behind`,
     text_anchored less the recipe.
@@ -314,16 +318,30 @@ def results(gained: pd.DataFrame) -> pd.DataFrame:
             parts["behind"] = ours - parts["diva"].loc[ours.index, list(MEASURES)]
         for weights, part in parts.items():
             for measure in MEASURES:
-                interval = over_seeds(part[measure].tolist())
-                found.append((recipe, weights, measure, len(part), *(round(value, 2) for value in interval)))
-    return pd.DataFrame(found, columns=["recipe", "weights", "measure", "cells", "gain", "low", "high"])
+                new, these = over_groups([group.tolist() for _, group in part[measure].groupby("detail_share")])
+                rounded = (round(value, 2) for value in (*new, *these[1:]))
+                found.append((recipe, weights, measure, len(part), *rounded))
+    columns = ["recipe", "weights", "measure", "cells", "gain", "new_low", "new_high", "these_low", "these_high"]
+    return pd.DataFrame(found, columns=columns)
+
+
+INTERVALS = """Gains in points. First interval: what other text towers would give (t interval over the means of these).
+Second: what these text towers would give with other denoisers and seeds (t interval within them; none where a tower has
+one cell). All cells answer the same questions, and no answer is kept by question, so their error is in neither.
+"""
 
 
 def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
-    """The table of all gains, and that of the pairs by text tower (the mean of its three cells)."""
-    lines = [f"| recipe | weights | cells | {' | '.join(MEASURES)} |", "|---" * (3 + len(MEASURES)) + "|"]
+    """The table of all gains, and that of the pairs by text tower (the mean of its cells)."""
+    lines = [INTERVALS, f"| recipe | weights | cells | {' | '.join(MEASURES)} |"]
+    lines += ["|---" * (3 + len(MEASURES)) + "|"]
     for (recipe, weights), own in table.groupby(["recipe", "weights"], sort=False):
-        texts = [f"{row.gain:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in own.itertuples()]
+        texts = []
+        for row in own.itertuples():
+            these = Interval(row.gain, row.these_low, row.these_high).text().partition(" ")[2]
+            texts.append(
+                Interval(row.gain, row.new_low, row.new_high).text() + f" {these}" * (row.these_low == row.these_low)
+            )
         lines.append(f"| {recipe} | {weights} | {own.cells.iloc[0]} | {' | '.join(texts)} |")
     shares = sorted(set(gained.detail_share), reverse=True)
     texts = [f"{100 * share:.0f} % of captions detailed" for share in shares]
@@ -335,13 +353,14 @@ def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """Each gain with its interval: a row for a recipe's weights, a panel for a measure."""
+    """Each gain with its intervals (thin: other text towers; thick: these): a row for a recipe's weights."""
     drawn = Figure(figsize=(12, 5), layout="constrained")
     for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_plain", "zeroshot", "probe"), strict=True):
         own = table[(table.measure == measure) & (table.weights != "behind")]
         colours = ["tab:grey" if weights in ("drift", "shuffled") else "tab:blue" for weights in own.weights]
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.hlines(range(len(own)), own.low, own.high, colors=colours)
+        axis.hlines(range(len(own)), own.new_low, own.new_high, colors=colours, linewidth=1)
+        axis.hlines(range(len(own)), own.these_low, own.these_high, colors=colours, linewidth=4)
         axis.scatter(own.gain, range(len(own)), c=colours)
         axis.set(title=measure, xlabel="gain, points")
     axis.set_yticks(range(len(own)), own.recipe + ", " + own.weights.replace("diva", "tuned"))
