@@ -43,6 +43,8 @@ def main() -> None:
         else:
             origin = downloads.fetch(section.download, folder)
         questions = read_mmvp_vlm(folder, section.pairs_per_pattern)  # what scoring will read can be read
+        for question in progress(questions, "decoding"):
+            question.image()
         write_json(report, {"pairs": len(questions) // 2, "origin": origin})
 
 

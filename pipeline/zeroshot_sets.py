@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import params
 from pipeline.adapters import downloads
-from pipeline.benchmarks.sets import kinds, write_split
+from pipeline.benchmarks.sets import check, kinds, write_split
 from pipeline.mini import world
 from pipeline.params import MiniZeroshotSets, PublishedZeroshotSets
 from pipeline.runtime import progress, stage, whole, write_json
@@ -73,6 +73,7 @@ def main() -> None:
             render(folder, section)
         else:
             origin = bring(folder, section)
+        check(folder)
         write_json(report, {"sets": kinds(folder), "origin": origin})
 
 

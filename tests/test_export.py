@@ -389,6 +389,22 @@ def test_look_as_the_readme_has_it(capsys: pytest.CaptureFixture[str]) -> None:
         assert strip.width > 500
 
 
+@pytest.mark.usefixtures("handed_over")
+def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """The pixels of a phone's photo lie on their side, and a tag says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    said = []
+    for kind in ("upright", "phone"):
+        for i in range(2):
+            picture = checkpoints.picture(i, 64)
+            lying = picture.transpose(Image.Transpose.ROTATE_90) if kind == "phone" else picture
+            lying.save(f"{i}.png", exif=exif if kind == "phone" else None)
+        run(look, "mini", "0.png", "1.png", "a fish", "a boat")
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.picture(1, 64).save("a.jpg")
     for arguments, message in (

@@ -82,7 +82,7 @@ def may_import(file: Path, name: str) -> bool:
         "batches.py": {"params", "runtime", "adapters", "diva"},
         "diva": {"diva"},
         "adapters": {"params", "runtime", "adapters"},
-        "benchmarks": {"runtime", "benchmarks"},
+        "benchmarks": {"runtime", "adapters", "benchmarks"},
         "mini": {"params", "runtime", "adapters", "mini"},
         "evidence": {"params", "runtime", "evidence"},
         "tools": {

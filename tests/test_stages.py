@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -35,7 +35,7 @@ from pipeline.adapters.shards import Shards
 from pipeline.benchmarks import clip_sets
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
-from pipeline.benchmarks.sets import kinds, write_split
+from pipeline.benchmarks.sets import check, kinds, write_split
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.pairs import score_pairs
 from pipeline.diva.training import Record
@@ -480,6 +480,10 @@ def edit(table: str, change: Callable[[list[str]], list[str]]) -> str:
         (lambda lines: lines[:17], "16 statements"),
         (lambda lines: [line.replace("Text", "State") for line in lines], "State 4"),
         (lambda lines: ["Id,Type,Statement", *lines[1:]], "columns are .'Id', 'Type', 'Statement'."),
+        (lambda lines: [*lines[:5], "five,Presence,a fish", *lines[6:]], r"wanted ids 1\.\.18"),
+        (lambda lines: [*lines[:3], "3,Presence, ", *lines[4:]], "statement 3 is empty"),
+        (lambda lines: [*lines[:3], "3,Presence,a,fish", *lines[4:]], "no table of commas in UTF-8 .*line 4"),
+        (lambda lines: [], "no table of commas|columns are"),
     ],
 )
 def test_a_wrong_table_is_refused(benchmark: Path, change: Callable[[list[str]], list[str]], message: str) -> None:
@@ -487,6 +491,42 @@ def test_a_wrong_table_is_refused(benchmark: Path, change: Callable[[list[str]],
     file.write_text(edit(file.read_text(), change))
     with pytest.raises(UserError, match=f"Questions.csv: {message}|Questions.csv: 18 statements.*{message}"):
         read_mmvp_vlm(benchmark, 1)
+
+
+def test_every_statement_is_text(benchmark: Path) -> None:
+    file = benchmark / "Questions.csv"
+    said = ["None", "NA", "null", "nan", "12", '"a fish, blue"', "true"]
+    lines = file.read_text().splitlines()
+    for i, statement in enumerate(said, 1):
+        lines[i] = ",".join([*lines[i].split(",")[:2], statement])
+    file.write_text("\n".join(lines), encoding="utf-8-sig")  # as Excel writes it
+    assert [q.statement for q in read_mmvp_vlm(benchmark, 1)[:7]] == [text.strip('"') for text in said]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) -> None:
+    file = benchmark / "Questions.csv"
+    file.write_text(file.read_text().replace(",a ", ",a caf\N{LATIN SMALL LETTER E WITH ACUTE}"), encoding=encoding)
+    with pytest.raises(UserError, match=r"Questions\.csv: (no table of commas in UTF-8|columns are)"):
+        read_mmvp_vlm(benchmark, 1)
+
+
+@pytest.mark.parametrize("content", ["half", "ten thousand million pixels"])
+def test_a_damaged_picture_is_refused_where_the_pairs_come_in(
+    here: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    render = mmvp_vlm.render
+
+    def damaged(folder: Path, pairs: int) -> None:
+        render(folder, pairs)
+        file = folder / "MLLM_VLM Images/State/6.jpg"
+        file.write_bytes(file.read_bytes()[:700] if content == "half" else b"P6 100000 100000 255\n")
+
+    monkeypatch.setattr(mmvp_vlm, "render", damaged)
+    write_params(**{"profiles.mini.mmvp_vlm.pairs_per_pattern": 1})
+    with pytest.raises(SystemExit):
+        run(mmvp_vlm)
+    assert "State/6.jpg: no picture that can be read (" in capsys.readouterr().err
 
 
 def test_a_missing_table_or_image_is_named(benchmark: Path) -> None:
@@ -710,6 +750,69 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     for way, table in answers.groupby("measure"):
         assert table.right.tolist() == [i in row.topk(k).indices for i, row in enumerate(found[str(way)])]
         assert table.image.tolist() == list(range(30))
+
+
+def write_set(root: Path, kind: str | None = None, label: str = "cls", labels: tuple[str, ...] = ("0", "1")) -> Path:
+    """A set as clip-benchmark's, of as many grey pictures as there are labels."""
+    grey = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(grey, "JPEG")
+    folder = root / "wds/dots"
+    samples = ((str(i), {"jpg": grey.getvalue(), label: text.encode()}) for i, text in enumerate(labels))
+    write_split(folder, "test", kind or "", samples)
+    if kind is None:
+        (folder / "dataset_type.txt").unlink()
+    (folder / "classnames.txt").write_text("one dot\ntwo dots\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n")
+    return folder
+
+
+def relabel(folder: Path, **options: Any) -> None:
+    shutil.rmtree(folder)
+    write_set(folder.parents[1], **options)
+
+
+@pytest.mark.parametrize("kind", [None, "classification", "Classification", " CLASSIFICATION\r\n"])
+def test_a_set_may_say_its_kind_in_any_case(tmp_path: Path, kind: str | None) -> None:
+    write_set(tmp_path, kind)
+    assert kinds(tmp_path) == {"dots": "classification"}
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "", "detection"])
+def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    write_set(tmp_path, kind)
+    said = (
+        rf"dots/dataset_type\.txt says '{kind}'; what is scored here is classification, retr.*Take 'dots' out of zeros"
+    )
+    for look in (kinds, check):
+        with pytest.raises(UserError, match=said):
+            look(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "classnames.txt").unlink(), r"No such file.*classnames\.txt"),
+        (lambda folder: (folder / "classnames.txt").write_text(""), r"classnames\.txt .* is empty"),
+        (lambda folder: (folder / "classnames.txt").write_text("one dot"), r"1\.cls says '1', which is none of 1"),
+        (lambda folder: (folder / "zeroshot_classification_templates.txt").write_text("{}"), r"another gap than \{c\}"),
+        (lambda folder: (folder / "test/nshards.txt").write_text("two"), r"test/nshards\.txt says 'two'"),
+        (lambda folder: (folder / "test/nshards.txt").write_text("2"), r"No such file.*test/1\.tar"),
+        (lambda folder: (folder / "test/nshards.txt").write_text("0"), r"test/ holds no picture"),
+        (lambda folder: (folder / "test/0.tar").write_bytes(b"<html>"), r"0\.tar cannot be read \(file could not"),
+        (lambda folder: (folder / "dataset_type.txt").write_text("retrieval"), r"0\.tar: 0 lacks .* its \.txt"),
+        (lambda folder: relabel(folder, label="npy"), r"0\.tar: 0 lacks .* its \.cls"),
+        (lambda folder: relabel(folder, labels=("0", "dot")), r"1\.cls says 'dot', which is none of 2"),
+    ],
+)
+def test_a_set_that_cannot_be_scored_is_refused_where_it_comes_in(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    folder = write_set(tmp_path)
+    check(tmp_path)
+    damage(folder)
+    with pytest.raises(UserError, match=rf"dots cannot be scored: .*{said}.*Take 'dots' out of zeroshot_sets\.sets"):
+        check(tmp_path)
 
 
 @torch.no_grad()

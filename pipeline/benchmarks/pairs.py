@@ -6,33 +6,47 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from pipeline.adapters.pictures import UndecodableError, decode
 from pipeline.runtime import UserError
 
 
 @dataclass(frozen=True)
 class Question:
-    """One statement of MMVP-VLM and its image; questions 2n-1 and 2n are a pair."""
+    """One statement of MMVP-VLM and its image; questions 2n-1 and 2n are a pair.
+
+    upright: follow the image's orientation tag, as viewers do; the published scoring does not.
+    """
 
     id: int
     type: str
     statement: str
     path: Path
+    upright: bool = False
 
     def image(self) -> Image.Image:
-        with Image.open(self.path) as image:
-            return image.convert("RGB")
+        """Raises UserError for a file that is no picture."""
+        try:
+            return decode(self.path, self.upright)
+        except UndecodableError as error:
+            raise UserError(f"{self.path}: no picture that can be read ({error}). Choose another file.") from error
 
 
 def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
     """The questions in the order of their ids. Folder names may spell spaces as underscores, as published copies do.
 
-    Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected.
+    Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected; whether
+    the images are pictures, `Question.image` tells.
     """
     file = folder / "Questions.csv"
-    hint = "Run `dvc repro --force pipeline/dvc.yaml:mmvp_vlm`."
+    hint = (
+        "Run `dvc repro --force pipeline/dvc.yaml:mmvp_vlm`, after choosing another copy where this one came like that."
+    )
     if not file.is_file():
         raise UserError(f"{file}: no such file. {hint}")
-    table = pd.read_csv(file)
+    try:  # as text, every cell of it: a statement may be "None"
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ValueError as error:  # no UTF-8, no table, nothing at all
+        raise UserError(f"{file}: no table of commas in UTF-8 ({error}). {hint}") from error
     columns = ["Question ID", "Type", "Statement"]
     if list(table.columns) != columns:
         raise UserError(f"{file}: columns are {list(table.columns)}, wanted {columns}. {hint}")
@@ -40,7 +54,7 @@ def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
     if (
         len(counts) != 9
         or (counts != 2 * pairs_per_pattern).any()
-        or list(table[columns[0]]) != list(range(1, len(table) + 1))
+        or list(table[columns[0]]) != [str(number) for number in range(1, len(table) + 1)]
     ):
         raise UserError(
             f"{file}: {len(table)} statements ({', '.join(f'{k} {v}' for k, v in counts.items())}); wanted ids "
@@ -48,7 +62,9 @@ def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
         )
     folders = {path.name.replace("_", " "): path for path in folder.glob("*/*") if path.is_dir()}
     questions = []
-    for number, kind, statement in table.itertuples(index=False):
+    for number, (_, kind, statement) in enumerate(table.itertuples(index=False), 1):
+        if not statement.strip():
+            raise UserError(f"{file}: statement {number} is empty. {hint}")
         path = folders.get(kind.replace("_", " "), folder / kind) / f"{number}.jpg"
         if not path.is_file():
             raise UserError(f"{path}: no such file, but {file} names it. {hint}")

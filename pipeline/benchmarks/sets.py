@@ -1,6 +1,7 @@
 """Sets of pictures in clip-benchmark's wds/ layout, and the table of answers that every scoring of a set gives."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from pipeline.runtime import UserError
+
+LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its picture
+PICTURES = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one
 
 
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -26,12 +30,78 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, 
 
 
 def kinds(root: Path) -> dict[str, str]:
-    """The sets below `root`/wds and their kind: classification (where they do not say), retrieval or probe."""
+    """The sets below `root`/wds and their kind: classification (where they do not say), retrieval or probe.
+
+    Raises UserError for a set of another kind, and where there is none.
+    """
     sets = sorted(path for path in (root / "wds").glob("*") if path.is_dir())
     if not sets:
         raise UserError(f"{root}: no sets (wds/<name>/). Run `dvc repro --force pipeline/dvc.yaml:zeroshot_sets`.")
-    files = {path.name: path / "dataset_type.txt" for path in sets}
-    return {name: file.read_text().strip() if file.exists() else "classification" for name, file in files.items()}
+    found = {}
+    for path in sets:
+        file = path / "dataset_type.txt"
+        found[path.name] = kind = (
+            file.read_text(errors="replace").strip().lower() if file.exists() else "classification"
+        )
+        if kind not in LABELS:
+            raise UserError(f"{file} says '{kind}'; what is scored here is {', '.join(LABELS)}. {_without(path.name)}")
+    return found
+
+
+def check(root: Path) -> None:
+    """Raises UserError where a set lacks anything that its scoring will read, but for pictures that are damaged."""
+    for name, kind in kinds(root).items():
+        folder = root / "wds" / name
+        try:
+            classes = _classes(folder) if kind == "classification" else 0
+            for split in ("train", "test") if kind == "probe" else ("test",):
+                number = (folder / split / "nshards.txt").read_text().strip()
+                if not number.isdecimal():
+                    raise ValueError(f"{split}/nshards.txt says {number!r}")
+                shards = [folder / split / f"{i}.tar" for i in range(int(number))]
+                if not sum(_samples(shard, LABELS[kind], classes) for shard in shards):
+                    raise ValueError(f"{split}/ holds no picture")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be scored: {error}. {_without(name)}") from error
+
+
+def _without(name: str) -> str:
+    return f"Take '{name}' out of zeroshot_sets.sets in params.yaml, or give another revision of it there."
+
+
+def _classes(folder: Path) -> int:
+    """The number of classes, which have names and templates."""
+    names = (folder / "classnames.txt").read_text().splitlines()
+    templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+    if not names or not templates:
+        raise ValueError("classnames.txt or zeroshot_classification_templates.txt is empty")
+    for template in templates:
+        if re.search(r"\{(?!c\})", template):
+            raise ValueError(f"the template {template!r} has another gap than {{c}}")
+    return len(names)
+
+
+def _samples(tar: Path, label: str, classes: int) -> int:
+    """How many pictures a shard has. Raises ValueError for one without its label, or of none of the classes."""
+    found: dict[str, set[str]] = {}
+    try:
+        with tarfile.open(tar) as file:
+            for member in file:
+                folder, _, name = member.name.rpartition("/")
+                key, _, ending = name.partition(".")
+                found.setdefault(f"{folder}/{key}", set()).add(ending.lower())
+                if classes and ending == "cls":
+                    said = file.extractfile(member).read().decode(errors="replace")  # type: ignore[union-attr]
+                    if not said.strip().isdecimal() or int(said) >= classes:
+                        raise ValueError(f"{tar.name}: {member.name} says {said!r}, which is none of {classes} classes")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{tar.name} cannot be read ({str(error).splitlines()[0]})") from error
+    pictures = {key for key, endings in found.items() if endings & PICTURES}
+    labelled = {key for key, endings in found.items() if label in endings}
+    if pictures != labelled:
+        some = min(pictures ^ labelled).removeprefix("/")
+        raise ValueError(f"{tar.name}: {some} lacks a picture ({', '.join(sorted(PICTURES))}) or its .{label}")
+    return len(pictures)
 
 
 def answers(measure: str, right: ArrayLike, images: list[int] | None = None) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 
@@ -80,12 +79,9 @@ def main() -> None:
         raise UserError(f"no backbone '{asked.backbone}' in params.yaml; there are: {', '.join(p.backbones)}")
     models = Path("models", p.backbones[asked.backbone].profile)
     asking = zip(asked.statements, asked.pictures, strict=True)
-    questions = [Question(number, "", text, path) for number, (text, path) in enumerate(asking, 1)]
+    questions = [Question(number, "", text, path, upright=True) for number, (text, path) in enumerate(asking, 1)]
     for question in questions:
-        try:
-            question.image()
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{question.path}: no picture that can be read: {error}") from None
+        question.image()  # before models are loaded
     there = [weights for weights in p.run.weights if (models / weights / asked.backbone).is_dir()]
     if not there:
         raise UserError(f"{models}: no weights of {asked.backbone} ({', '.join(p.run.weights)}). Run `dvc repro`.")
