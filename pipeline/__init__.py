@@ -1,0 +1,40 @@
+"""Post-training of CLIP image encoders by diffusion feedback, as DVC stages.
+
+Importing this package pins what decides the bytes of arithmetic on a CPU, before numpy and torch are imported: the
+instructions that their libraries use, and the number of threads. Each library would else use the widest instructions of
+the processor and all of its cores, sum in another order on another machine, and training would carry the difference on.
+A variable that the user has set stays as it is; `runtime.device` says so.
+"""
+
+import os
+from pathlib import Path
+
+import yaml
+
+
+def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("params.yaml")) -> dict[str, str]:
+    """The environment variables and their values. AVX2 is what every x86-64 server processor since 2015 has.
+
+    Without AVX2 no instructions are pinned: the libraries would take the order and crash. Threads are those of the
+    profile of ./params.yaml, whose faults pipeline.params tells.
+    """
+    wanted = {}
+    if processor.exists() and "avx2" in processor.read_text(encoding="utf-8").split():
+        wanted |= {
+            "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels
+            "MKL_CBWR": "AVX2",  # torch's matrix products
+            "ONEDNN_MAX_CPU_ISA": "AVX2",  # torch's convolutions
+            "OPENBLAS_CORETYPE": "Haswell",  # numpy's and scipy's matrix products: OpenBLAS's name for AVX2
+        }
+    try:
+        content = yaml.load(parameters.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        wanted["OMP_NUM_THREADS"] = str(int(content["profiles"][content["run"]["profile"]]["threads"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        pass
+    return wanted
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a busy machine ten times slower
+PINS = pins()
+for _variable, _value in PINS.items():
+    os.environ.setdefault(_variable, _value)

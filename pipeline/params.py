@@ -367,6 +367,9 @@ class Zeroshot(Section):
 
 
 class Profile(Section):
+    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read."""
+
+    threads: Count
     images: MiniImages | PublishedImages = Field(discriminator="kind")
     mmvp_vlm: MiniMmvpVlm | PublishedMmvpVlm = Field(discriminator="kind")
     zeroshot_sets: MiniZeroshotSets | PublishedZeroshotSets = Field(discriminator="kind")

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import psutil
 from tqdm import tqdm
 
+from pipeline import PINS
+
 T = TypeVar("T")
 
 # Wall clock and memory differ between runs, so they never stand in an output that DVC hashes.
@@ -81,14 +83,24 @@ def _note_timing() -> None:
 
 
 def device():
-    """The torch device to compute on (the first GPU where there is one), with deterministic kernels asked for."""
+    """The torch device to compute on (the first GPU where there is one), with deterministic kernels asked for.
+
+    On a CPU it says which of the package's pins (pipeline/__init__.py) the user's environment overrides.
+    """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would write every new tensor twice
     torch.backends.cudnn.allow_tf32 = False  # a patch embedding is a convolution: float32 means float32
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    others = [
+        f"{name}={os.environ[name]} (pinned: {value})" for name, value in PINS.items() if os.environ[name] != value
+    ]
+    if others:
+        print(f"note: the environment sets {', '.join(others)}; figures may differ in rounding", file=sys.stderr)
+    return torch.device("cpu")
 
 
 def generator(*purpose: str | int):
@@ -184,7 +196,7 @@ def program(*files: str) -> str:
 
 def sources(*files: str) -> dict[str, ast.Module]:
     """These files of pipeline/ and all of pipeline/ that they import, inside their functions too, parsed."""
-    package, trees, ahead = Path(__file__).parent, dict[str, ast.Module](), set(files)
+    package, trees, ahead = Path(__file__).parent, dict[str, ast.Module](), {"__init__.py", *files}
     while ahead:
         path = ahead.pop()
         trees[path] = ast.parse((package / path).read_bytes())

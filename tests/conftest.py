@@ -1,14 +1,14 @@
 """What all tests share."""
 
+import os
 import shutil
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, waiting for a second thread takes far longer than tiny tensors
+import pipeline  # noqa: F401, I001  (its pins come before numpy and torch)
 import pytest
-import torch
 from filelock import FileLock
 from shrunk import METRICS, MODELS, run_every_stage
-
-torch.set_num_threads(1)  # the tests' tensors are tiny: on a busy machine, waiting for a second thread takes far longer
 
 
 @pytest.hookimpl(tryfirst=True)

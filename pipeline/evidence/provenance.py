@@ -9,11 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import psutil
+import threadpoolctl
 import yaml
 
+from pipeline import PINS
 from pipeline.params import Params
 from pipeline.runtime import TIMINGS, program
 
@@ -21,6 +24,9 @@ PACKAGES = (
     "torch", "diffusers", "transformers", "open_clip_torch", "timm", "clip-benchmark", "img2dataset", "dvc", "numpy",
     "scipy",
 )  # fmt: skip
+
+LIBRARIES = {"MKL": r"Math Kernel Library Version ([\d.]+)", "oneDNN": r"MKL-DNN v([\d.]+)"}
+PROCESSOR = {"cpu family": "family", "model": "model", "stepping": "stepping"}
 
 
 # Whatever a gain depends on; tests/test_house.py holds that these are all stages but those that come after the scores.
@@ -73,16 +79,45 @@ def scored(p: Params) -> list[str]:
 
 
 def hardware() -> dict[str, str]:
+    """The machine, and what of it decides the bytes of arithmetic on its CPU."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = [line.partition(":")[2].strip() for line in names.splitlines() if line.startswith("model name")]
     return {
-        "processor": f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
         "GPU": ", ".join(gpus) or "none",
+        "instruction set in use": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "BLAS": blas(),
+        "pinned": ", ".join(f"{name}={os.environ[name]}" for name in PINS) or "nothing",
     }
+
+
+def processor() -> str:
+    """Name, family, model and stepping (as Linux tells them), and cores."""
+    file, found = Path("/proc/cpuinfo"), {}
+    if file.exists():
+        first = file.read_text(encoding="utf-8").partition("\n\n")[0]
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{name} {found[key]}" for key, name in PROCESSOR.items() if key in found]
+    return ", ".join([found.get("model name", platform.machine()), *numbers, f"{os.cpu_count()} cores"])
+
+
+def blas() -> str:
+    """Torch's libraries of matrix products and convolutions, numpy's and scipy's with the kernels that they chose."""
+    import scipy.linalg  # noqa: F401  (loads its OpenBLAS)
+    import torch
+
+    config = torch.__config__.show()
+    versions = {name: re.search(pattern, config) for name, pattern in LIBRARIES.items()}
+    built = [f"{name} {found[1]}" for name, found in versions.items() if found]
+    loaded = {
+        f"{library['internal_api']} {library['version']} ({library.get('architecture', 'unknown kernels')})"
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    }
+    return ", ".join([*built, *sorted(loaded)])
 
 
 def hashes(paths: list[str]) -> dict[str, str]:
