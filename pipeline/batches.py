@@ -7,7 +7,7 @@ processes and workers share these: what sample i of step s is, and how it is dra
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,10 @@ Position = tuple[int, int]  # of a stream: see adapters.shards.Sample
 
 
 class Chunk(NamedTuple):
-    """What one stream gives to one step: uint8 pixels at the generator's size; `after`: where the stream goes on."""
+    """What one stream gives to one step: uint8 pixels at the generator's size; `after`: where the stream goes on.
+
+    shown_BCHW: of the control alone, what the tower is shown in the pixels' place.
+    """
 
     stream: int
     phase: str
@@ -38,11 +41,20 @@ class Chunk(NamedTuple):
     draws: list[diffusion.Draw]
     after: Position
     undecodable: list[str]
+    shown_BCHW: torch.Tensor | None = None
 
 
 def share(total: int, index: int, of: int) -> range:
     """The part of range(total) that falls to process `index` of `of`; the parts are as equal as can be."""
     return range(total * index // of, total * (index + 1) // of)
+
+
+def derangement(count: int, draws: torch.Generator) -> torch.Tensor:
+    """A permutation of range(count) that leaves nothing in its place, each of them as likely; count: two at least."""
+    while True:
+        order = torch.randperm(count, generator=draws)
+        if not (order == torch.arange(count)).any():
+            return order
 
 
 class Chunks(IterableDataset):
@@ -120,19 +132,20 @@ class Batches:
         self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, recipe: Recipe,
         seed: int, compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
         after: dict[int, Position] | None = None, undecodable: set[str] | None = None, workers: int | None = None,
-        shuffled: bool = False,
+        mismatched: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         """steps: (phase, step) of all that will be asked for, phases being those of the training and `gap`, whose
         batches have captions; workers: processes that decode, by default one for each
-        core of this process where a GPU computes, none where the cores do; shuffled: a control in which the tower is
-        shown another image than the one to be restored, namely the one before it in its stream's part of the step.
+        core of this process where a GPU computes, none where the cores do; mismatched: a control in which the tower is
+        shown another image of the step than the one to be restored, of whichever process: the function gathers a
+        tensor of every process, all of one shape.
         """
         if processes > p.streams:
             raise UserError(
                 f"{processes} processes share {p.streams} streams of images: some would have none. Start fewer, or "
                 "raise train.streams in params.yaml."
             )
-        self.backbone, self.denoiser, self.p, self.compute, self.shuffled = backbone, denoiser, p, compute, shuffled
+        self.backbone, self.denoiser, self.p, self.compute, self.gather = backbone, denoiser, p, compute, mismatched
         self.captioned = {"gap"} | ({"projection"} if recipe.fit and recipe.fit.told == "captions" else set())
         self.process, self.processes = process, processes
         self.image_size = backbone.image_size
@@ -174,18 +187,21 @@ class Batches:
         raw_BCHW = shown_BCHW = view_BCHW = none  # to be restored; shown to the tower
         captions: list[str] = []
         draws: list[diffusion.Draw] = []
+        chunks: Iterator[Chunk] = (self._next() for _ in self.chunks.streams)
+        if self.gather:
+            chunks = self._mismatched(step, list(chunks), self.gather)
         left = self.count
         while left:
             size = min(self.p.micro_batch, left)
             while len(raw_BCHW) < size:
-                chunk = self._next()
+                chunk = next(chunks)
                 more = chunk.pixels_BCHW.to(self.compute, non_blocking=True)
                 drawn = [draw.to(self.compute) for draw in chunk.draws]
-                turn = 1 if self.shuffled else 0
-                raw_BCHW, shown_BCHW = torch.cat([raw_BCHW, more]), torch.cat([shown_BCHW, more.roll(turn, 0)])
+                shown = more if chunk.shown_BCHW is None else chunk.shown_BCHW
+                raw_BCHW, shown_BCHW = torch.cat([raw_BCHW, more]), torch.cat([shown_BCHW, shown])
                 if chunk.view_BCHW is not None:
                     viewed = chunk.view_BCHW.to(self.compute, non_blocking=True)
-                    view_BCHW = torch.cat([view_BCHW, viewed.roll(turn, 0)])
+                    view_BCHW = torch.cat([view_BCHW, viewed])
                 captions += chunk.captions
                 draws = [diffusion.Draw.cat(two) for two in zip(draws, drawn, strict=True)] if draws else drawn
             left -= size
@@ -215,6 +231,27 @@ class Batches:
             raw_BCHW = torch.stack(cropped).to(self.compute)
             micro_batches.append(self._micro_batch(raw_BCHW, raw_BCHW, [draw.to(self.compute)], last=False))
         return micro_batches, len(images)
+
+    def _mismatched(
+        self, step: int, chunks: list[Chunk], gather: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[Chunk]:
+        """The chunks of a step, the tower being shown, under each image's number, that of another."""
+        batch, streams = self.chunks.recipe.batch, self.p.streams
+        order = derangement(batch, generator(self.chunks.seed, "mismatched", step)).to(self.compute)
+
+        def of_all(own: list[torch.Tensor]) -> torch.Tensor:
+            size, most = len(own[0]), math.ceil(streams / self.processes)
+            padding = [torch.zeros_like(own[0])] * (most - len(own))  # a process may have a stream less than another
+            gathered = gather(torch.cat([*own, *padding]).to(self.compute)).split(most * size)
+            counts = [size * len(share(streams, process, self.processes)) for process in range(self.processes)]
+            return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+        shown = {"shown_BCHW": of_all([chunk.pixels_BCHW for chunk in chunks])}
+        if views := [chunk.view_BCHW for chunk in chunks if chunk.view_BCHW is not None]:
+            shown["view_BCHW"] = of_all(views)
+        for chunk in chunks:
+            others_B = order.view(streams, -1)[chunk.stream]
+            yield chunk._replace(**{name: images[others_B] for name, images in shown.items()})
 
     def _next(self) -> Chunk:
         start = time.perf_counter()

@@ -524,11 +524,10 @@ class Params(Section):
                     f"run.weights names 'released', but backbones.{key} has none. Take it out, or add them there"
                 )
         train, recipe = self.profile.train, self.profile.recipe
-        if "shuffled" in self.run.weights and recipe.batch == train.streams:
+        if "shuffled" in self.run.weights and recipe.batch == 1:
             raise ValueError(
-                f"run.weights names 'shuffled', which exchanges images within a stream's part of a step, but of "
-                f"profiles.{self.run.profile}.recipes.{train.recipe}.batch {recipe.batch} each of {train.streams} "
-                "streams has one. Lower train.streams"
+                "run.weights names 'shuffled', which exchanges the images of a step, but "
+                f"profiles.{self.run.profile}.recipes.{train.recipe}.batch is 1. Raise it"
             )
         return self
 

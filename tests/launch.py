@@ -50,5 +50,5 @@ def _stage(folder: Path, environment: dict[str, object], rank: int) -> None:
         os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in environment.items()}
         os.chdir(folder)
         torch.set_num_threads(1)  # as many sums, in the same order, whatever else runs
-        sys.argv = ["train", "mini", "diva"]
+        sys.argv = ["train", "mini"]
         train.main()

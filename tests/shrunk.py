@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, train, zeroshot, zeroshot_sets
+from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, shuffled, train, zeroshot, zeroshot_sets
 from pipeline.mini import world
 from pipeline.runtime import write_json
 
@@ -74,9 +74,9 @@ def write_shards(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for i in range(count):
-            file = io.BytesIO()
-            Image.fromarray(world.picture(images.SET, i)[0]).save(file, "JPEG", quality=95)
-            for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", b"a fish")):
+            file, (picture, scene) = io.BytesIO(), world.picture(images.SET, i)
+            Image.fromarray(picture).save(file, "JPEG", quality=95)
+            for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", world.caption(scene).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -104,9 +104,8 @@ def run_every_stage() -> None:
     for stage in (mmvp_vlm, zeroshot_sets, denoiser):
         run(stage)
     run(backbone, "mini")
-    for weights in ("diva", "shuffled"):
-        run(train, "mini", weights)
-    run(drift, "mini")
+    for stage in (train, shuffled, drift):
+        run(stage, "mini")
     for stage, weights in itertools.product((mmvp, zeroshot), SCORED):
         run(stage, "mini", weights)
     write_seeds()

@@ -72,7 +72,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     output = stop_once_written("models/mini/.denoiser.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGINT))
     assert "interrupted: nothing was written" in output
     stop_once_written("metrics/mini/train/.mini-diva.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
-    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini-diva"
+    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
 
     expected = undisturbed().contents(*LOCKS, "data", "models", "metrics")
     assert clone.contents(*LOCKS, "data", "models", "metrics") == expected
@@ -84,8 +84,8 @@ def test_repro_from_nothing_makes_every_output_and_prints_the_table(undisturbed:
     imported = clone.run("python", "-c", "import pipeline; print(pipeline.__file__)")
     assert Path(imported.strip()) == clone.root / "pipeline" / "__init__.py"
     everything = [
-        "plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini-diva",
-        "train@mini-shuffled", "drift@mini", "report",
+        "plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "backbone@mini", "train@mini",
+        "shuffled@mini", "drift@mini", "report",
         *(f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot", "export") for weights in WEIGHTS),
     ]  # fmt: skip
     assert sorted(stages_run(clone.output)) == sorted(everything)
@@ -126,7 +126,7 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
     )
     rerun = {f"{scoring}@mini-{weights}" for scoring in ("mmvp", "zeroshot") for weights in WEIGHTS[1:]}
     rerun |= {f"export@mini-{weights}" for weights in WEIGHTS}  # a card has the scores, and the seed
-    assert set(stages_run(output)) == rerun | {"train@mini-diva", "train@mini-shuffled", "drift@mini", "report"}
+    assert set(stages_run(output)) == rerun | {"train@mini", "shuffled@mini", "drift@mini", "report"}
     made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
     assert (made["seed"], made["recipe"]["optimizer"]["lr"]) == (3, 5e-05)
     first_losses = [files[LOSS_CURVE].splitlines()[1] for files in (before, clone.contents("metrics"))]

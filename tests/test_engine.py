@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from shrunk import METRICS, MODELS, run, write_params, write_shards
 from test_stages import CPU, trained
 
-from pipeline import params, train
+from pipeline import engine, params, train
 from pipeline.adapters import checkpoints
 from pipeline.adapters.backbones import Backbone
 from pipeline.adapters.denoisers import Denoiser
@@ -126,20 +126,6 @@ def test_a_contrast_without_enough_others_is_refused_before_the_first_step(
         Batches(shards, *models, RULE, p, chosen, 42, torch.device("cpu"), STEPS, processes=processes)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_the_shuffled_control_shows_the_tower_another_image(models: tuple[Backbone, Denoiser], processes: int) -> None:
-    """The one before it among the images that its stream gives to the step; what is restored stays the same."""
-    expected = feed(models, section(), batch=12)
-    parts = [feed(models, section(), batch=12, process=i, processes=processes, shuffled=True) for i in range(processes)]
-    for _, step in STEPS:
-        shown, *rest = whole(list(expected(step)))
-        found, *others = whole([micro for part in parts for micro in part(step)])
-        assert same(rest, others)
-        assert torch.equal(found.unflatten(0, (4, 3)), shown.unflatten(0, (4, 3)).roll(1, 1))
-    (shown, _), (found, _) = expected.held_out(), feed(models, section(), batch=12, shuffled=True).held_out()
-    assert torch.equal(whole(shown)[0], whole(found)[0])
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_feed_goes_on_where_it_was(models: tuple[Backbone, Denoiser], workers: int) -> None:
     """However far ahead its workers have read."""
@@ -205,7 +191,7 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
         batches = Batches(
             Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
         )  # fmt: skip
-        _, phase = training.phases(feedback, train.training_recipe(wanted))
+        _, phase = training.phases(feedback, engine.training_recipe(wanted))
         if gradient is found:
             (record,) = training.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
         else:
@@ -226,7 +212,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(models: tuple[Backb
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
-        feedback = train.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
+        feedback = engine.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
         (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)
         losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
@@ -308,11 +294,11 @@ def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for gpus in (0, 1, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        train.start_on_every_gpu()
+        engine.start_on_every_gpu("pipeline.train")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224"]]
     monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
-    train.start_on_every_gpu()
+    engine.start_on_every_gpu("pipeline.train")
     assert len(called) == 1
 
 
@@ -387,10 +373,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(saves):
-        run(train, "mini", "diva")
+        run(train, "mini")
     assert outputs(here) == {}
     capsys.readouterr()
-    run(train, "mini", "diva")
+    run(train, "mini")
     phase, step = ("projection", saves - 1) if saves <= 3 else ("tower", saves - 4)
     assert f"going on after step {step} of phase '{phase}'" in capsys.readouterr().out
     expected = outputs(finished)
@@ -429,16 +415,16 @@ def test_another_recipe_never_goes_on_from_a_checkpoint(
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(5):
-        run(train, "mini", "diva")
+        run(train, "mini")
     change()
     capsys.readouterr()
-    run(train, "mini", "diva")
+    run(train, "mini")
     printed = capsys.readouterr().out
     assert f"mini.checkpoint is of another run, which differs in {named}: training starts anew" in printed
     assert "going on" not in printed
     made = outputs(here)
     shutil.rmtree(MODELS / "diva")
-    run(train, "mini", "diva")
+    run(train, "mini")
     assert outputs(here) == made
 
 
@@ -474,7 +460,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
             save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
-    run(train, "mini", "diva")
+    run(train, "mini")
     assert capsys.readouterr().err.count("warning: no checkpoint written to models/mini/diva/.mini.checkpoint") == 7
     weights = f"{MODELS}/diva/mini/open_clip_model.safetensors"
     assert outputs(here)[weights] == outputs(finished)[weights]

@@ -302,7 +302,7 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
 LOCKS = {
     "pipeline/dvc.lock": """
 stages:
-  train@mini-diva:
+  train@mini:
     deps:
     - {path: data/mini/images, md5: aaa.dir}
     - {path: models/mini/pretrained/mini, md5: bbb.dir}

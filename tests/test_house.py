@@ -75,14 +75,19 @@ def packages(file: Path) -> set[str]:
 
 
 def may_import(file: Path, name: str) -> bool:
+<<<<<<< HEAD
     """The layering, downwards only: tools, stages, mini, evidence, adapters and benchmarks, diva, params, runtime."""
     if name == "pipeline":  # its pins
         return True
+=======
+    """Downwards only: tools, stages, engine, mini, evidence, adapters and benchmarks, diva, params, runtime."""
+>>>>>>> d022618 (The control shuffled starts from what the recipe fitted, and exchanges images in the tower phase alone, over the whole step; stages train and shuffled run one engine)
     room, target = file.parts[1], name.split(".")[1]
     rooms = {
         "runtime.py": set(),
         "params.py": {"runtime"},
         "batches.py": {"params", "runtime", "adapters", "diva"},
+        "engine.py": {"params", "runtime", "batches", "adapters", "diva"},
         "diva": {"diva"},
         "adapters": {"params", "runtime", "adapters"},
         "benchmarks": {"runtime", "adapters", "benchmarks"},
@@ -92,6 +97,7 @@ def may_import(file: Path, name: str) -> bool:
             "params",
             "runtime",
             "batches",
+            "engine",
             "adapters",
             "benchmarks",
             "diva",
@@ -100,7 +106,7 @@ def may_import(file: Path, name: str) -> bool:
             *(stage.stem for stage in STAGES),
         },
     }
-    stage = {"params", "runtime", "batches", "adapters", "benchmarks", "diva", "evidence", "mini"}
+    stage = {"params", "runtime", "batches", "engine", "adapters", "benchmarks", "diva", "evidence", "mini"}
     return target in rooms.get(room, stage)
 
 
@@ -109,6 +115,7 @@ def test_imports_go_down(file: Path) -> None:
     assert [name for name in of_house(file) if not may_import(file, name)] == []
 
 
+<<<<<<< HEAD
 def test_every_file_at_the_top_is_a_stage_or_one_of_three() -> None:
     assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {
         *DVC,
@@ -117,6 +124,11 @@ def test_every_file_at_the_top_is_a_stage_or_one_of_three() -> None:
         "runtime",
         "batches",
     }
+=======
+def test_every_file_at_the_top_is_a_stage_or_one_of_four() -> None:
+    shared = {"params", "runtime", "batches", "engine"}
+    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, *shared}
+>>>>>>> d022618 (The control shuffled starts from what the recipe fitted, and exchanges images in the tower phase alone, over the whole step; stages train and shuffled run one engine)
     assert {file.stem for file in STAGES} == set(DVC)
 
 
@@ -173,8 +185,8 @@ def test_every_stage_before_the_report_decides_gains() -> None:
     ("file", "old", "new", "same"),
     [
         ("diva/objective.py", "import torch\n", "import torch  # which it needs\n\n\n", True),
-        ("train.py", '"""Stage train@', '"""The stage train@', True),
-        ("train.py", "len(tower) // 10", "len(tower) // 20", False),
+        ("engine.py", '"""Post-training', '"""The post-training', True),
+        ("engine.py", "len(tower) // 10", "len(tower) // 20", False),
         ("diva/diffusion.py", "\n\ndef ", "\n\nNEW = 1\n\n\ndef ", False),
         ("report.py", "import argparse", "import argparse, json", True),
     ],
@@ -201,10 +213,10 @@ def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
 @pytest.mark.parametrize("stage", DVC)
 def test_a_stage_runs_its_own_file(stage: str) -> None:
     command, matrix = DVC[stage]["cmd"].split(), DVC[stage].get("matrix", {})
-    offline = ["env", "HF_HUB_OFFLINE=1"] if stage in ("train", "mmvp", "zeroshot", "export") else []
+    offline = ["env", "HF_HUB_OFFLINE=1"] if stage in ("train", "shuffled", "mmvp", "zeroshot", "export") else []
     assert command == ["exec", *offline, "python", "-m", f"pipeline.{stage}", *(f"${{item.{a}}}" for a in matrix)]
     assert ("wdir" in DVC[stage]) == (stage not in WANTED)
-    assert all(values == f"${{run.{axis}s}}" or axis == "weights" for axis, values in matrix.items())
+    assert all(values == f"${{run.{axis.removesuffix('s')}s}}" for axis, values in matrix.items())
 
 
 @pytest.mark.parametrize("stage", DVC)

@@ -353,7 +353,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
 
     hub.requests.clear()
     for name in names:
-        run(train, name, "diva")
+        run(train, name)
     for stage, name, tuned in itertools.product((mmvp, zeroshot), names, ["pretrained", *weights]):
         run(stage, name, tuned)
     run(report)
@@ -388,7 +388,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     for recipe in ("two_stage", "contrastive"):
         content["profiles"]["paper"]["train"]["recipe"] = recipe
         write(content, names, ["pretrained", "diva"])
-        run(train, "siglip_224", "diva")
+        run(train, "siglip_224")
         made = read("models/paper/diva/siglip_224/diva.json")
         assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
         assert made["result"]["steps"] == 2
@@ -409,7 +409,7 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
     )
     everything = {"plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "report"}
     for name in ("openai_224", "dfn_378"):
-        everything |= {f"backbone@{name}", f"train@{name}-diva"}
+        everything |= {f"backbone@{name}", f"train@{name}"}
         everything |= {
             f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot", "export") for w in ("pretrained", "diva")
         }
@@ -566,7 +566,7 @@ def test_one_step_and_one_scoring_at_true_size(
             for stage in (images, mmvp_vlm, denoiser_stage):
                 do(stage)
             do(backbone_stage, "openai_224")
-        do(train, "openai_224", "diva")
+        do(train, "openai_224")
         do(mmvp, "openai_224", "diva")
 
         result = read("models/paper/diva/openai_224/diva.json")["result"]
@@ -588,7 +588,7 @@ def test_one_step_and_one_scoring_at_true_size(
         anchored |= {"steps": 1, "batch": 1, "gap": {"components": 1, "pictures": 2}}
         anchored["fit"]["steps"] = 1
         write(content, ["openai_224"], ["pretrained", "diva"])
-        do(train, "openai_224", "diva")
+        do(train, "openai_224")
         tower, head = (
             load_file(Path("models/paper/diva/openai_224", file)) for file in (backbones.WEIGHTS, backbones.HEAD)
         )

@@ -195,10 +195,9 @@ def test_content_without_sections_is_refused(file: Path, content: str, found: st
     assert message(file).startswith(f"{file}: found {found}, wanted sections")
 
 
-def test_the_shuffled_control_needs_two_images_of_a_stream(file: Path) -> None:
-    change(file, f"{TRAIN}.streams", 32)
-    assert re.search(
-        r"run: run\.weights names 'shuffled'.*each of 32 streams has one\. Lower train\.streams", message(file)
-    )
+def test_the_shuffled_control_needs_two_images(file: Path) -> None:
+    change(file, f"{TRAIN}.streams", 1)
+    change(file, "profiles.mini.recipes.diva.batch", 1)
+    assert re.search(r"run: run\.weights names 'shuffled'.*recipes\.diva\.batch is 1\. Raise it", message(file))
     change(file, "run.weights", ["pretrained", "diva", "drift"])
     assert params.load(file).run.trained

@@ -386,7 +386,7 @@ def bytes_of(tensors: list[torch.nn.Parameter]) -> int:
 
 
 def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, float]:
-    """GB of a step of pipeline/train.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
+    """GB of a step of pipeline/engine.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
 
     fixed: weights (of the tower in float32, frozen ones in bfloat16), gradients and momentum of what is trained, and
     what autograd keeps whatever the number of images, the casts of the tower's weights.

@@ -300,7 +300,7 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
     shrink(recipe)
     made = []
     for _ in range(2):
-        run(stage_train, "mini", "diva")
+        run(stage_train, "mini")
         made.append({path.name: path.read_bytes() for path in (MODELS / "diva/mini").iterdir() if path.is_file()})
     assert made[0] == made[1]
     before, after = state(MODELS / "pretrained/mini"), state(MODELS / "diva/mini")
@@ -322,7 +322,7 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
 @pytest.mark.usefixtures("here")
 def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Path) -> None:
     shrink("text_anchored")
-    run(stage_train, "mini", "diva")
+    run(stage_train, "mini")
     run(drift, "mini")
     base, tuned, moved = (Backbone.load(MODELS / weights / "mini") for weights in ("pretrained", "diva", "drift"))
     pixels = random(3, 3, 64, 64)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import denoiser as denoiser_stage
-from pipeline import drift, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
+from pipeline import drift, engine, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
 from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
@@ -241,10 +241,10 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
     section, recipe, own = p.profile.train, p.profile.recipe, p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
-    feedback = train.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
-    checkpoint = train.Checkpoint(Path("checkpoint"), {}, 60, processes)
+    feedback = engine.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
+    checkpoint = engine.Checkpoint(Path("checkpoint"), {}, 60, processes)
     curves = Path("curves")
-    end = train.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
+    end = engine.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
     return backbone, denoiser, end.records
 
 
@@ -331,16 +331,6 @@ def test_drift_goes_as_far_as_training_whatever_type_the_checkpoint_was_stored_i
         assert by_chance == pytest.approx(by_training, rel=0.01)
 
 
-def test_the_shuffled_control_learns_from_another_image(finished: Path) -> None:
-    losses = [
-        pd.read_csv(finished / METRICS / f"train/mini-{weights}/plots/metrics/projection/loss.tsv", sep="\t").loss
-        for weights in ("diva", "shuffled")
-    ]
-    assert losses[0].tolist() != losses[1].tolist()
-    notes = json.loads((finished / MODELS / "shuffled/mini/diva.json").read_text())
-    assert (notes["weights"], notes["seed"]) == ("shuffled", 42)
-
-
 def poison_the_denoiser() -> None:
     file = MODELS / "denoiser/unet/diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -362,7 +352,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
     kept = MODELS / "diva/mini.last-good"
     kept.mkdir(parents=True)  # of an earlier failure
     with pytest.raises(SystemExit) as ended:
-        run(train, "mini", "diva")
+        run(train, "mini")
     assert ended.value.code == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ")
@@ -391,11 +381,11 @@ def test_a_second_trainer_is_told_who_is_the_first(here: Path, capsys: pytest.Ca
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(SystemExit) as ended:
-            run(train, "mini", "diva")
+            run(train, "mini")
         holder.kill()
     assert ended.value.code == 1
     assert f"models/mini/diva/mini is being written by process {holder.pid} on " in capsys.readouterr().err
-    run(train, "mini", "diva")  # a killed holder holds no more
+    run(train, "mini")  # a killed holder holds no more
     assert (MODELS / "diva/mini/diva.json").is_file()
 
 

@@ -39,9 +39,9 @@ from pipeline.batches import Batches, Chunk, Chunks
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
+from pipeline.engine import training_recipe
 from pipeline.params import Condition, MiniDenoiser, Params, Recipe, Train
 from pipeline.runtime import device, progress, remove, seeded, stage, whole, write_json
-from pipeline.train import training_recipe
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]

@@ -37,12 +37,12 @@ from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.diva import training
+from pipeline.engine import FITTED, Checkpoint, build_feedback, save_fitted, train, tuned, without_fit
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world
 from pipeline.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
 from pipeline.runtime import UserError, device, progress, remove, stage, whole
-from pipeline.train import Checkpoint, build_feedback, train, tuned
 
 SCRATCH, OUTPUT = Path("data/.experiment.scratch"), Path("metrics/recipes")
 NAME = "mini"
@@ -173,30 +173,35 @@ class Tunnel:
         folder = SCRATCH / f"{run.weights}-{key}"
         if folder.exists():
             return folder
+        diva = self.trained(Run(**asdict(run) | {"weights": "diva"})) if run.weights != "diva" else None
         if run.weights == "drift":
-            diva = self.trained(Run(**asdict(run) | {"weights": "diva"}))
+            assert diva
             with whole(folder) as (new,):
                 drift_stage.drift(original, diva, run.seed, new)
             return folder
         chosen = self.p.profile.recipes[run.recipe]
         recipe = chosen.model_copy(update={"optimizer": chosen.optimizer.model_copy(update={"lr": run.rate})})
         with whole(folder) as (new,):
-            save_like(original, self.tensors(run, original, recipe, new), new)
+            self.train(run, original, recipe, diva / FITTED if diva else None, new)
         return folder
 
-    def tensors(self, run: Run, original: Path, recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:
+    def train(self, run: Run, original: Path, recipe: Recipe, fitted: Path | None, folder: Path) -> None:
+        """Write the model's folder; fitted: where a control starts from."""
         section, own = self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.pictures(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
-        feedback = build_feedback(backbone, denoiser, own, section, recipe, run.seed, shards, self.compute)
+        started = without_fit(recipe) if fitted else recipe
+        feedback = build_feedback(backbone, denoiser, own, section, started, run.seed, shards, self.compute)
         curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
         checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
-        train(
-            feedback, backbone, denoiser, shards, section, recipe, run.seed, curves, self.processes, checkpoint,
-            shuffled=run.weights == "shuffled",
-        )  # fmt: skip
+        end = train(
+            feedback, backbone, denoiser, shards, section, recipe, run.seed, curves, self.processes, checkpoint, fitted
+        )
         remove(curves)
-        return tuned(backbone)
+        save_like(original, tuned(backbone), folder)
+        if not fitted:
+            assert end.start
+            save_fitted(feedback, end.start, folder / FITTED)
 
     def score(self, run: Run) -> dict[str, float]:
         """The measures in %, all NaN where training came to numbers that are not finite."""
@@ -274,15 +279,13 @@ def write(rows: pd.DataFrame) -> None:
 
 
 def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Run]) -> None:
-    """Make what has no row yet, writing rows as they come. A worker trains a recipe, then moves it as far at random."""
+    """Make what has no row yet, writing rows as they come. A worker trains a recipe, then its controls."""
     done = {Run(**row) for row in read()[KEYS].to_dict("records")}
     together: dict[tuple, list[Run]] = {}
     for run in runs:
         if run not in done:
-            kind = "shuffled" if run.weights == "shuffled" else ""
-            together.setdefault((*(value for key, value in asdict(run).items() if key != "weights"), kind), []).append(
-                run
-            )
+            cell = tuple(value for key, value in asdict(run).items() if key != "weights")
+            together.setdefault(cell, []).append(run)
     working = [pool.submit(_score, group) for group in together.values()]
     for work in progress(as_completed(working), "runs", len(working)):
         write(pd.DataFrame([*read().to_dict("records"), *work.result()])[[*KEYS, *MEASURES]])

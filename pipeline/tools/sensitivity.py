@@ -42,10 +42,10 @@ from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.diva import diffusion, pixels, training
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.objective import Feedback
+from pipeline.engine import build_feedback, training_recipe
 from pipeline.mmvp import PROMPT
 from pipeline.params import Train
 from pipeline.runtime import UserError, device, generator, progress, stage, whole
-from pipeline.train import build_feedback, training_recipe
 
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 

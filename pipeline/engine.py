@@ -1,0 +1,418 @@
+"""Post-training, from a recipe to tuned weights: what stage `train` runs, and the control `shuffled` after it.
+
+It runs on every GPU of the machine, or as one of the processes that torchrun started (on several machines: with one
+folder, shared). From models/<profile>/<weights>/.<backbone>.checkpoint a killed run goes on; the end of the run removes
+it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from dvclive import Live
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.adapters import checkpoints
+from pipeline.adapters.backbones import Backbone, ImageTower, fresh_head, save_like
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.residual_head import WithHead
+from pipeline.adapters.shards import INDEX, Shards
+from pipeline.batches import Batches, Position
+from pipeline.diva import lora, training
+from pipeline.diva.condition import TokenRule
+from pipeline.diva.gap import GapRemoved
+from pipeline.diva.objective import Anchor, Contrast, Feedback
+from pipeline.params import Condition, Head, Lora, Recipe, Sgd, Train
+from pipeline.runtime import UserError, device, program, progress, remove, seeded, whole, write_json
+
+FITTED = "fitted.safetensors"
+CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
+
+
+def start_on_every_gpu(module: str) -> None:
+    """Become torchrun with a process of `module` for each GPU, unless there is one at most, or torchrun started us."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
+
+
+def measure_gap(
+    shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
+) -> GapRemoved:
+    """The gap between the embeddings of the stream's first pictures and of their captions, alike in every process."""
+    assert recipe.gap
+    steps = [("gap", step) for step in range(math.ceil(recipe.gap.pictures / recipe.batch))]
+    batches = Batches(shards, backbone, denoiser, TokenRule("none"), p, recipe, seed, compute, steps)
+    found = [
+        (backbone.image_tokens(micro.pixels_BCHW)[0], micro.caption_BD)
+        for _, step in progress(steps, "gap between pictures and captions")
+        for micro in batches(step)
+    ]
+    images, captions = (torch.cat(parts)[: recipe.gap.pictures].cpu() for parts in zip(*found, strict=True))
+    try:
+        return GapRemoved(images, captions, recipe.gap.components)
+    except ValueError as error:
+        raise UserError(f"recipe {p.recipe}: {error}") from None
+
+
+@torch.no_grad()
+def build_feedback(
+    backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, seed: int, shards: Shards,
+    compute: torch.device,
+) -> Feedback:  # fmt: skip
+    """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
+
+    own: the backbone's condition, for recipes that have none.
+    """
+    condition, trained = recipe.condition or own, recipe.trained
+    with seeded(seed, "projection"):
+        projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
+    text_1LD = denoiser.text([p.prompt])
+    fits_denoiser = recipe.fit is not None and recipe.fit.denoiser
+    # What is trained is float32: in bfloat16 most of its steps would be rounded away.
+    denoiser.for_feedback(torch.float32 if fits_denoiser else getattr(torch, p.precision)).to(compute)
+    backbone.to(compute).clip.requires_grad_(False)
+    gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap else None
+    anchor = recipe.anchor and Anchor(
+        backbone.tower, backbone.embed(recipe.anchor.prompts), float(backbone.logit_scale)
+    )
+    if isinstance(trained, Head):
+        if backbone.width % trained.heads:
+            raise UserError(f"recipe {p.recipe}: {trained.heads} heads do not divide the embedding's {backbone.width}")
+        backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
+    elif isinstance(trained, Lora):
+        with seeded(seed, "lora"):
+            lora.adapt(backbone.clip.visual, trained.rank, trained.alpha)
+    feedback = Feedback(
+        ImageTower(backbone.clip.visual), projection, denoiser, text_1LD,
+        TokenRule(**condition.tokens.model_dump()), condition.text, gap,
+        recipe.contrast and Contrast(recipe.contrast.temperature, recipe.contrast.negatives), anchor, fits_denoiser,
+    ).to(compute)  # fmt: skip
+    if p.compile:
+        feedback.compile()
+        denoiser.vae.encoder.compile()
+    return feedback
+
+
+def training_recipe(recipe: Recipe) -> training.Recipe:
+    """The recipe's numbers as the engine takes them."""
+    optimizer, fit = recipe.optimizer, recipe.fit
+    return training.Recipe(
+        batch=recipe.batch, steps=recipe.steps, warmup_ratio=recipe.warmup_ratio, clip_norm=recipe.clip_norm,
+        draw_weights=recipe.draw_weights, trained=recipe.trained.kind, with_projection=recipe.with_projection,
+        optimizer=optimizer.kind, lr=optimizer.lr, weight_decay=optimizer.weight_decay,
+        momentum=optimizer.momentum if isinstance(optimizer, Sgd) else 0.0,
+        projection_steps=fit.steps if fit else 0, projection_lr=fit.lr if fit else 0.0,
+        anchor_weight=recipe.anchor.weight if recipe.anchor else 0.0,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class TowerStart:
+    """What the tower phase found: the projection, and where the streams of all processes went on."""
+
+    projection: dict[str, torch.Tensor]
+    after: dict[int, Position]
+
+
+@dataclasses.dataclass
+class RunState:
+    """How far a run has come, in every process alike but for `after`, which tells of the process's own streams."""
+
+    records: list[training.Record]
+    after: dict[int, Position]
+    undecodable: set[str]
+    start: TowerStart | None = None
+    optimizer: tuple[str, dict[str, torch.Tensor]] | None = None  # of the phase that the checkpoint was written in
+
+
+class Checkpoint:
+    """The scratch file from which a killed run goes on; with `minutes` 0 it is written after every step."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], minutes: float, processes: Accelerator) -> None:
+        """fingerprint: all that the numbers of a run depend on, as JSON holds it."""
+        self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
+        self.saved = time.monotonic()
+
+    def resume(self, feedback: Feedback) -> RunState | None:
+        """Put back the state that was saved where it is of this very run; else say why not, and return None."""
+        state = checkpoints.state(self.path) if self.processes.is_main_process else None
+        if state and (changed := differences(state["fingerprint"], self.fingerprint)):
+            print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
+            state = None
+        (state,) = broadcast_object_list([state])
+        if not state:
+            return None
+        records = [training.Record(**record) for record in state["records"]]
+        last, tensors = records[-1], checkpoints.tensors(self.path)
+        training.restore(feedback, tensors)
+        if self.processes.is_main_process:
+            print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
+        start = None
+        if last.phase == "tower":
+            projection = {name: tensors[f"start.{name}"] for name in feedback.projection.state_dict()}
+            start = TowerStart(projection, positions(state["start"]))
+        optimizer = last.phase, tensors
+        return RunState(records, positions(state["after"]), set(state["undecodable"]), start, optimizer)
+
+    def save_if_due(self, feedback: Feedback, phase: training.Phase, so_far: RunState) -> None:
+        """A full disk costs the checkpoint, not the run: the one before it stays."""
+        due = self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
+        if not self.processes.reduce(torch.tensor(float(due), device=self.processes.device), "sum").item():
+            return
+        after = dict(gather_object(list(so_far.after.items())))
+        undecodable = gather_object(sorted(so_far.undecodable))
+        tensors, start = training.state(feedback, phase), so_far.start
+        tensors |= {f"start.{name}": tensor for name, tensor in (start.projection if start else {}).items()}
+        if self.processes.is_main_process:
+            state = {
+                "fingerprint": self.fingerprint,
+                "records": [dataclasses.asdict(record) for record in so_far.records],
+                "after": after,
+                "start": start.after if start else {},
+                "undecodable": sorted(set(undecodable)),
+            }
+            try:
+                checkpoints.save(self.path, tensors, state)
+            except (OSError, SafetensorError) as error:
+                print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
+        self.saved = time.monotonic()
+
+
+def positions(saved: dict[str, list[int]]) -> dict[int, Position]:
+    """Positions of streams as JSON holds them."""
+    return {int(stream): (shard, image) for stream, (shard, image) in saved.items()}
+
+
+def save_fitted(feedback: Feedback, start: TowerStart, path: Path) -> None:
+    """Write what the tower phase started from: the projection, the denoiser where it was fitted, and the streams."""
+    tensors = {f"projection.{name}": tensor for name, tensor in start.projection.items()}
+    if feedback.fits_denoiser:
+        tensors |= {f"denoiser.{name}": tensor.detach() for name, tensor in feedback.denoiser.named_parameters()}
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, path, metadata={"after": json.dumps(dict(sorted(start.after.items())))})
+
+
+@torch.no_grad()
+def put_fitted(feedback: Feedback, path: Path) -> dict[int, Position]:
+    """Put back what `save_fitted` wrote; returns where the streams go on."""
+    own = dict(feedback.named_parameters())
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            own[name].copy_(file.get_tensor(name))
+        return positions(json.loads(file.metadata()["after"]))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
+    found = []
+    for key in {**old, **new}:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += [f"{key}.{inner}" for inner in differences(before, now)]
+        elif before != now:
+            short = max(len(str(before)), len(str(now))) < 40
+            found.append(f"{key} ({before}, now {now})" if short else key)
+    return found
+
+
+def fingerprint(
+    section: Train, recipe: Recipe, own: Condition, seed: int, backbone: Backbone, denoiser: Path, images: Path,
+    fitted: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
+    return {
+        "seed": seed,
+        "train": section.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "recipe": recipe.model_dump(mode="json"),
+        "condition": own.model_dump(mode="json"),
+        "fitted": digest([fitted]) if fitted else None,
+        "backbone": backbone.sha256,
+        "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
+        "images": digest([images / INDEX]),
+        "code": program("engine.py"),
+        "torch": torch.__version__,
+    }
+
+
+def digest(files: list[Path]) -> str:
+    """sha256 of the files' own."""
+    together = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            together.update(hashlib.file_digest(file, "sha256").digest())
+    return together.hexdigest()
+
+
+def train(
+    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, recipe: Recipe, seed: int,
+    curves: Path, processes: Accelerator, checkpoint: Checkpoint, fitted: Path | None = None,
+) -> RunState:  # fmt: skip
+    """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError.
+
+    fitted: for the control, which is the tower phase alone: what `save_fitted` wrote of the run it is compared with.
+    """
+    after: dict[int, Position] = {}
+    if fitted:
+        recipe, after = without_fit(recipe), put_fitted(feedback, fitted)
+    phases, precision = training.phases(feedback, training_recipe(recipe)), getattr(torch, p.precision)
+    so_far = checkpoint.resume(feedback) or RunState([], after, set())
+    done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
+    batches = Batches(
+        shards, backbone, denoiser, feedback.tokens, p, recipe, seed, processes.device,
+        [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
+        process=processes.process_index, processes=processes.num_processes,
+        after=so_far.after, undecodable=so_far.undecodable, mismatched=processes.gather if fitted else None,
+    )  # fmt: skip
+    so_far.after, so_far.undecodable = batches.after, batches.undecodable
+    held_out = batches.held_out()
+
+    def measure(steps: int) -> Callable[[int], float | None]:
+        def held_out_loss(step: int) -> float | None:
+            if step % p.held_out.every and step != steps - 1:
+                return None
+            return training.denoising_loss(feedback, *held_out, precision, processes)
+
+        return held_out_loss
+
+    main = processes.is_main_process
+    options = {"dvcyaml": None, "save_dvc_exp": False, "report": None, "monitor_system": False}
+    with Live(str(curves), **options) if main else nullcontext() as live:
+        for record in so_far.records:
+            draw(live, record)
+        for i, phase in enumerate(phases):
+            first = done[phase.name]
+            if p.shard and phase.name == "tower":
+                training.shard(feedback, processes.num_processes)
+                phase = training.phases(feedback, training_recipe(recipe))[i]
+            if so_far.optimizer and so_far.optimizer[0] == phase.name:
+                training.restore_optimizer(phase, so_far.optimizer[1])
+            if phase.name == "tower" and not first:
+                projection = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
+                so_far.start = TowerStart(projection, dict(gather_object(list(batches.after.items()))))
+            steps = training.run(feedback, phase, batches, precision, processes, first, measure(phase.steps))
+            bar = {"initial": first, "unit": " images", "unit_scale": recipe.batch, "disable": not main}
+            for record in progress(steps, phase.name, phase.steps, **bar):
+                so_far.records.append(record)
+                draw(live, record)
+                checkpoint.save_if_due(feedback, phase, so_far)
+    so_far.undecodable = set(gather_object(sorted(so_far.undecodable)))
+    return so_far
+
+
+def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The CLIP's state after training, whole, what LoRA learnt written into its weights."""
+    lora.merge(backbone.clip.visual)
+    return {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
+
+
+def draw(live: Live | None, record: training.Record) -> None:
+    """Add a step to the curves, in the process that draws them."""
+    if live is None:
+        return
+    live.step = record.step
+    for curve in CURVES:
+        value = getattr(record, curve)
+        if value is not None:
+            live.log_metric(f"{record.phase}/{curve}", value)
+
+
+def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, float]:
+    """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
+    tower = [record for record in records if record.phase == "tower"]
+    window = max(1, len(tower) // 10)
+    held_out = [record.held_out_loss for record in tower if record.held_out_loss is not None]
+    return {
+        "seed": seed,
+        "steps": recipe.steps,
+        "images": len(records) * recipe.batch,
+        "undecodable_images": undecodable,
+        "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
+        "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
+        "held_out_loss_first": round(held_out[0], 5),
+        "held_out_loss_last": round(held_out[-1], 5),
+    }
+
+
+def without_fit(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"fit": None})
+
+
+def post_train(
+    profile: str, name: str, weights: str, section: Train, recipe: Recipe, own: Condition, seed: int,
+    fitted: Path | None = None,
+) -> None:  # fmt: skip
+    """Make models/<profile>/<weights>/<name> and its curves; own: the backbone's condition; fitted: see `train`."""
+    if fitted and not fitted.is_file():
+        raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
+    processes = Accelerator(cpu=device().type == "cpu")
+    original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
+    outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
+    scratch = outputs[0].with_name(f".{name}.checkpoint")
+    with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
+        backbone = Backbone.load(original)
+        denoiser = Denoiser.load(Path("models", profile, "denoiser"))
+        if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
+            raise UserError(
+                f"profiles.{profile}.recipes.{section.recipe}.timesteps ends at {recipe.timesteps[1]}, but the "
+                f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
+            )
+        shards = Shards(images, section.max_undecodable, section.held_out.images, recipe.reads_captions)
+        models = Path("models", profile, "denoiser")
+        mark = fingerprint(section, recipe, own, seed, backbone, models, images, fitted)
+        checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
+        started = without_fit(recipe) if fitted else recipe
+        feedback = build_feedback(backbone, denoiser, own, section, started, seed, shards, processes.device)
+        try:
+            end = train(
+                feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint, fitted
+            )
+        except training.NotFiniteError as error:
+            tensors = tuned(backbone)
+            if not processes.is_main_process:
+                sys.exit(1)
+            kept = outputs[0].with_name(f"{name}.last-good")
+            remove(kept)
+            save_like(original, tensors, kept)
+            raise UserError(
+                f"{error}. Training stopped; the weights before that step are in {kept}. "
+                f"Lower profiles.{profile}.recipes.{section.recipe}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
+                "precision float32."
+            ) from None
+        tensors = tuned(backbone)
+        if processes.is_main_process:
+            result = summary(end.records, recipe, seed, len(end.undecodable))
+            save_like(original, tensors, folder)
+            if not fitted:
+                assert end.start
+                save_fitted(feedback, end.start, folder / FITTED)
+            write_json(
+                folder / "diva.json",
+                {
+                    "backbone": name,
+                    "weights": weights,
+                    "seed": seed,
+                    "train": section.model_dump(),
+                    "recipe": recipe.model_dump(),
+                    "condition": (recipe.condition or own).model_dump(),
+                    "code": mark["code"],
+                    "result": result,
+                },
+            )
+            write_json(curves / "metrics.json", result)
+    if processes.is_main_process:
+        remove(scratch)
+    processes.end_training()

@@ -1,0 +1,156 @@
+"""The control whose tower is shown other images: it differs from the run it is compared with in nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from shrunk import METRICS, MODELS, run, write_params
+from test_engine import KilledError, feed, killed_after, models, recipe, section, whole  # noqa: F401
+from test_recipes import SMALL, shrink
+from test_stages import CPU
+
+from pipeline import batches, shuffled, train
+from pipeline.adapters.backbones import Backbone, state
+from pipeline.adapters.denoisers import Denoiser
+from pipeline.adapters.shards import Shards
+from pipeline.batches import Batches
+from pipeline.diva.condition import TokenRule
+from pipeline.engine import FITTED
+from pipeline.runtime import generator
+
+
+def small(name: str) -> None:
+    if name != "diva":  # it is small as it is
+        shrink(name)
+
+
+def losses(weights: str) -> dict[str, list[float]]:
+    curves = Path(METRICS, f"train/mini-{weights}/plots/metrics")
+    return {path.parent.name: pd.read_csv(path, sep="\t").loss.tolist() for path in curves.glob("*/loss.tsv")}
+
+
+def in_place(count: int, draws: torch.Generator) -> torch.Tensor:
+    return torch.arange(count)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["diva", *SMALL])
+def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same projection and denoiser to start from, the images, draws and rates: the mismatch is all there is."""
+    small(name)
+    run(train, "mini")
+    run(shuffled, "mini")
+    (tower,) = losses("shuffled").values()
+    assert losses("diva").keys() == {"projection", "tower"}
+    assert tower[0] != losses("diva")["tower"][0]
+    tuned = state(MODELS / "diva/mini")
+    assert any(not tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
+
+    monkeypatch.setattr(batches, "derangement", in_place)
+    run(shuffled, "mini")
+    assert losses("shuffled") == {"tower": losses("diva")["tower"]}
+    assert all(tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
+
+
+@pytest.mark.usefixtures("here")
+def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on profile paper, where nothing is fitted before the tower."""
+    write_params(**{"profiles.mini.recipes.diva.fit": None})
+    run(train, "mini")
+    monkeypatch.setattr(batches, "derangement", in_place)
+    run(shuffled, "mini")
+    assert losses("shuffled") == losses("diva")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("saves", [2, 3, 6])
+def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
+    """In the first phase, between the two, and in the second."""
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    run(train, "mini")
+    fitted = MODELS / "diva/mini" / FITTED
+    undisturbed = fitted.read_bytes()
+    shutil.rmtree(MODELS / "diva")
+    with pytest.raises(KilledError), killed_after(saves):
+        run(train, "mini")
+    run(train, "mini")
+    assert fitted.read_bytes() == undisturbed
+    run(shuffled, "mini")
+    made = (MODELS / "shuffled/mini/open_clip_model.safetensors").read_bytes()
+    shutil.rmtree(MODELS / "shuffled")
+    with pytest.raises(KilledError), killed_after(2):
+        run(shuffled, "mini")
+    run(shuffled, "mini")
+    assert (MODELS / "shuffled/mini/open_clip_model.safetensors").read_bytes() == made
+
+
+@pytest.mark.usefixtures("here")
+def test_what_the_tower_phase_started_from_lies_beside_the_weights() -> None:
+    shrink("two_stage")
+    run(train, "mini")
+    with safe_open(MODELS / "diva/mini" / FITTED, "pt") as file:
+        names = set(file.keys())
+        assert json.loads(file.metadata()["after"]).keys() == {"0", "1"}
+    assert {"projection.weight", "projection.bias"} < names
+    assert any(name.startswith("denoiser.unet.") for name in names)
+    notes = json.loads((MODELS / "diva/mini/diva.json").read_text())
+    run(shuffled, "mini")
+    assert json.loads((MODELS / "shuffled/mini/diva.json").read_text())["recipe"] == notes["recipe"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        run(shuffled, "mini")
+    assert "models/mini/diva/mini/fitted.safetensors: no such file" in capsys.readouterr().err
+
+
+STEPS = [("tower", step) for step in range(4)]
+
+
+@pytest.mark.parametrize("micro_batch", [3, 12])
+def test_the_tower_is_shown_another_image_of_the_whole_step(
+    models: tuple[Backbone, Denoiser],  # noqa: F811
+    micro_batch: int,
+) -> None:
+    """Each once, in another place, and otherwise than in the step before; what is restored stays the same."""
+    expected = feed(models, section(), STEPS, batch=12)
+    found = feed(models, section(micro_batch=micro_batch), STEPS, batch=12, mismatched=lambda own: own)
+    orders = [batches.derangement(12, generator(42, "mismatched", step)) for _, step in STEPS]
+    for (_, step), order in zip(STEPS, orders, strict=True):
+        (shown, *rest), (other, *others) = whole(list(expected(step))), whole(list(found(step)))
+        assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
+        assert torch.equal(other, shown[order])
+        assert (order // 3 != torch.arange(12) // 3).any()  # of other streams, too
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    (shown,), (other,) = (whole(fed.held_out()[0])[:1] for fed in (expected, found))
+    assert torch.equal(shown, other)
+
+
+def test_every_derangement_is_as_likely() -> None:
+    drawn = [tuple(batches.derangement(4, generator("test", i)).tolist()) for i in range(900)]
+    counts = {order: drawn.count(order) for order in set(drawn)}
+    assert len(counts) == 9
+    assert all(70 < count < 130 for count in counts.values())
+
+
+def test_a_view_is_of_the_image_that_is_shown(models: tuple[Backbone, Denoiser]) -> None:  # noqa: F811
+    """Of a contrast: both crops that the tower is given are of one image."""
+    contrast = {"temperature": 0.1, "negatives": 1, "view": 0.5}
+    shards, p = Shards(Path("data/mini/images"), 0.5), section(micro_batch=4)
+    own, other = (
+        Batches(
+            shards, *models, TokenRule("none"), p, recipe(contrast=contrast), 42, CPU, STEPS[:1], mismatched=gather
+        )(0)
+        for gather in (None, lambda own: own)
+    )
+    own_BCHW, view_BCHW = (torch.cat(parts) for parts in zip(*((m.pixels_BCHW, m.view_BCHW) for m in own), strict=True))
+    order, shown = batches.derangement(8, generator(42, "mismatched", 0)), list(other)
+    assert torch.equal(torch.cat([micro.pixels_BCHW for micro in shown]), own_BCHW[order])
+    assert torch.equal(torch.cat([micro.view_BCHW for micro in shown]), view_BCHW[order])
