@@ -75,13 +75,9 @@ def packages(file: Path) -> set[str]:
 
 
 def may_import(file: Path, name: str) -> bool:
-<<<<<<< HEAD
-    """The layering, downwards only: tools, stages, mini, evidence, adapters and benchmarks, diva, params, runtime."""
+    """Downwards only: tools, stages, engine, mini, evidence, adapters and benchmarks, diva, params, runtime."""
     if name == "pipeline":  # its pins
         return True
-=======
-    """Downwards only: tools, stages, engine, mini, evidence, adapters and benchmarks, diva, params, runtime."""
->>>>>>> d022618 (The control shuffled starts from what the recipe fitted, and exchanges images in the tower phase alone, over the whole step; stages train and shuffled run one engine)
     room, target = file.parts[1], name.split(".")[1]
     rooms = {
         "runtime.py": set(),
@@ -115,20 +111,9 @@ def test_imports_go_down(file: Path) -> None:
     assert [name for name in of_house(file) if not may_import(file, name)] == []
 
 
-<<<<<<< HEAD
-def test_every_file_at_the_top_is_a_stage_or_one_of_three() -> None:
-    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {
-        *DVC,
-        "__init__",
-        "params",
-        "runtime",
-        "batches",
-    }
-=======
 def test_every_file_at_the_top_is_a_stage_or_one_of_four() -> None:
-    shared = {"params", "runtime", "batches", "engine"}
+    shared = {"__init__", "params", "runtime", "batches", "engine"}
     assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, *shared}
->>>>>>> d022618 (The control shuffled starts from what the recipe fitted, and exchanges images in the tower phase alone, over the whole step; stages train and shuffled run one engine)
     assert {file.stem for file in STAGES} == set(DVC)
 
 
