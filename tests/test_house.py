@@ -25,7 +25,8 @@ TOOLS = {
     "clip", "clip_benchmark", "diffusers", "img2dataset", "open_clip", "sklearn", "timm", "tokenizers", "transformers",
     "webdataset",
 }  # fmt: skip
-COMPUTE = {"denoiser", "backbone", "train", "drift", "mmvp", "zeroshot", "export"}  # stages whose bytes torch makes
+# Stages whose bytes torch makes.
+COMPUTE = {"denoiser", "backbone", "train", "shuffled", "drift", "mmvp", "zeroshot", "export"}
 BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
