@@ -10,6 +10,7 @@ from typing import Any
 
 import clip.model
 import open_clip
+import timm
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer
@@ -75,6 +76,22 @@ def build(architecture: str | Mapping[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**config).eval()
+
+
+def one_layer(architecture: str) -> dict[str, Any]:
+    """open_clip's configuration of a model, with one layer in each tower."""
+    config = open_clip.get_model_config(architecture)
+    config["text_cfg"]["layers"] = config["vision_cfg"]["layers"] = 1
+    if trunk := config["vision_cfg"].get("timm_model_name"):
+
+        def one_block(pretrained: bool = False, **options: Any) -> nn.Module:
+            return timm.create_model(trunk, pretrained, depth=1, **options)
+
+        one_block.__name__ = f"one_block_of_{trunk}"
+        if not timm.is_model(one_block.__name__):
+            register_model(one_block)
+        config["vision_cfg"]["timm_model_name"] = one_block.__name__
+    return config
 
 
 class _Archive(nn.Module):

@@ -94,7 +94,7 @@ class Clone:
     def run(self, *command: str, status: int = 0) -> str:
         """Run a command that ends with `status`; returns what it printed."""
         process = self.start(*command)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=1800)
         assert process.returncode == status, output
         return output
 

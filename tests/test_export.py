@@ -139,9 +139,12 @@ def test_llava_s_loader_finds_the_tower(exported: tuple[Backbone, Path]) -> None
 
 @pytest.fixture
 def spoilt(exported: tuple[Backbone, Path], tmp_path: Path) -> tuple[Backbone, Path]:
-    """A copy to spoil."""
+    """A copy to spoil, of a CLIPModel or of a SiglipModel."""
     shutil.copytree(exported[1], tmp_path / "export")
     return exported[0], tmp_path / "export"
+
+
+refusals = pytest.mark.parametrize("exported", ["GELU", "SigLIP"], indirect=True)
 
 
 def refused(spoilt: tuple[Backbone, Path]) -> str:
@@ -150,6 +153,7 @@ def refused(spoilt: tuple[Backbone, Path]) -> str:
     return str(error.value)
 
 
+@refusals
 @pytest.mark.parametrize("file", ["model.safetensors", "open_clip_model.safetensors"])
 @pytest.mark.parametrize("part", ["image", "text"])
 def test_other_weights_are_refused(spoilt: tuple[Backbone, Path], file: str, part: str) -> None:
@@ -164,6 +168,7 @@ def test_other_weights_are_refused(spoilt: tuple[Backbone, Path], file: str, par
     assert f"the {form} export's {part} embeddings are not the backbone's" in refused(spoilt)
 
 
+@refusals
 def test_another_activation_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     path = spoilt[1] / "config.json"
     config = json.loads(path.read_text())
@@ -173,6 +178,7 @@ def test_another_activation_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     assert "the transformers export's image embeddings are not the backbone's" in refused(spoilt)
 
 
+@refusals
 def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     path = spoilt[1] / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -185,6 +191,7 @@ def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     )
 
 
+@refusals
 @pytest.mark.parametrize("change", [{"image_mean": [0.4, 0.4, 0.4]}, {"resample": 2}, {"do_rescale": False}])
 def test_another_preprocessing_is_refused(spoilt: tuple[Backbone, Path], change: dict) -> None:
     path = spoilt[1] / "preprocessor_config.json"
@@ -217,14 +224,25 @@ def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
 ARCHITECTURES = {PAPER[name].source.architecture: name for name in reversed(PAPER)}  # two pairs of the eight share one
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_true_shapes(architecture: str, tmp_path: Path) -> None:
-    original = model(architecture, ARCHITECTURES[architecture], tmp_path / "original")
+    handed_over_whole(architecture, ARCHITECTURES[architecture], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openai_336", "dfn_378", "siglip_384"])
+def test_true_widths(name: str, tmp_path: Path) -> None:
+    """The three families' widths, heads and largest pictures, a single layer deep."""
+    handed_over_whole(checkpoints.one_layer(str(PAPER[name].source.architecture)), name, tmp_path)
+
+
+def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None:
+    original = model(architecture, like, folder / "original")
     backbone = Backbone.load(original)
-    assert exports.write(backbone, original, tmp_path / "export") is None
-    distances = exports.verify(backbone, tmp_path / "export", pictures(2), TEXTS, CPU)
-    shutil.rmtree(tmp_path)
+    assert exports.write(backbone, original, folder / "export") is None
+    distances = exports.verify(backbone, folder / "export", pictures(2)[1:], TEXTS, CPU)
+    shutil.rmtree(folder)
     assert max(distances["transformers"][kind] for kind in ("image", "text")) <= exports.TOLERANCE
 
 

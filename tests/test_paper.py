@@ -529,10 +529,7 @@ def test_one_step_and_one_scoring_at_true_size(
     paper, entry = content["profiles"]["paper"], content["backbones"]["openai_224"]
     if not every_layer:
         do, shape, shapes = run, shape | {"vision_layers": 1, "transformer_layers": 1}, checkpoints.ONE_BLOCK
-        config = open_clip.get_model_config(entry["source"]["architecture"])
-        for part in ("vision_cfg", "text_cfg"):
-            config[part]["layers"] = 1
-        entry["source"]["architecture"] = config
+        entry["source"]["architecture"] = checkpoints.one_layer(entry["source"]["architecture"])
         paper["train"]["size"] = 128
     monkeypatch.chdir(tmp_path)
     served.mkdir()
