@@ -60,7 +60,9 @@ class Run(Section):
 class Download(Section):
     """Files from elsewhere. Of the addresses `at` (mirrors) the first that answers is used.
 
-    An address is https://host/folder, hf://owner/name@revision, or hf://datasets/owner/name@revision.
+    An address is https://host/folder, hf://owner/name@revision, or hf://datasets/owner/name@revision. A mirror may call
+    a file whose sha256 is given otherwise: a hub's is found by its hash; elsewhere an address that ends like the only
+    file's name (.pt) is the file's own.
     """
 
     at: list[Address] = Field(min_length=1)

@@ -127,6 +127,8 @@ class Fault:
     value: int = 0  # the status, or after how many bytes
     times: float = float("inf")  # how often still
     reset: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass
@@ -188,9 +190,16 @@ class Hub:
         """Serve a folder, or bytes by path, below the path `prefix`."""
         self.plain |= {f"{prefix}/{path}": file for path, file in _files(content).items()}
 
-    def fail(self, suffix: str, status: int = 500, times: float = float("inf")) -> None:
-        """Answer with an error."""
-        self.faults.append(Fault(suffix, "status", status, times))
+    def fail(
+        self, suffix: str, status: int = 500, times: float = float("inf"), body: bytes = b"", **headers: str
+    ) -> None:
+        """Answer with an error. A header's name is written with underscores; none is sent but those given."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if not (named or body):
+            named = {"X-Error-Message": "a fault to order"} | (
+                {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+            )
+        self.faults.append(Fault(suffix, "status", status, times, headers=named, body=body))
 
     def missing(self, suffix: str) -> None:
         """Answer that the file is not there, although listings name it."""
@@ -241,7 +250,10 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, path, self.headers["Range"], "Authorization" in self.headers)
         self.hub.requests.append(request)
         if fault := self.hub.fault(path, "status"):
-            self.refuse(fault.value, "EntryNotFound" if fault.value == 404 else "", "a fault to order")
+            if fault.headers or fault.body:
+                self.respond(fault.value, fault.headers, fault.body)
+            else:
+                self.refuse(fault.value, "EntryNotFound" if fault.value == 404 else "", "a fault to order")
         elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path):
             kind, name, what, rest = match.groups()
             revision, _, folder = (rest or "main").partition("/")
@@ -285,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
         self.respond(status, {**named, "X-Error-Message": message}, b"")
 
     def respond(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
+        (self.send_response_only if "Date" in headers else self.send_response)(status)  # the latter adds a date
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -342,6 +343,201 @@ def test_waits_grow_and_start_below_a_second(hub: Hub, monkeypatch: pytest.Monke
     assert waits == sorted(set(waits))
     assert 0 < waits[0] < 1
     assert sum(waits) < 60
+
+
+# A server that is busy
+
+PLACES = {"the commit": "/revision/main", "the listing": f"/tree/{COMMIT}", "a file": f"resolve/{COMMIT}/{WEIGHTS}"}
+
+
+@pytest.fixture
+def waits(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of a second and more, which are not waited for."""
+    waits: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds) if seconds >= 1 else sleep(seconds))
+    return waits
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry_After": "2"}, 2),
+        (429, {"Retry_After": "Wed, 21 Oct 2015 07:28:30 GMT", "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}, 30),
+        (429, {"RateLimit": '"api";r=0;t=55', "RateLimit_Policy": '"fixed window";"api";q=500;w=300'}, 55),
+        (429, {"RateLimit": '"resolvers";r=3;t=200, "api" ; t=7 ; r=0'}, 7),
+        (429, {"Retry_After": "soon", "RateLimit": '"api";r=0;t=5'}, 5),
+        (408, {"Retry_After": "3"}, 3),
+        (425, {"Retry_After": "1"}, 1),
+        (503, {"Retry_After": "120"}, 120),
+    ],
+)
+def test_a_busy_server_is_asked_again_when_it_says(
+    hub: Hub,
+    waits: list[float],
+    capfd: pytest.CaptureFixture[str],
+    place: str,
+    status: int,
+    headers: dict,
+    seconds: int,
+) -> None:
+    hub.fail(PLACES[place], status, times=1, X_Error_Message="slow down, please", **headers)
+    record = fetch(wanted(WEIGHTS, at=[AT, "hf://owner/mirror@main"]), Path("out"))
+    assert files(Path("out")) == {WEIGHTS: BODY}
+    assert record["address"] == AT
+    assert waits == [seconds]
+    said = capfd.readouterr().err
+    assert re.search(rf"HTTP {status} for http\S+: slow down, please; asking again in {seconds} s", said), said
+
+
+@pytest.mark.parametrize("status", [408, 425, 429])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_busy_server_that_does_not_say_when_is_asked_again(hub: Hub, place: str, status: int) -> None:
+    hub.fail(PLACES[place], status, times=3)
+    fetch(wanted(WEIGHTS), Path("out"))
+    assert files(Path("out")) == {WEIGHTS: BODY}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"come back tomorrow",
+        b"<html><style>b {}</style><b>come back</b> tomorrow</html>",
+        b'{"error": "come back tomorrow"}',
+        b'{"message": "come back tomorrow"}',
+    ],
+)
+def test_a_server_that_is_busy_for_long_is_not_replaced_by_a_mirror(hub: Hub, waits: list[float], body: bytes) -> None:
+    hub.add_repo("owner/mirror", MODEL, lfs=1000)
+    hub.fail("model/revision/main", 429, body=body, Retry_After="86400")
+    download = wanted(WEIGHTS, at=[AT, "hf://owner/mirror@main"])
+    said = refused(
+        download, "HTTP 429", "/owner/model/revision/main: come back tomorrow. It would have to be asked again"
+    )
+    assert all(part in said for part in ("in 86400 s", "more than 900 are not", "HF_TOKEN"))
+    assert [request for request in hub.requests if "mirror" in request.path] == waits == []
+
+
+def test_waiting_for_a_busy_server_has_an_end(hub: Hub, waits: list[float]) -> None:
+    hub.fail(WEIGHTS, 429, Retry_After="200")
+    hub.add_files("/folder", {"weights.pt": BODY})
+    hub.fail("weights.pt", 429, Retry_After="0")
+    said = refused(
+        wanted(WEIGHTS), "unet/weights.bin could not be fetched: HTTP 429", "800 s were waited", "are kept in"
+    )
+    assert f"0 of its {len(BODY)} bytes" in said
+    assert waits == [200] * 4
+    refused(wanted("weights.pt", at=f"{hub.endpoint}/folder"), "s were waited")  # it says at once, every time
+    assert sum(waits[4:]) <= downloads.PATIENCE
+
+
+def test_a_server_of_plain_files_is_waited_for_as_well(hub: Hub, waits: list[float]) -> None:
+    hub.add_files("/folder", {"weights.pt": BODY})
+    hub.fail("weights.pt", 429, times=2, Retry_After="4")
+    fetch(pinned(f"{hub.endpoint}/folder", "weights.pt", BODY), Path("out"))
+    assert waits == [4, 4]
+
+
+def test_a_refusal_has_the_server_s_own_words(hub: Hub) -> None:
+    hub.fail("/revision/main", 403, body=b'{"error": "your address is blocked"}')
+    assert "your address is blocked. The repository asks for consent" in refused(wanted(WEIGHTS))
+    hub.heal()
+    hub.fail("/revision/main", 404, body=b'"no object"')
+    assert "HTTP 404" in refused(wanted(WEIGHTS), '"no object"')
+
+
+# Mirrors that call a file otherwise
+
+
+def test_a_hub_may_call_a_file_of_known_hash_otherwise(hub: Hub) -> None:
+    hub.add_repo("owner/mirror", {"clip/vit.pt": BODY, "README.md": b"read me\n"}, lfs=1000)
+    at = "hf://owner/mirror@main"
+    record = fetch(Download(at=[at], licence="MIT", files={"ViT-L-14.pt": sha256(BODY)}), Path("out"))
+    assert files(Path("out")) == {"ViT-L-14.pt": BODY}
+    assert record["files"]["ViT-L-14.pt"]["verified"] == "params"
+    shutil.rmtree("out")
+    refused(
+        wanted("ViT-L-14.pt", at=at),
+        "found nothing named ViT-L-14.pt there; there are for instance README.md, clip/vit.pt",
+    )
+
+
+def test_an_address_may_be_the_file_s_own(hub: Hub) -> None:
+    hub.add_files("/clip", {"vit.pt": BODY, "other.pt": BODY[:-1]})
+    fetch(pinned(f"{hub.endpoint}/clip/vit.pt", "ViT-L-14.pt", BODY), Path("out"))
+    assert files(Path("out")) == {"ViT-L-14.pt": BODY}
+    shutil.rmtree("out")
+    refused(pinned(f"{hub.endpoint}/clip/other.pt", "ViT-L-14.pt", BODY), "other bytes than stated")
+    refused(
+        wanted("ViT-L-14.pt", at=f"{hub.endpoint}/clip/vit.pt"), "vit.pt/ViT-L-14.pt: "
+    )  # nothing would vouch for it
+
+
+# What the client reads by itself
+
+
+ASK = """
+from pathlib import Path
+from pipeline.adapters.downloads import fetch
+from pipeline.params import Download
+from pipeline.runtime import UserError
+try:
+    fetch(Download(at=["hf://owner/model@main", "hf://owner/model@main"], licence="MIT", match=["unet/*"]), Path("out"))
+    print("came")
+except UserError as error:
+    print(error)
+"""
+
+
+def asked_with(hub: Hub, folder: Path, **settings: str) -> str:
+    """What a process says that fetches with these settings."""
+    names = {name.upper() for name in downloads.SETTINGS} | {"NO_PROXY"}
+    env = {name: value for name, value in os.environ.items() if name.upper() not in names}
+    env |= {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", ASK]
+    done = subprocess.run(command, env=env | settings, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ALL_PROXY": "socks5://user:secret@127.0.0.1:1080"},
+        {"HTTPS_PROXY": "http://proxy:port"},
+        {"https_proxy": "ftp://proxy:80"},
+        {"SSL_CERT_FILE": "/nowhere/ca.pem"},
+        {"SSL_CERT_FILE": "/etc/hostname"},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_client_are_named(hub: Hub, tmp_path: Path, settings: dict[str, str]) -> None:
+    ((name, value),) = settings.items()
+    said = asked_with(hub, tmp_path, **settings)
+    assert f"nothing can be fetched with these settings: {name}={value.replace('user:secret', '…')} (" in said
+    assert "socksio" in said
+    assert "Correct or unset them." in said
+
+
+@pytest.mark.parametrize("settings", ["netrc", "REQUESTS_CA_BUNDLE", "NO_PROXY"])
+def test_settings_that_are_none_of_ours_do_no_harm(hub: Hub, tmp_path: Path, settings: str) -> None:
+    (tmp_path / ".netrc").write_text("nonsense here\nmachine")
+    given = {
+        "netrc": {"HOME": str(tmp_path), "NETRC": str(tmp_path / ".netrc")},
+        "REQUESTS_CA_BUNDLE": {"REQUESTS_CA_BUNDLE": "/nowhere", "CURL_CA_BUNDLE": "/nowhere"},
+        "NO_PROXY": {"NO_PROXY": "[::1,*,", "ALL_PROXY": "http://127.0.0.1:9"},
+    }[settings]
+    assert asked_with(hub, tmp_path, **given).endswith("came\n")
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(hub: Hub, tmp_path: Path) -> None:
+    said = asked_with(hub, tmp_path, HTTP_PROXY="http://user:secret@127.0.0.1:9")
+    assert re.search(r"ConnectError: .* \(with HTTP_PROXY=http://…@127\.0\.0\.1:9\)", said), said
+    assert "secret" not in said
+
+
+# Bodies that break
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])

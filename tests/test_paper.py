@@ -93,6 +93,14 @@ def test_published_patterns_sum_up_to_the_published_averages(name: str) -> None:
             assert sum(patterns) / 9 == pytest.approx(average, abs=0.07)  # each pattern is rounded
 
 
+@pytest.mark.parametrize("name", ["openai_224", "openai_336"])
+def test_openai_s_checkpoints_have_two_addresses_which_name_the_hash(name: str) -> None:
+    weights = PAPER[name].source.weights
+    ((_, sha256),) = weights.files.items()
+    hosts = ("openaipublic.azureedge.net", "openaipublic.blob.core.windows.net")
+    assert weights.at == [f"https://{host}/clip/models/{sha256}" for host in hosts]
+
+
 def test_the_text_towers_take_clip_s_own_tokenizer_or_bring_theirs() -> None:
     for name, entry in PAPER.items():
         text = open_clip.get_model_config(entry.source.architecture)["text_cfg"]

@@ -13,19 +13,21 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, set_client_factory
+from huggingface_hub.utils._http import hf_request_event_hook
 from tqdm import tqdm
 
 from pipeline.params import Download
@@ -36,8 +38,18 @@ T = TypeVar("T")
 SCRATCH = Path("data/.downloads")
 TRIES = 5  # in a row without a byte of progress
 WAIT = 0.5  # seconds before the second try; doubles from try to try
+PATIENCE = 900  # seconds that one question waits in all for a server that is busy; hubs count in windows of 300
 NAMED = 50  # a record names the files that patterns found one by one up to this many
+TOO_MANY = 429
 AS_IT_IS = {"accept-encoding": "identity"}  # a compressed body has another length and cannot be resumed
+SETTINGS = (  # what the client reads by itself
+    *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR"),
+)
+
+
+class FinalError(UserError):
+    """What no other address would mend."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ def locate(download: Download) -> Listing:
     """List the files at the first of the addresses that has all of them; only metadata is asked for.
 
     Raises UserError with the reason of every address where none has them, or where a hub states another sha256 than
-    params.yaml.
+    params.yaml; FinalError for an address that is too busy, and for settings of this machine that cannot be used.
     """
     reasons = []
     for address in download.at:
@@ -81,7 +93,10 @@ def locate(download: Download) -> Listing:
             if address.startswith("hf://"):
                 return _hub(address, download)
             return _folder(address, download)
-        except (UserError, httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: an answer that is no hub's
+        except FinalError:
+            raise
+        # ValueError: an answer that is no hub's
+        except (UserError, httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             reasons.append(f"{address}: {_why(error)}")
             if address != download.at[-1]:
                 print(f"{reasons[-1]}; trying the next address", file=sys.stderr)
@@ -158,43 +173,49 @@ def _hub(address: str, download: Download) -> Listing:
     api, repo, kind = HfApi(), match[2], "dataset" if match[1] else "model"
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     commit = _ask(api.repo_info, repo, revision=match[3], repo_type=kind, timeout=timeout).sha
-    entries = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
+    entries = _ask(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)))
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     remotes = []
-    for name in _chosen(download, there):
-        entry, pinned = there[name], download.files.get(name)
+    for name, path in _chosen(download, there).items():
+        entry, pinned = there[path], download.files.get(name)
         stated = entry.lfs.sha256 if entry.lfs else None
         if pinned and stated and pinned != stated:
             raise UserError(
                 f"params.yaml gives {name} the sha256 {pinned}, but the hub states {stated}. Correct the one under "
                 "`files`, if it is the hub's file that you want"
             )
-        url = hf_hub_url(repo, name, repo_type=kind, revision=commit)
+        url = hf_hub_url(repo, path, repo_type=kind, revision=commit)
         blob = None if entry.lfs else entry.blob_id  # of a large file git knows a pointer only
         remotes.append(Remote(name, url, entry.size, pinned or stated, blob))
     return Listing(address, commit, tuple(remotes))
 
 
-def _chosen(download: Download, there: Iterable[str]) -> list[str]:
-    """Sorted names of a hub's files that are asked for. Raises UserError for a name or a pattern that none fits."""
-    wanted = {name: {name} & set(there) for name in download.files}
-    wanted |= {pattern: {name for name in there if fnmatch.fnmatchcase(name, pattern)} for pattern in download.match}
-    for what, names in wanted.items():
-        if not names:
+def _chosen(download: Download, there: dict[str, RepoFile]) -> dict[str, str]:
+    """The files that are asked for, in order of their names, and what the hub calls them.
+
+    A mirror may call a file whose sha256 is given otherwise. Raises UserError for a name or a pattern that none fits.
+    """
+    by_hash = {entry.lfs.sha256: path for path, entry in there.items() if entry.lfs}
+    chosen: dict[str, str] = {}
+    for what, pinned in {**download.files, **dict.fromkeys(download.match)}.items():
+        fitting = [path for path in there if path == what or (download.match and fnmatch.fnmatchcase(path, what))]
+        found = {path: path for path in fitting} or ({what: by_hash[pinned]} if pinned in by_hash else {})
+        if not found:
             some = ", ".join(sorted(there)[:5]) or "no file at all"
             raise UserError(f"found nothing named {what} there; there are for instance {some}")
-    chosen = sorted(set().union(*wanted.values()))
+        chosen |= found
     for name in chosen:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"the hub lists '{name}', which would be written outside its folder")
-    return chosen
+    return dict(sorted(chosen.items()))
 
 
 def _folder(address: str, download: Download) -> Listing:
     remotes = []
     for name, pinned in sorted(download.files.items()):
-        url = f"{address.rstrip('/')}/{quote(name)}"
+        own = pinned and len(download.files) == 1 and PurePosixPath(address).suffix == PurePosixPath(name).suffix
+        url = address if own else f"{address.rstrip('/')}/{quote(name)}"
         length = _ask(_head, url).headers.get("content-length")
         if length is None:
             raise UserError(f"{url} does not state its size")
@@ -203,12 +224,81 @@ def _folder(address: str, download: Download) -> Listing:
 
 
 def _head(url: str) -> httpx2.Response:
-    response = get_session().head(url, headers=AS_IT_IS, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    hf_raise_for_status(response)
-    return response
+    return get_session().head(url, headers=AS_IT_IS, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
-# Asking again
+# Asking, and asking again
+
+
+class _Client(httpx2.Client):
+    """Asks again where a server says that it is busy; for any other refusal raises an error, which has its words.
+
+    Whatever is asked here may be asked twice.
+    """
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        waited = 0.0
+        for tries in itertools.count():
+            response = super().send(request, **options)
+            if response.status_code < 400:
+                return response
+            response.read()
+            wait, refused = (
+                _wait(response, tries),
+                f"HTTP {response.status_code} for {_url(response)}: {_words(response)}",
+            )
+            if wait is not None and waited + wait <= PATIENCE:
+                print(f"{refused}; asking again in {wait:.0f} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                waited += wait
+            elif response.status_code == TOO_MANY:
+                raise FinalError(
+                    f"{refused}. It would have to be asked again in {wait:.0f} s; {waited:.0f} s were waited, and more "
+                    f"than {PATIENCE} are not. It is busy, not gone, so no other address is tried. Run again then: "
+                    "what came is kept. Hubs let those who set HF_TOKEN ask more often."
+                )
+            else:
+                raise httpx2.HTTPStatusError(_words(response), request=request, response=response)
+        raise AssertionError("unreachable")
+
+
+def _client() -> httpx2.Client:
+    """Raises FinalError where the settings of this machine do not make a client."""
+    try:
+        return _Client(event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=None)
+    except (ImportError, httpx2.InvalidURL, OSError, ValueError) as error:
+        raise FinalError(
+            f"nothing can be fetched with these settings: {_settings()} ({type(error).__name__}: {error}). A proxy is "
+            "written http://host:port, and one of kind socks5:// needs `pip install socksio`; SSL_CERT_FILE is a file "
+            "of certificates, SSL_CERT_DIR a folder of them. Correct or unset them."
+        ) from error
+
+
+set_client_factory(_client)  # of all that huggingface_hub asks, too
+
+
+def _settings() -> str:
+    """Those that are set, without passwords."""
+    given = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+    return ", ".join(f"{name}={re.sub('//[^/]*@', '//…@', value)}" for name, value in given.items())
+
+
+def _wait(response: httpx2.Response, tries: int) -> float | None:
+    """Seconds until a server that refused may be asked again; None where it does not say that it would answer then."""
+    status, headers, asked = response.status_code, response.headers, None
+    later = headers.get("retry-after", "").strip()
+    if later.isdecimal():
+        asked = float(later)
+    elif later:
+        with suppress(ValueError, TypeError):  # by the server's own clock, if it tells it
+            now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+            asked = (parsedate_to_datetime(later) - now).total_seconds()
+    if asked is None and status == TOO_MANY:  # RateLimit: "api";r=0;t=55, of which r is what remains until t
+        limits = [dict(re.findall(r"\b([rt])=(\d+)", limit)) for limit in headers.get("ratelimit", "").split(",")]
+        asked = max((float(limit["t"]) for limit in limits if limit.get("r") == "0" and "t" in limit), default=0.0)
+    if asked is None or not (status in (408, 425, TOO_MANY) or status >= 500):
+        return None
+    return max(asked, WAIT * 2**tries)
 
 
 def _ask(question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -223,27 +313,46 @@ def _ask(question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 def _try_again(error: httpx2.HTTPError, tries: int) -> bool:
     """Whether this failure, after so many tries in a row, may pass with another one; waits before it says yes."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if tries >= TRIES or not (isinstance(error, httpx2.TransportError) or (status and status >= 500)):
+    status = error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else None
+    passes = isinstance(error, httpx2.TransportError) or (status and (status >= 500 or status in (408, 425)))
+    if tries >= TRIES or not passes:
         return False
     time.sleep(WAIT * 2 ** max(tries - 1, 0))
     return True
+
+
+def _url(response: httpx2.Response) -> httpx2.URL:
+    return response.url.copy_with(query=None)  # a query may be a signature
+
+
+def _words(response: httpx2.Response) -> str:
+    """What the server says, in one line: a hub's message, else the body, else the name of the status."""
+    said = response.headers.get("x-error-message")
+    with suppress(ValueError, AttributeError):  # no JSON, or no object
+        said = said or response.json().get("error") or response.json().get("message")
+    said = said or re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", response.text)
+    return " ".join(str(said).split())[:300] or response.reason_phrase
 
 
 def _why(error: Exception) -> str:
     """An error in one line, and what it means."""
     if isinstance(error, UserError):
         return str(error)
-    if not isinstance(error, HfHubHTTPError):
-        return f"{type(error).__name__}: {error}"
-    status, url = error.response.status_code, error.response.url.copy_with(query=None)  # a query may be a signature
-    if status in (401, 403):
-        return (
-            f"HTTP {status} for {url}: the repository asks for consent or a token. On a hub, accept its terms on its "
-            "page and set HF_TOKEN; a repository that does not exist is refused in the same way"
+    if not isinstance(error, httpx2.HTTPStatusError):
+        through = f" (with {_settings()})" if isinstance(error, httpx2.TransportError) and _settings() else ""
+        signed = (
+            ". If a proxy of yours signs what passes, SSL_CERT_FILE must name its certificate: no other setting is read"
+            if "CERTIFICATE_VERIFY_FAILED" in str(error)
+            else ""
         )
-    said = " ".join((error.server_message or error.response.reason_phrase).split())[:200]
-    return f"HTTP {status} for {url}: {said}"
+        return f"{type(error).__name__}: {error}{through}{signed}"
+    status, said = error.response.status_code, f"HTTP {error.response.status_code} for {_url(error.response)}: {error}"
+    if status in (401, 403):
+        said += (
+            ". The repository asks for consent or a token: on a hub, accept its terms on its page and set HF_TOKEN; a "
+            "repository that does not exist is refused in the same way"
+        )
+    return said
 
 
 # Fetching
@@ -286,11 +395,11 @@ def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> N
                 os.truncate(partial, 0)  # a body that is whole and too short is another one, some proxy's page maybe
                 bar.update(-done)
                 raise httpx2.RemoteProtocolError(f"the body has {done} bytes where {remote.size} were stated")
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, FinalError) as error:
             done = partial.stat().st_size
             if done > best:  # a bad line that still brings bytes is borne with
                 tries, best = 0, done
-            if not _try_again(error, tries):
+            if isinstance(error, FinalError) or not _try_again(error, tries):
                 raise UserError(
                     f"{remote.name} could not be fetched: {_why(error)}. {done} of its {remote.size} bytes are kept in "
                     f"{partial}; run again to go on from there, or give another address under `at` in params.yaml."
