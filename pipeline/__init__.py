@@ -18,7 +18,7 @@ def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("param
     Without AVX2 no instructions are pinned: the libraries would take the order and crash. Threads are those of the
     profile of ./params.yaml, whose faults pipeline.params tells.
     """
-    wanted = {}
+    wanted: dict[str, str] = {}
     if processor.exists() and "avx2" in processor.read_text(encoding="utf-8").split():
         wanted |= {
             "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels
