@@ -26,7 +26,7 @@ def main() -> int:
     for file, points in (("report.json", True), ("denoiser.json", False), ("train/mini-diva/metrics.json", False)):
         path = Path("metrics/mini", file)
         committed = json.loads(subprocess.check_output(["git", "show", f"HEAD:{path}"]))
-        found = dict(leaves(json.loads(path.read_text())))
+        found = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
         for key, value in leaves(committed):
             compared += 1
             tolerance = POINTS if points else LOSS * abs(value)

@@ -26,7 +26,8 @@ from pipeline.runtime import device, stage, whole, write_json
 def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
     """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json)."""
     report, evidence = (
-        json.loads(Path("metrics", profile, file).read_text())[name] for file in ("report.json", "evidence.json")
+        json.loads(Path("metrics", profile, file).read_text(encoding="utf-8"))[name]
+        for file in ("report.json", "evidence.json")
     )
     found, rows = evidence["weights"].get(weights, {}), []
     for column, before in report["pretrained"].items():
@@ -88,9 +89,14 @@ def main() -> None:
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
         if missing:
             print(f"{name}: exported for open_clip only. {missing}")
-        code = json.loads((original / "diva.json").read_text())["code"] if weights in ("diva", "shuffled") else None
+        code = (
+            json.loads((original / "diva.json").read_text(encoding="utf-8"))["code"]
+            if weights in ("diva", "shuffled")
+            else None
+        )
         (folder / "README.md").write_text(
-            card(p, name, weights, backbone.sha256, code, distances, missing, (folder / HEAD).exists())
+            card(p, name, weights, backbone.sha256, code, distances, missing, (folder / HEAD).exists()),
+            encoding="utf-8",
         )
         write_json(metrics_file, distances)
 

@@ -27,7 +27,7 @@ def render(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> 
             for pixels, scene in zip(*world.pair(pattern, index, set_name), strict=True):
                 rows.append((len(rows) + 1, name, world.caption(scene, [pattern]).removeprefix(world.PROMPT)))
                 Image.fromarray(pixels).save(images / f"{len(rows)}.jpg", quality=95)
-    with (folder / "Questions.csv").open("w", newline="") as file:
+    with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
 
 

@@ -537,7 +537,7 @@ class Params(Section):
 def load(path: Path = PARAMS_FILE) -> Params:
     """Raises UserError naming every key that is wrong, what was found and what is wanted."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Run from the folder that holds params.yaml.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

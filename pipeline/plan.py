@@ -112,7 +112,7 @@ def _models(p: params.Params) -> dict[Path, float]:
 
 def _copies() -> int:
     """How often DVC keeps a byte: its weakest link is a symbolic one."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir=".", prefix=".links.", suffix=".scratch") as folder:
         try:
             Path(folder, "link").symlink_to("target")
         except OSError:
@@ -199,7 +199,7 @@ def main() -> None:
     else:
         print(f"profile {p.run.profile}: all is made here, nothing is fetched")
     with whole(Path("data", p.run.profile, "planned")) as (file,):
-        file.write_text("what was planned could be done\n")
+        file.write_text("what was planned could be done\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,13 @@ def main() -> None:
         )
     original = Path("models", profile, "pretrained", name)
     outputs = Path("models", profile, "released", name), Path("metrics", profile, "released", f"{name}.json")
-    with whole(*outputs) as (folder, metrics_file), tempfile.TemporaryDirectory(dir=metrics_file.parent) as scratch:
-        origin = downloads.fetch(released, Path(scratch))
-        checkpoint = Path(scratch, *released.files)
-        tensors = backbones.fitting(backbones.read_checkpoint(checkpoint), original, checkpoint)
-        backbones.save_like(original, tensors, folder)
+    with whole(*outputs) as (folder, metrics_file):
+        folder.mkdir()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # where neither git nor DVC looks, killed or not
+            origin = downloads.fetch(released, Path(scratch))
+            checkpoint = Path(scratch, *released.files)
+            tensors = backbones.fitting(backbones.read_checkpoint(checkpoint), original, checkpoint)
+            backbones.save_like(original, tensors, folder)
         backbones.Backbone.load(folder)  # what later stages will load can be loaded
         write_json(metrics_file, origin)
 

@@ -70,10 +70,10 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
         "recipe": p.profile.train.recipe if p.run.trained else None,
         "columns": list(COLUMNS.values()),
         "sections": sections,
-        "denoiser": json.loads((metrics / "denoiser.json").read_text()) if p.run.trained else {},
+        "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.trained else {},
         "reconstructions": reconstructions if reconstructions.exists() else None,
         "provenance": provenance(p),
-        "params": params.PARAMS_FILE.read_text(),
+        "params": params.PARAMS_FILE.read_text(encoding="utf-8"),
     }
     return report, evidence, pd.concat(tables), shown
 
@@ -150,11 +150,11 @@ def main() -> None:
                 write_json(report_file, report)
                 write_json(evidence_file, evidence)
                 patterns.to_csv(patterns_file, index=False)
-                html_file.write_text(render("report.html.jinja", shown, url=figures.picture_url))
-                markdown_file.write_text(render("report.md.jinja", shown))
+                html_file.write_text(render("report.html.jinja", shown, url=figures.picture_url), encoding="utf-8")
+                markdown_file.write_text(render("report.md.jinja", shown), encoding="utf-8")
         if not outputs[0].exists():
             raise UserError(f"{outputs[0]}: no report yet. Run `dvc repro`.")
-        report, evidence = (json.loads(path.read_text()) for path in outputs[:2])
+        report, evidence = (json.loads(path.read_text(encoding="utf-8")) for path in outputs[:2])
         print_table(report, evidence, outputs[3])
         failed = results.failures(evidence)
     if asked.check and failed:

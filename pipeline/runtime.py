@@ -2,6 +2,7 @@
 
 Nothing here knows the method. A stage's `main()` is decorated with `stage`, which pins determinism, turns a `UserError`
 into a message and exit status 1, ties the process to its parent's life and notes time and memory in a side file.
+Every text file is UTF-8, whatever the locale.
 """
 
 import ast
@@ -10,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import locale
 import os
 import platform
 import resource
@@ -43,6 +45,8 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        if main.__module__ == "__main__":
+            _start_in_utf8_mode()
         _die_with_parent()
         try:
             main()
@@ -50,11 +54,18 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
-            print("interrupted: nothing was written; run `dvc repro` to go on", file=sys.stderr)
+            print("interrupted: nothing unfinished is left behind; run the same command again", file=sys.stderr)
             sys.exit(130)
         _note_timing()
 
     return run
+
+
+def _start_in_utf8_mode() -> None:
+    """Start this process anew with UTF-8 for what libraries read, too, unless the locale has it or this was done."""
+    if locale.getencoding().lower() != "utf-8" and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _die_with_parent() -> None:
@@ -78,7 +89,7 @@ def _note_timing() -> None:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     TIMINGS.parent.mkdir(parents=True, exist_ok=True)
-    with TIMINGS.open("a") as file:
+    with TIMINGS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -162,7 +173,7 @@ def _only_writer(output: Path) -> Iterator[None]:
     """Hold the lock of an output; the operating system gives it back when the process ends, however it ends."""
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -224,4 +235,4 @@ def _meaning(node: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -26,8 +26,8 @@ def render(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> N
     """Draw the mini world's three sets: objects, captions, details; what they are scored on is of the world's set."""
     objects, captions, details = (root / "wds" / name for name in ("objects", "captions", "details"))
     write_split(objects, "test", "classification", _samples(set_name, 1, sizes.classification, _label))
-    (objects / "classnames.txt").write_text("\n".join(world.OBJECTS) + "\n")
-    (objects / "zeroshot_classification_templates.txt").write_text(world.PROMPT + "a {c}\n")
+    (objects / "classnames.txt").write_text("\n".join(world.OBJECTS) + "\n", encoding="utf-8")
+    (objects / "zeroshot_classification_templates.txt").write_text(world.PROMPT + "a {c}\n", encoding="utf-8")
     write_split(captions, "test", "retrieval", _samples(set_name, 2, sizes.retrieval, _caption))
     write_split(details, "train", "probe", _samples("probe", 0, sizes.probe_train, _attributes))
     write_split(details, "test", "probe", _samples(set_name, 3, sizes.probe_test, _attributes))

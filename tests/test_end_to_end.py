@@ -70,7 +70,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
 
     stop_once_written("data/mini/.images.partial", refuse_a_second_writer_then_kill_dvc)
     output = stop_once_written("models/mini/.denoiser.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGINT))
-    assert "interrupted: nothing was written" in output
+    assert "interrupted: nothing unfinished is left behind" in output
     stop_once_written("metrics/mini/train/.mini-diva.partial", lambda dvc: os.killpg(dvc.pid, signal.SIGKILL))
     assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
 

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 import subprocess
 import sys
 import tomllib
@@ -136,6 +138,20 @@ def test_the_stages_that_fetch_or_draw_pictures_start_without_torch() -> None:
     subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("file", [*FILES, Path(".ci/compare_metrics.py")], ids=str)
+def test_text_files_are_utf8_whatever_the_locale(file: Path) -> None:
+    """Every call that could open a text file says so; tarfile's and PIL's open, and binary modes, cannot."""
+    calls = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+    names = {"read_text", "write_text", "open", "fdopen", "TextIOWrapper", "NamedTemporaryFile", "TemporaryFile"}
+    for call in calls:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name not in names or ast.unparse(call.func) in ("Image.open", "tarfile.open"):
+            continue
+        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab") for a in call.args)
+        encodings = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "encoding"]
+        assert binary or encodings == ["'utf-8'"], f"{file}:{call.lineno}: {ast.unparse(call)}"
+
+
 # dvc.yaml
 
 
@@ -253,7 +269,25 @@ def test_a_stage_declares_the_params_that_it_reads(file: Path) -> None:
     assert set(declared) == set().union(*covered.values())
 
 
-# The lock and the README
+# The lock, the Makefile and the README
+
+
+@pytest.mark.parametrize("repository", [False, True])
+def test_make_says_that_git_is_needed_before_it_installs(repository: bool, tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    if repository:
+        (tmp_path / ".git").mkdir()
+    (tmp_path / "python").write_text("#!/bin/sh\necho would install; exit 1\n", encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(
+        ["make", "repro", "PYTHON=./python"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert ("No git repository here" in done.stdout) != repository
+    assert ("would install" in done.stdout) == repository
 
 
 def canonical(name: str) -> str:

@@ -471,6 +471,27 @@ def test_a_faulty_download_stops_the_stage_and_leaves_nothing(
     assert Backbone.load(folder / "models/paper/pretrained/siglip_224").width == 96
 
 
+@pytest.mark.slow
+def test_the_authors_checkpoint_lies_where_git_and_dvc_do_not_look(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a kill leaves nothing that would be committed."""
+    run(backbone_stage, "siglip_224")
+    lay, read_checkpoint = [], backbones.read_checkpoint
+
+    def read(checkpoint: Path) -> backbones.Tensors:
+        lay.append(checkpoint)
+        return read_checkpoint(checkpoint)
+
+    monkeypatch.setattr(backbones, "read_checkpoint", read)
+    run(released, "siglip_224")
+    (checkpoint,) = lay
+    assert checkpoint.parts[:4] == ("models", "paper", "released", ".siglip_224.partial")
+    assert sorted(os.listdir("models/paper/released/siglip_224")) == sorted(
+        os.listdir("models/paper/pretrained/siglip_224")
+    )
+
+
 def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.save_tokenizer(folder / "short", 320)
     hub.add_repo("timm/short", folder / "short")

@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name}. Run `dvc repro`.")
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         entries, wanted = _entries(tokenizer), config["model_cfg"]["text_cfg"]["vocab_size"]
@@ -136,7 +136,7 @@ def fresh_head(width: int, heads: int, seed: int) -> ResidualHead:
 
 def save_like(original: Path, tensors: Tensors, folder: Path) -> None:
     """Write a copy of a model's folder with other weights."""
-    shutil.copytree(original, folder, ignore=shutil.ignore_patterns(WEIGHTS))
+    shutil.copytree(original, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
     save_weights(tensors, folder)
 
 
@@ -171,12 +171,14 @@ def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, An
     config = model_config(architecture)
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"size": config["vision_cfg"]["image_size"], **preprocessing}
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
+    (folder / CONFIG).write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def empty(folder: Path) -> nn.Module:
     """The model of a folder on the meta device: names and shapes, and no memory."""
-    config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     with torch.device("meta"):
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)

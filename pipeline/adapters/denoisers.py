@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
             if not (folder / part).is_dir():
                 raise UserError(f"{folder}: no folder {part}/ (layout of stable-diffusion-2-1-base). Run `dvc repro`.")
-        vae_class = json.loads((folder / "vae/config.json").read_text())["_class_name"]
+        vae_class = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))["_class_name"]
         if vae_class not in AUTOENCODERS:
             raise UserError(f"{folder}/vae: unknown autoencoder {vae_class}; known: {', '.join(AUTOENCODERS)}")
         # Unlike diffusers, transformers computes in the type that a folder is stored in, unless it is told another.

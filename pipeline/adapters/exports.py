@@ -102,7 +102,9 @@ def write(backbone: Backbone, original: Path, folder: Path) -> str | None:
     tok = tokenizer(backbone)
     tok.save_pretrained(base)
     said = base / "tokenizer_config.json"  # transformers 5 reads its classes' older names, too; 4 no other
-    said.write_text(said.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+    said.write_text(
+        said.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8"
+    )
     if headed:
         shutil.copy(original / HEAD, folder)
         shutil.copy(residual_head.__file__, folder)

@@ -134,11 +134,11 @@ def _prepare(scratch: Path, links: pyarrow.Table, options: dict[str, Any]) -> No
     for column in ("url", "caption"):
         digest.update("\n".join(links[column].to_pylist()).encode())
     mark = scratch / "fingerprint"
-    if not mark.is_file() or mark.read_text() != digest.hexdigest():
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != digest.hexdigest():
         remove(scratch)
         for folder in ("lists", "shards"):
             (scratch / folder).mkdir(parents=True)
-        mark.write_text(digest.hexdigest())
+        mark.write_text(digest.hexdigest(), encoding="utf-8")
 
 
 def _complete(scratch: Path, number: int, links: pyarrow.Table, names: list[str], options: dict[str, Any]) -> bool:
@@ -223,7 +223,7 @@ def _appearing(process: BaseProcess, shards: Path) -> Iterator[Path]:
 def _statistics(scratch: Path, name: str) -> dict[str, Any] | None:
     """What img2dataset writes when it has finished a shard; None where it has not."""
     try:
-        return json.loads((scratch / "shards" / f"{name}_stats.json").read_text())
+        return json.loads((scratch / "shards" / f"{name}_stats.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -236,7 +236,7 @@ def _checked(scratch: Path, names: list[str], urls: int) -> tuple[dict[str, int]
     stats = {name: found for name in names if (found := _statistics(scratch, name)) is not None}
     rows = sum(stat["count"] for stat in stats.values())
     if len(stats) < len(names) or rows != urls:
-        last = "\n".join((scratch / "log").read_text(errors="replace").splitlines()[-15:])
+        last = "\n".join((scratch / "log").read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
         raise UserError(
             f"img2dataset did not finish: {len(stats)} of {len(names)} shards and {rows} of {urls} rows in {scratch}. "
             f"The last lines that it printed:\n{last}\nMend what they name, then run again."
@@ -448,7 +448,7 @@ class Shards:
         if not path.is_file():
             raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro`.")
         try:
-            index = json.loads(path.read_text())
+            index = json.loads(path.read_text(encoding="utf-8"))
             self.size: int = index["size"]
             self.found: dict[str, tuple[int, int]] = {  # images, and how many of them have a caption
                 name: (count, index.get("captioned", index["shards"])[name])

@@ -19,8 +19,8 @@ PICTURES = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     """Write one split as a single shard whose bytes depend on the samples alone: keys, and contents by extension."""
     (root / split).mkdir(parents=True)
-    (root / "dataset_type.txt").write_text(kind + "\n")
-    (root / split / "nshards.txt").write_text("1\n")
+    (root / "dataset_type.txt").write_text(kind + "\n", encoding="utf-8")
+    (root / split / "nshards.txt").write_text("1\n", encoding="utf-8")
     with tarfile.open(root / split / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, contents in samples:
             for extension, content in sorted(contents.items()):
@@ -41,7 +41,7 @@ def kinds(root: Path) -> dict[str, str]:
     for path in sets:
         file = path / "dataset_type.txt"
         found[path.name] = kind = (
-            file.read_text(errors="replace").strip().lower() if file.exists() else "classification"
+            file.read_text(errors="replace", encoding="utf-8").strip().lower() if file.exists() else "classification"
         )
         if kind not in LABELS:
             raise UserError(f"{file} says '{kind}'; what is scored here is {', '.join(LABELS)}. {_without(path.name)}")
@@ -55,7 +55,7 @@ def check(root: Path) -> None:
         try:
             classes = _classes(folder) if kind == "classification" else 0
             for split in ("train", "test") if kind == "probe" else ("test",):
-                number = (folder / split / "nshards.txt").read_text().strip()
+                number = (folder / split / "nshards.txt").read_text(encoding="utf-8").strip()
                 if not number.isdecimal():
                     raise ValueError(f"{split}/nshards.txt says {number!r}")
                 shards = [folder / split / f"{i}.tar" for i in range(int(number))]
@@ -71,8 +71,8 @@ def _without(name: str) -> str:
 
 def _classes(folder: Path) -> int:
     """The number of classes, which have names and templates."""
-    names = (folder / "classnames.txt").read_text().splitlines()
-    templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+    names = (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    templates = (folder / "zeroshot_classification_templates.txt").read_text(encoding="utf-8").splitlines()
     if not names or not templates:
         raise ValueError("classnames.txt or zeroshot_classification_templates.txt is empty")
     for template in templates:

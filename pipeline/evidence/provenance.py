@@ -125,7 +125,7 @@ def hashes(paths: list[str]) -> dict[str, str]:
     made: dict[str, dict[str, str]] = {}
     md5s: dict[str, str] = {}
     for lock in (Path("pipeline/dvc.lock"), Path("dvc.lock")):
-        stages = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
+        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
         for stage in stages.values():
             deps, outs = ({entry["path"]: entry["md5"] for entry in stage.get(kind, [])} for kind in ("deps", "outs"))
             made |= dict.fromkeys(outs, deps)
@@ -139,7 +139,7 @@ def hashes(paths: list[str]) -> dict[str, str]:
 
 
 def times() -> dict[str, str]:
-    lines = [json.loads(line) for line in TIMINGS.read_text().splitlines()] if TIMINGS.exists() else []
+    lines = [json.loads(line) for line in TIMINGS.read_text(encoding="utf-8").splitlines()] if TIMINGS.exists() else []
     return {
         line["stage"]: f"{line['seconds']:,.0f} s, {line['peak_memory_mb']:,} MB, {line['finished']}" for line in lines
     }

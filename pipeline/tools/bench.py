@@ -391,7 +391,7 @@ def main() -> None:
         stem = machine.lower().replace(" ", "-")
         with whole(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})
-            markdown_file.write_text(markdown(results, machine))
+            markdown_file.write_text(markdown(results, machine), encoding="utf-8")
         print(markdown(results, machine))
     finally:
         remove(SCRATCH)

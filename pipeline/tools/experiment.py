@@ -241,7 +241,9 @@ def _start_worker(p: params.Params) -> None:
     global _tunnel
     threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment shall leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
-    sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open("w", buffering=1)  # its bar stands alone
+    sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
+        "w", buffering=1, encoding="utf-8"
+    )  # its bar stands alone
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's and scikit-learn's
     _tunnel = Tunnel(p, device())
@@ -391,7 +393,7 @@ def main() -> None:
     table = results(gained)
     with whole(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         table.to_csv(csv, index=False)
-        md.write_text(markdown(table, gained))
+        md.write_text(markdown(table, gained), encoding="utf-8")
         figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})
     print(markdown(table, gained))
 

@@ -189,7 +189,7 @@ def main() -> None:
         shares = late.told_right_is_better.unstack("told").groupby("pattern", sort=False).mean().round(1)
         known = Path("metrics", profile, "ceiling", f"{name}.json")
         if known.is_file():
-            shares["ceiling"] = pd.Series(json.loads(known.read_text())["patterns"]).round(1)
+            shares["ceiling"] = pd.Series(json.loads(known.read_text(encoding="utf-8"))["patterns"]).round(1)
         print("restored better when told right, mean of the timesteps from 60 % on (%); ceiling: pairs right (%):")
         print(shares.to_string())
         if not known.is_file():

@@ -44,7 +44,7 @@ def missing(p: params.Params, seeds: list[int]) -> list[int]:
 def add(p: params.Params) -> None:
     """Add what the last run here found to the table, unless it has that seed of that run already."""
     profile, recipe = p.run.profile, p.profile.train.recipe
-    report = json.loads(Path("metrics", profile, "report.json").read_text())
+    report = json.loads(Path("metrics", profile, "report.json").read_text(encoding="utf-8"))
     table, rows = seeds_table(profile), []
     for backbone in p.run.backbones:
         own = run(p, backbone)
