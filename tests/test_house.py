@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import subprocess
 import sys
 import tomllib
 from functools import cache, reduce

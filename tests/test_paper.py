@@ -487,9 +487,8 @@ def test_the_authors_checkpoint_lies_where_git_and_dvc_do_not_look(
     run(released, "siglip_224")
     (checkpoint,) = lay
     assert checkpoint.parts[:4] == ("models", "paper", "released", ".siglip_224.partial")
-    assert sorted(os.listdir("models/paper/released/siglip_224")) == sorted(
-        os.listdir("models/paper/pretrained/siglip_224")
-    )
+    models = (Path("models/paper", weights, "siglip_224") for weights in ("released", "pretrained"))
+    assert len({frozenset(path.name for path in model.iterdir()) for model in models}) == 1
 
 
 def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
