@@ -126,6 +126,16 @@ def test_a_contrast_without_enough_others_is_refused_before_the_first_step(
         Batches(shards, *models, RULE, p, chosen, 42, torch.device("cpu"), STEPS, processes=processes)
 
 
+def test_the_two_views_of_a_contrast_are_drawn_apart(models: tuple[Backbone, Denoiser]) -> None:
+    """Though they are crops of one kind."""
+    own = section(micro_batch=4, crop={"scale": [0.5, 1.0], "ratio": [0.75, 1.25]})
+    chosen = recipe(contrast={"temperature": 0.1, "negatives": 1, "view": 0.5})
+    batches = Batches(Shards(Path("data/mini/images"), 0.5), *models, RULE, own, chosen, 42, CPU, [("tower", 0)])
+    pairs = [pair for micro in batches(0) for pair in zip(micro.pixels_BCHW, micro.view_BCHW, strict=True)]
+    assert len(pairs) == 8
+    assert not any(first.equal(second) for first, second in pairs)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_feed_goes_on_where_it_was(models: tuple[Backbone, Denoiser], workers: int) -> None:
     """However far ahead its workers have read."""
@@ -428,6 +438,27 @@ def test_another_recipe_never_goes_on_from_a_checkpoint(
     assert outputs(here) == made
 
 
+@pytest.mark.parametrize("what", ["denoiser", "images", "fitted"])
+def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) -> None:
+    files = {
+        "denoiser": MODELS / "denoiser/scheduler/scheduler_config.json",
+        "images": Path("data/mini/images/shards.json"),
+        "fitted": Path("fitted"),
+    }
+    files["fitted"].touch()
+    p, backbone = params.load(), Backbone.load(MODELS / "pretrained/mini")
+
+    def mark() -> dict:
+        return engine.fingerprint(
+            p.profile.train, p.profile.recipe, p.backbones["mini"].condition, 42, backbone, MODELS / "denoiser",
+            files["images"].parent, files["fitted"],
+        )  # fmt: skip
+
+    before = mark()
+    files[what].write_text(files[what].read_text() + "\n")
+    assert engine.differences(before, mark()) == [what]
+
+
 @contextmanager
 def full_disk(size: int = 1000) -> Iterator[None]:
     """No file grows beyond `size` bytes."""
@@ -490,6 +521,18 @@ def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:
     assert dataclasses.asdict(first).keys() == {"phase", "step", *CURVES}
     squares = sum(parameter.square().sum().item() for parameter in backbone.tower.parameters())
     assert squares**0.5 < last.parameter_norm < squares**0.5 + 10  # the projection's part is small
+
+
+def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
+    def record(phase: str, step: int) -> training.Record:
+        measured = None if step % 10 else float(step)
+        return training.Record(phase, step, float(step), 0.0, 0.0, 0.0, 0.0, measured)
+
+    records = [*(record("projection", step) for step in range(5)), *(record("tower", step) for step in range(31))]
+    found = engine.summary(records, recipe(), 42, 0)
+    assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (1, 29)  # of 0 1 2 and of 28 29 30
+    assert (found["held_out_loss_first"], found["held_out_loss_last"]) == (0, 30)
+    assert found["images"] == 36 * 8
 
 
 # ---------------------------------------------------------------------------------------------------------- to measure

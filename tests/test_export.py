@@ -107,6 +107,14 @@ def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[B
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_transformers_crops_or_squashes_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
+    """Twice as high as wide, and the lower, the lighter: a crop has neither black nor white."""
+    backbone, folder = exported
+    picture = Image.linear_gradient("L").resize((100, 200)).convert("RGB")
+    found = AutoProcessor.from_pretrained(folder)(images=picture, return_tensors="pt").pixel_values[0]
+    assert (found - backbone.preprocess(picture)).abs().max() * max(backbone.std) < 0.05
+
+
 def test_llava_s_loader_finds_the_tower(exported: tuple[Backbone, Path]) -> None:
     """What llava/model/multimodal_encoder/clip_encoder.py calls, for SigLIP its counterparts."""
     backbone, folder = exported
@@ -166,6 +174,15 @@ def test_other_weights_are_refused(spoilt: tuple[Backbone, Path], file: str, par
     save_file(tensors, path, metadata={"format": "pt"})
     form = "transformers" if file == "model.safetensors" else "open_clip"
     assert f"the {form} export's {part} embeddings are not the backbone's" in refused(spoilt)
+
+
+@refusals
+def test_embeddings_that_are_no_numbers_are_refused(spoilt: tuple[Backbone, Path]) -> None:
+    path = spoilt[1] / "model.safetensors"
+    tensors = load_file(path)
+    tensors["text_model.final_layer_norm.bias"][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "the transformers export's text embeddings are not the backbone's: nan" in refused(spoilt)
 
 
 @refusals

@@ -78,6 +78,7 @@ def test_a_fresh_head_changes_nothing_and_a_trained_one_only_the_direction() -> 
     assert F.cosine_similarity(found, pooled).max() < 0.99
     torch.testing.assert_close(found.norm(dim=1), pooled.norm(dim=1))
     assert not torch.allclose(head(pooled, patches.roll(1, 0)), found, atol=1e-3)  # it looks at the patches
+    torch.testing.assert_close(head(5 * pooled, patches), 5 * found, rtol=1e-3, atol=1e-3)  # a length is no direction
 
 
 def test_a_head_s_first_gradient_reaches_its_last_layer() -> None:

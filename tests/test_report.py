@@ -134,6 +134,7 @@ def test_evidence_keeps_training_and_read_out_apart() -> None:
     assert (diva["cosine"], shuffled["cosine"]) == ([0, 0, 0], [1, 1, 1])
     judged = statistics.Interval(*diva["as_published"])
     assert diva["verdict"]["pairs"] == statistics.gain_verdict(judged, 6.0)
+    assert evidence((0.0, 100.0))["weights"]["diva"]["verdict"]["pairs"] == "not reproduced"
     assert evidence(None)["weights"]["diva"]["verdict"]["pairs"] == "not distinguishable"
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import denoiser as denoiser_stage
-from pipeline import drift, engine, images, mmvp, mmvp_vlm, params, train, zeroshot_sets
+from pipeline import drift, engine, images, mmvp, mmvp_vlm, params, train, zeroshot, zeroshot_sets
 from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.adapters.denoisers import Denoiser
 from pipeline.adapters.shards import Shards
@@ -559,7 +559,7 @@ class ByHand(nn.Module):
         return self.images[numbers], self.patch(self.images[numbers])
 
     def encode_text(self, numbers: torch.Tensor) -> torch.Tensor:
-        return 3 * self.texts[numbers]
+        return (1 + numbers)[:, None] * self.texts[numbers]  # as long as the statement's number
 
 
 def by_hand(
@@ -846,8 +846,9 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
     assert answers[answers.measure == "text_to_image"].image.tolist() == of_text
 
 
-def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
-    draws, details = np.random.default_rng(0), tmp_path / "wds/details"
+def write_details(root: Path) -> None:
+    """A set for the probe: of its two attributes one is the red of the picture, the other is not to be seen."""
+    draws = np.random.default_rng(0)
 
     def samples(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         for i in range(count):
@@ -860,7 +861,11 @@ def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Pat
             yield f"{i:06d}", {"png": file.getvalue(), "json": labels}
 
     for split in ("train", "test"):
-        write_split(details, split, "probe", samples(400))
+        write_split(root / "wds/details", split, "probe", samples(400))
+
+
+def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
+    write_details(tmp_path)
 
     def embed(pictures: list[Image.Image]) -> torch.Tensor:
         red, *noise = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]).T
@@ -869,6 +874,21 @@ def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Pat
     scores = 100 * probe(embed, tmp_path, "details", batch=64).groupby("measure").right.mean()
     assert scores["shown"] == 100
     assert scores["hidden"] == pytest.approx(100 / 3, abs=8)
+
+
+def test_the_probe_is_given_directions_alone(tmp_path: Path) -> None:
+    """As similarities are: what only an embedding's length tells is no detail that it holds."""
+    write_details(tmp_path)
+
+    class Long(nn.Module):
+        def preprocess(self, image: Image.Image) -> torch.Tensor:
+            return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32)
+
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            return (1 + pixels[:, :1]) * pixels[:, 1:]
+
+    summary, _ = zeroshot.score(Long(), tmp_path, params.Zeroshot(batch=64, recall=1), CPU)
+    assert summary["details"]["shown"] == pytest.approx(100 / 3, abs=8)
 
 
 def test_the_same_samples_give_the_same_shard(tmp_path: Path) -> None:

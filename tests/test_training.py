@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -196,6 +197,35 @@ def test_one_tower_run_serves_all_draws(rule: TokenRule, weights: list[float]) -
         assert (found[name].grad - expected[name].grad).norm() <= 1e-5 * expected[name].grad.norm(), name
     total = torch.cat([expected[name].grad.flatten() for name in trained]).norm().item()
     assert record.gradient_norm == pytest.approx(total, rel=1e-5)
+
+
+class OneOfTwo:
+    """What `Accelerator` is to one of two processes; that their gradients are averaged is left to the test."""
+
+    num_processes = 2
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext()
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+    def free_memory(self) -> None:
+        pass
+
+
+def test_the_mean_of_two_processes_gradients_is_that_of_the_step() -> None:
+    gradients, recipe = [], dataclasses.replace(RECIPE, steps=1, clip_norm=math.inf)
+    for processes, own in ((Accelerator(cpu=True), slice(2)), (OneOfTwo(), slice(1)), (OneOfTwo(), slice(1, 2))):
+        feedback, batch = build(), micro_batches(0)[own]
+        _, phase = both(feedback, recipe)
+        assert len(list(run(feedback, phase, lambda step, batch=batch: batch, torch.float32, processes))) == 1
+        gradients.append(feedback.projection.weight.grad)
+    alone, first, second = gradients
+    torch.testing.assert_close((first + second) / 2, alone)
 
 
 def test_clipping_bounds_the_step_and_the_record_tells_the_norm_before_it() -> None:
