@@ -82,8 +82,7 @@ def build_feedback(
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
     fits_denoiser = recipe.fit is not None and recipe.fit.denoiser
-    # What is trained is float32: in bfloat16 most of its steps would be rounded away.
-    denoiser.for_feedback(torch.float32 if fits_denoiser else getattr(torch, p.precision)).to(compute)
+    denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser).to(compute)
     backbone.to(compute).clip.requires_grad_(False)
     gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap else None
     anchor = recipe.anchor and Anchor(
@@ -201,7 +200,8 @@ def save_fitted(feedback: Feedback, start: TowerStart, path: Path) -> None:
     """Write what the tower phase started from: the projection, the denoiser where it was fitted, and the streams."""
     tensors = {f"projection.{name}": tensor for name, tensor in start.projection.items()}
     if feedback.fits_denoiser:
-        tensors |= {f"denoiser.{name}": tensor.detach() for name, tensor in feedback.denoiser.named_parameters()}
+        fitted = feedback.denoiser.unet.named_parameters()
+        tensors |= {f"denoiser.unet.{name}": tensor.detach() for name, tensor in fitted}
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(stored, path, metadata={"after": json.dumps(dict(sorted(start.after.items())))})
 
@@ -293,13 +293,12 @@ def train(
     with Live(str(curves), **options) if main else nullcontext() as live:
         for record in so_far.records:
             draw(live, record)
-        for i, phase in enumerate(phases):
+        for phase in phases:
             first = done[phase.name]
-            if p.shard and phase.name == "tower":
-                training.shard(feedback, processes.num_processes)
-                phase = training.phases(feedback, training_recipe(recipe))[i]
             if so_far.optimizer and so_far.optimizer[0] == phase.name:
                 training.restore_optimizer(phase, so_far.optimizer[1])
+            if phase.name == "tower":
+                denoiser.for_feedback(precision)  # now frozen, if it was fitted
             if phase.name == "tower" and not first:
                 projection = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
                 so_far.start = TowerStart(projection, dict(gather_object(list(batches.after.items()))))
@@ -309,14 +308,15 @@ def train(
                 so_far.records.append(record)
                 draw(live, record)
                 checkpoint.save_if_due(feedback, phase, so_far)
+            phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
     so_far.undecodable = set(gather_object(sorted(so_far.undecodable)))
     return so_far
 
 
 def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The CLIP's state after training, whole, what LoRA learnt written into its weights."""
+    """The CLIP's state after training, what LoRA learnt written into its weights."""
     lora.merge(backbone.clip.visual)
-    return {key: training.whole(tensor) for key, tensor in backbone.clip.state_dict().items()}
+    return backbone.clip.state_dict()
 
 
 def draw(live: Live | None, record: training.Record) -> None:

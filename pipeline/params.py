@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -222,17 +221,9 @@ class Train(Section):
     micro_batch: Count
     precision: Literal["float32", "bfloat16"]
     compile: bool
-    shard: bool
     max_undecodable: Share
     held_out: HeldOut
     checkpoint_minutes: NonNegativeFloat
-
-    @field_validator("shard")
-    @classmethod
-    def _not_compiled(cls, shard: bool, info: ValidationInfo) -> bool:
-        if shard and info.data.get("compile"):
-            raise ValueError("found true, but a sharded tower is not compiled here. Set compile to false")
-        return shard
 
 
 class Tokens(Section):
@@ -397,10 +388,6 @@ class Profile(Section):
             raise ValueError(
                 f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "
                 f"train.micro_batch is {train.micro_batch}. Raise it, or lower negatives"
-            )
-        if train.shard and recipe.trained.kind != "tower":
-            raise ValueError(
-                f"train.shard spreads a whole tower, but {key} trains a {recipe.trained.kind}. Set shard to false"
             )
         return self
 

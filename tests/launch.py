@@ -1,4 +1,4 @@
-"""Stage train in processes that a server of forks starts within a tenth of a second, its imports done."""
+"""Training in processes that a server of forks starts within a tenth of a second, its imports done."""
 
 import multiprocessing
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.train"])
+FORKS.set_forkserver_preload(["pipeline.train", "pipeline.shuffled"])
 
 
-def start(folder: Path, world: int = 1) -> list[BaseProcess]:
-    """Start training of `mini` in `folder`, as torchrun would start it with `world` processes on one machine."""
+def start(folder: Path, world: int = 1, stage: str = "train") -> list[BaseProcess]:
+    """Start a training of `mini` in `folder`, as torchrun would start it with `world` processes on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,24 +24,24 @@ def start(folder: Path, world: int = 1) -> list[BaseProcess]:
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
-        process = FORKS.Process(target=_stage, args=(folder, torchrun if world > 1 else {}, rank), daemon=True)
+        process = FORKS.Process(target=_stage, args=(folder, stage, torchrun if world > 1 else {}, rank), daemon=True)
         process.start()
         started.append(process)
     return started
 
 
-def finish(folder: Path, world: int = 1) -> str:
+def finish(folder: Path, world: int = 1, stage: str = "train") -> str:
     """Train to the end; returns what the first process printed."""
-    processes = start(folder, world)
+    processes = start(folder, world, stage)
     for process in processes:
-        process.join(120)
+        process.join(300)
     output = (folder / "output0").read_text()
     assert [process.exitcode for process in processes] == [0] * world, output
     return output
 
 
-def _stage(folder: Path, environment: dict[str, object], rank: int) -> None:
-    from pipeline import train
+def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int) -> None:
+    from pipeline import shuffled, train
 
     with (folder / f"output{rank}").open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -50,5 +50,5 @@ def _stage(folder: Path, environment: dict[str, object], rank: int) -> None:
         os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in environment.items()}
         os.chdir(folder)
         torch.set_num_threads(1)  # as many sums, in the same order, whatever else runs
-        sys.argv = ["train", "mini"]
-        train.main()
+        sys.argv = [stage, "mini"]
+        {"train": train, "shuffled": shuffled}[stage].main()

@@ -83,7 +83,6 @@ def test_the_committed_file_loads() -> None:
         (f"{MINI}.condition.tokens", {"kind": "random"}, "'random' with number 0"),
         (f"{MINI}.published_read_out.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
-        ("profiles.paper.train.shard", True, "Set compile to false"),
         ("run.profile", "papr", "'papr'"),
         ("run.weights", ["pretrained", "released"], "backbones.mini has none"),
         ("profiles.paper.images", {"kind": "tar"}, "'tar'"),
@@ -136,7 +135,6 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
         ({f"{TRAIN}.streams": 7}, "train.streams is 7, which does not divide recipes.diva.batch 32"),
         ({f"{TRAIN}.recipe": "divs"}, "train.recipe is 'divs'; recipes here: "),
         ({f"{TRAIN}.recipe": "contrastive", f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
-        ({f"{TRAIN}.recipe": "two_stage", f"{TRAIN}.shard": True}, "recipes.two_stage trains a lora"),
     ],
 )
 def test_a_profile_whose_values_do_not_go_together(file: Path, changes: dict[str, Any], found: str) -> None:

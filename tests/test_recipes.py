@@ -264,7 +264,7 @@ def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
     before = snapshot(feedback)
     train(feedback, phases(feedback, RECIPE)[0])
     assert moved(before, feedback) == {
-        "projection.weight", "projection.bias", "denoiser.read.weight", "denoiser.read.bias"
+        "projection.weight", "projection.bias", "denoiser.unet.weight", "denoiser.unet.bias"
     }  # fmt: skip
 
 

@@ -47,10 +47,10 @@ class LinearDenoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("alphas_cumprod", torch.linspace(0.999, 0.01, 1000))
-        self.read = nn.Linear(CONTEXT, LATENT.numel())
+        self.unet = nn.Linear(CONTEXT, LATENT.numel())
 
     def forward(self, noised: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return noised * (timestep / 1000)[:, None, None, None] + self.read(context).mean(1).tanh().view(noised.shape)
+        return noised * (timestep / 1000)[:, None, None, None] + self.unet(context).mean(1).tanh().view(noised.shape)
 
 
 def build(rule: TokenRule = RULES[1]) -> Feedback:

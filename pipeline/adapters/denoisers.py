@@ -88,14 +88,15 @@ class Denoiser(nn.Module):
         self.tokenizer.save_pretrained(folder / "tokenizer")
         scheduler.save_pretrained(folder / "scheduler")
 
-    def for_feedback(self, precision: torch.dtype) -> "Denoiser":
+    def for_feedback(self, precision: torch.dtype, fitted: bool = False) -> "Denoiser":
         """The form in which the frozen parts are fastest: in `precision`, channels last. Returns self.
 
+        fitted: the UNet is going to be, so it stays float32: in bfloat16 most of its steps would be rounded away.
         The text encoder and the VAE's decoder, which feedback does not use, are dropped.
         """
         self.text_encoder = self.vae.decoder = None
-        for part in (self.vae, self.unet):
-            nn.Module.to(part, dtype=precision, memory_format=torch.channels_last)  # diffusers' own warns of nothing
+        for part, dtype in ((self.vae, precision), (self.unet, torch.float32 if fitted else precision)):
+            nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own warns of nothing
         return self
 
     def latent_shape(self, size: int) -> torch.Size:
@@ -124,8 +125,11 @@ class Denoiser(nn.Module):
     def forward(self, noised_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor) -> torch.Tensor:
         """What the UNet predicts under a condition: noise or velocity, by `prediction_type`; in the UNet's precision.
 
-        Autocast stays outside: it would cast the weights anew at every call, and run the norms in float32.
+        Autocast stays outside: it would cast the weights anew at every call, and run the norms in float32. But it is
+        what computes in bfloat16 with the float32 weights of a UNet that is being fitted.
         """
         precision = self.unet.dtype
+        if precision == torch.float32:
+            return self.unet(noised_BCHW, timestep_B, condition_BTD).sample
         with torch.autocast(noised_BCHW.device.type, enabled=False):
             return self.unet(noised_BCHW.to(precision), timestep_B, condition_BTD.to(precision)).sample

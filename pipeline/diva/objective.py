@@ -28,14 +28,11 @@ class Tower(Protocol):
 
 
 class Denoiser(Protocol):
-    """A denoiser in the latent space, frozen but where a recipe fits it with the projection."""
+    """A denoiser in the latent space, frozen but where a recipe fits `unet`, which predicts, with the projection."""
 
+    unet: nn.Module
     alphas_cumprod: torch.Tensor
     prediction_type: Prediction
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def __call__(
         self, noised_BChw: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor

@@ -12,9 +12,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.diva.diffusion import Draw
 from pipeline.diva.objective import Feedback
@@ -127,8 +124,7 @@ def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
     """What the recipe trains, in order."""
     projection = list(feedback.projection.parameters())
     trained = [*trained_of(feedback, recipe), *(projection if recipe.with_projection else [])]
-    fitted = [*projection, *(feedback.denoiser.parameters() if feedback.fits_denoiser else [])]
-    fused = not isinstance(feedback, FSDPModule)  # shards have no fused kernel
+    fitted = [*projection, *(feedback.denoiser.unet.parameters() if feedback.fits_denoiser else [])]
     return [
         Phase(
             name="projection",
@@ -146,10 +142,10 @@ def phases(feedback: Feedback, recipe: Recipe) -> list[Phase]:
             batch=recipe.batch,
             parameters=trained,
             optimizer=torch.optim.SGD(
-                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
+                trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
             )
             if recipe.optimizer == "sgd"
-            else torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused),
+            else torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True),
             lr=lambda step: learning_rate(step, recipe.steps, recipe.lr, recipe.warmup_ratio),
             draw_weights=recipe.draw_weights,
             clip_norm=recipe.clip_norm,
@@ -183,7 +179,7 @@ def run(
     feedback.requires_grad_(False)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
-    model = feedback if isinstance(feedback, FSDPModule) else processes.prepare(feedback)
+    model = processes.prepare(feedback)
     for step in range(start, phase.steps):
         # --------------------------------------------------------------------------------------------------- one step
         phase.optimizer.zero_grad(set_to_none=True)
@@ -201,7 +197,7 @@ def run(
                 (weights * losses).sum().backward()
             loss = loss.to(losses.device) + losses.detach()[: len(micro.draws)].mean() * share
         mean_loss = processes.reduce(loss, "sum").item()
-        gradient_norm = whole(nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)).item()
+        gradient_norm = nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm).item()
         for what, value in (("the loss", mean_loss), ("the gradient's norm", gradient_norm)):
             if not math.isfinite(value):
                 raise NotFiniteError(phase.name, step, what, value)
@@ -225,7 +221,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 @torch.no_grad()
 def norm(tensors: Iterable[torch.Tensor]) -> float:
-    return whole(nn.utils.get_total_norm(tensors)).item()
+    return nn.utils.get_total_norm(tensors).item()
 
 
 @torch.no_grad()
@@ -241,35 +237,12 @@ def denoising_loss(
     return processes.reduce(loss, "sum").item()
 
 
-def shard(feedback: Feedback, processes: int) -> None:
-    """Spread what is trained over the processes (FSDP), block by block; parameters made before are void afterwards.
-
-    Weights, gradients and optimizer state of the tower then take 1/processes of the memory each.
-    """
-    mesh = init_device_mesh(feedback.text_1LD.device.type, (processes,))
-    for block in _blocks(feedback.tower):
-        fully_shard(block, mesh=mesh)
-    frozen = [*feedback.denoiser.parameters(), *(feedback.anchor.parameters() if feedback.anchor else [])]
-    fully_shard(feedback, mesh=mesh, ignored_params=set(frozen))
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of the outermost lists of layers."""
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList | nn.Sequential) else _blocks(child)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its shards; where there are any, all processes must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
-    """Every tensor that the next step of a phase depends on, whole, by name."""
+    """Every tensor that the next step of a phase depends on, by name."""
     return {
-        **{f"model.{name}": whole(tensor.detach()) for name, tensor in _trained(feedback).items()},
+        **{f"model.{name}": tensor.detach() for name, tensor in _trained(feedback).items()},
         **{
-            f"optimizer.{i}.{name}": whole(tensor)
+            f"optimizer.{i}.{name}": tensor
             for i, tensors in phase.optimizer.state_dict()["state"].items()
             for name, tensor in tensors.items()
             if tensor is not None
@@ -279,7 +252,7 @@ def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore(feedback: Feedback, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back the parameters that `state` gave, before they are sharded."""
+    """Put back the parameters that `state` gave."""
     for name, parameter in _trained(feedback).items():
         parameter.copy_(tensors[f"model.{name}"])
 
@@ -291,9 +264,6 @@ def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
         kind, _, rest = key.partition(".")
         if kind == "optimizer":
             i, _, name = rest.partition(".")
-            like = phase.parameters[int(i)]
-            if isinstance(like, DTensor) and tensor.shape == like.shape:
-                tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
             optimizer.setdefault(int(i), {})[name] = tensor
     phase.optimizer.load_state_dict({**phase.optimizer.state_dict(), "state": optimizer})
 
@@ -301,7 +271,7 @@ def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
 def _trained(feedback: Feedback) -> dict[str, nn.Parameter]:
     parts = {"tower": feedback.tower, "projection": feedback.projection}
     if feedback.fits_denoiser:
-        parts["denoiser"] = feedback.denoiser
+        parts["denoiser.unet"] = feedback.denoiser.unet
     return {
         f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()
     }
