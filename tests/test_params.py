@@ -31,14 +31,14 @@ def file(tmp_path: Path) -> Path:
 
 def change(file: Path, key: str, value: Any) -> None:
     """Set a dotted key; Ellipsis removes it."""
-    content = yaml.safe_load(file.read_text())
+    content = yaml.load(file.read_text(), yaml.CSafeLoader)  # eight times as fast as the plain one
     *parents, last = key.split(".")
     section = reduce(dict.__getitem__, parents, content)
     if value is ...:
         del section[last]
     else:
         section[last] = value
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.dump(content, Dumper=yaml.CSafeDumper))
 
 
 def message(file: Path) -> str:
