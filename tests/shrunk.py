@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from noting import watched
 from PIL import Image
 
 from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, shuffled, train, zeroshot, zeroshot_sets
@@ -92,7 +93,7 @@ def write_seeds(*rows: str) -> None:
 
 def run(stage: ModuleType, *arguments: str) -> None:
     """Run a stage's main() as `python -m pipeline.<stage> <arguments>` would."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, watched(stage, arguments):
         patch.setattr(sys, "argv", [stage.__name__, *arguments])
         stage.main()
 

@@ -875,10 +875,11 @@ def test_the_mini_profile_s_pictures_go_the_way_of_links(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == [*COUNTS, "shards.json"]
     reader = Shards(tmp_path)
     assert reader.counts == COUNTS | {"00002.tar": 3}
-    for key, image, caption, _ in epoch(reader, 0):
-        index = int(key) // 100 * 16 + int(key) % 100
-        assert np.abs(np.asarray(image, float) - world.picture(images.SET, index)[0]).mean() < 8  # this very picture
-        assert caption == images.caption(index, 0.3)
+    for sample in epoch(reader, 0):
+        index = int(sample.key) // 100 * 16 + int(sample.key) % 100
+        pixels, _ = world.picture(images.SET, index)
+        assert np.abs(np.asarray(sample.image, float) - pixels).mean() < 8  # the JPEG of this very picture
+        assert sample.caption == images.caption(index, 0.3)
 
 
 @pytest.mark.exhaustive
