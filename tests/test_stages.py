@@ -304,6 +304,9 @@ def test_drift_goes_as_far_as_training_in_every_tensor(finished: Path) -> None:
         assert bool(by_chance.any()) == name.startswith("visual.")
         if by_training.numel() > 1000:
             assert abs(F.cosine_similarity(by_training.flatten(), by_chance.flatten(), dim=0)) < 0.2
+    alike = (f"visual.transformer.resblocks.{i}.attn.in_proj_weight" for i in range(2))
+    first, second = ((moved[name] - before[name]).flatten() for name in alike)
+    assert abs(F.cosine_similarity(first, second, dim=0)) < 0.2  # of one shape, and in directions of their own
     again, other = (drift.drifted(before, trained, seed) for seed in (42, 3))
     assert all(torch.equal(again[name], moved[name]) for name in before)
     assert not torch.equal(other["visual.proj"], moved["visual.proj"])
