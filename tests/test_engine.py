@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from shrunk import METRICS, MODELS, run, write_params, write_shards
 from test_stages import CPU, trained
+from test_training import both, build
 
 from pipeline import engine, params, train
 from pipeline.adapters import checkpoints
@@ -431,6 +432,17 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
     before = mark()
     files[what].write_text(files[what].read_text() + "\n")
     assert engine.differences(before, mark()) == [what]
+
+
+def test_a_checkpoint_is_of_the_streams_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by the first of two: what the other would send is added here."""
+    monkeypatch.setattr(engine, "gather_object", lambda own: [*own, "b" if isinstance(own[0], str) else (1, (0, 4))])
+    feedback, checkpoint = build(), engine.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
+    record = training.Record("projection", 0, 1.0, 0.1, 1.0, 1.0, 1.0, None)
+    checkpoint.save_if_due(feedback, both(feedback)[0], engine.RunState([record], {0: (0, 2)}, {"a"}))
+    found = checkpoint.resume(feedback)
+    assert found is not None
+    assert (found.after, found.undecodable) == ({0: (0, 2), 1: (0, 4)}, {"a", "b"})
 
 
 @contextmanager
