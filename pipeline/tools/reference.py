@@ -1,0 +1,234 @@
+"""Chance or fault: a run of profile mini against the band that reference runs define.
+
+    python -m pipeline.tools.reference [FOLDER]     check metrics/mini (or FOLDER, a copy of somebody's metrics/mini)
+    python -m pipeline.tools.reference --make       make the reference of the last commit; goes on where interrupted
+
+A reference run is `dvc repro report` in a clone, with a training seed of its own and another rounding (threads,
+instruction sets), which changes every model and score as another processor without our pins would. The run of the last
+commit is one of them. A figure's band is the t prediction interval of one new run; 99 of 100 new runs lie in all bands
+at once (Sidak). metrics/reference/mini.json has the runs, pairs.csv how many of them have each pair right.
+
+The check ends with status 1 where a figure is outside its band, a count is another, or a verdict is not the word that
+all reference runs share.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as students_t
+
+from pipeline.runtime import UserError, progress, remove, stage, whole, write_json
+
+METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
+LOCKS = ("dvc.lock", "pipeline/dvc.lock")
+LEVEL = 0.99
+ROUNDINGS: list[dict[str, str]] = [  # of the reference runs, whose training seeds are 1, 2, ...
+    {"OMP_NUM_THREADS": "1"},
+    {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"},
+    {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AVX"},
+    {"OMP_NUM_THREADS": "3"},
+    {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "AVX"},
+    {"OMP_NUM_THREADS": "2", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "AVX"},
+    {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"},
+]
+
+
+class Run(NamedTuple):
+    """figures: what chance moves; counts: what it does not; verdicts: words; right: for each pair 0 or 1."""
+
+    figures: dict[str, float]
+    counts: dict[str, float]
+    verdicts: dict[str, str]
+    right: pd.Series
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Of a folder such as metrics/mini. Raises UserError."""
+        try:
+            files = {
+                name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+                for name in (
+                    "report", "evidence", "denoiser", "images", "backbone/mini", "train/mini-diva/metrics",
+                    "mmvp/mini-pretrained", "mmvp/mini-diva",
+                )
+            }  # fmt: skip
+            pairs = pd.read_csv(folder / "mmvp/mini-pretrained.csv", keep_default_na=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder}: not the metrics of a run of profile mini with the committed run.weights: {error}. "
+                "Run `dvc repro`."
+            ) from None
+        weights = files["evidence"]["mini"]["weights"]
+        report = {row: values for row, values in files["report"]["mini"].items() if row != "diva"}
+        training = files["train/mini-diva/metrics"]
+        losses = {key: value for key, value in training.items() if "loss" in key}
+        cosines = {name: found["cosine"][0] for name, found in weights.items()}
+        figures = {**report, "denoiser": files["denoiser"]["held_out_loss"], "training": losses, "cosine": cosines}
+        counts = {
+            "images": files["images"],
+            "training": {key: value for key, value in training.items() if "loss" not in key and key != "seed"},
+            "parameters": {
+                "backbone": files["backbone/mini"]["parameters"],
+                "unet": files["denoiser"]["unet_parameters"],
+            },
+            **{
+                f"{name} {rule}": {direction: files[name][rule][direction]["draws"] for direction in files[name][rule]}
+                for name in ("mmvp/mini-pretrained", "mmvp/mini-diva")
+                for rule in ("plain", "published")
+            },
+        }
+        plain = pairs[pairs.read_out == "plain"].set_index(["pair", "pattern"]).statement_to_image
+        return cls(
+            flat(figures), flat(counts), flat({name: found["verdict"] for name, found in weights.items()}), plain
+        )
+
+
+def flat(nested: Any, key: str = "") -> dict[str, Any]:
+    """The numbers and words of nested dictionaries, under names such as gain.pairs_plain."""
+    if isinstance(nested, dict):
+        return {
+            name: value for part in nested for name, value in flat(nested[part], f"{key}.{part}".strip(".")).items()
+        }
+    return {key: nested} if isinstance(nested, int | float | str) else {}
+
+
+def agreement(right: pd.Series, runs_right: pd.Series, runs: int) -> float:
+    """The smallest of the nine patterns' correlations between the pairs that a run and other runs have right.
+
+    It tells a pattern whose pairs are mislabelled, whose average may hardly change.
+    """
+    return float(min(np.corrcoef(right[own.index], own / runs)[0, 1] for _, own in runs_right.groupby("pattern")))
+
+
+def band(values: list[float], figures: int) -> tuple[float, float]:
+    """The prediction interval of one more value, such that all of so many figures hold at once with LEVEL."""
+    quantile = students_t.ppf((1 + LEVEL ** (1 / figures)) / 2, len(values) - 1)
+    half = quantile * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def faults(run: Run, reference: dict[str, Any], pairs: pd.Series) -> tuple[Table, list[str]]:
+    """(what differs from the reference's first run, the committed one, and what of it chance does not explain)."""
+    runs, wrong = reference["runs"], []
+    figures = run.figures | {"agreement": agreement(run.right, pairs, len(runs))}
+    table = Table(
+        "figure", "here", "committed", "band", "of the band", title=f"What differs from {len(runs)} reference runs"
+    )
+    for name in runs[0]["figures"]:
+        own, values = figures.get(name, float("nan")), [other["figures"][name] for other in runs]
+        low, high = band(values, len(runs[0]["figures"]))
+        share = abs(own - (low + high) / 2) / max((high - low) / 2, 1e-9)
+        if own != values[0]:
+            table.add_row(name, f"{own:.4g}", f"{values[0]:.4g}", f"{low:.4g} to {high:.4g}", f"{share:.0%}")
+        if not low <= own <= high:
+            wrong.append(f"{name} is {own:.4g}, outside {low:.4g} to {high:.4g}")
+    for name, value in reference["counts"].items():
+        if run.counts.get(name) != value:
+            wrong.append(f"{name} is {run.counts.get(name)}, wanted {value}")
+    for name in runs[0]["verdicts"]:
+        words = {other["verdicts"][name] for other in runs}
+        if len(words) == 1 and run.verdicts.get(name) not in words:
+            wrong.append(f"the verdict {name} is '{run.verdicts.get(name)}', all reference runs say '{words.pop()}'")
+    return table, wrong
+
+
+def equal_to_committed() -> bool:
+    """Do the locks, which have the hash of every output, equal the last commit's? False where git cannot tell."""
+    done = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *LOCKS], capture_output=True)
+    return done.returncode == 0
+
+
+def check(folder: Path) -> None:
+    """Print what differs. Raises UserError where chance does not explain it."""
+    file = OUTPUT / "mini.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no reference. Check out the committed one, or make it: --make.")
+    if folder == METRICS and equal_to_committed():
+        print("equal byte for byte: the locks, which have the hash of every output, are the committed ones")
+    pairs = pd.read_csv(OUTPUT / "pairs.csv", keep_default_na=False).set_index(["pair", "pattern"]).runs_right
+    table, wrong = faults(Run.read(folder), json.loads(file.read_text(encoding="utf-8")), pairs)
+    if table.row_count:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if wrong:
+        raise UserError(f"{folder} is no run like the reference's; chance does not explain:\n  " + "\n  ".join(wrong))
+    chance = "lies in its band" if table.row_count else "is the committed one"
+    print(f"{folder}: every figure {chance}")
+
+
+def environment(rounding: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | rounding
+
+
+def reference_run(number: int, rounding: dict[str, str]) -> Path:
+    """Make run `number` in a clone of the last commit; returns the metrics' folder. A finished one is not made again."""
+    clone = SCRATCH / f"run-{number}"
+    if not (clone / ".git").is_dir():
+        with whole(clone) as (new,):
+            subprocess.run(["git", "clone", "--quiet", "--shared", ".", str(new)], check=True)
+            for name in ("images", "mmvp_vlm", "zeroshot_sets"):  # drawn, not computed: the same whatever the rounding
+                if Path("data/mini", name).is_dir():
+                    shutil.copytree(Path("data/mini", name), new / "data/mini" / name)
+            text = (new / "params.yaml").read_text(encoding="utf-8")
+            (new / "params.yaml").write_text(text.replace("\nseed: 42 ", f"\nseed: {number} ", 1), encoding="utf-8")
+            shutil.rmtree(new / METRICS)
+    with (clone / "log").open("w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "dvc", "repro", "report"]
+        done = subprocess.run(command, cwd=clone, env=environment(rounding), stdout=log, stderr=log)
+    if done.returncode:
+        raise UserError(f"reference run {number} ended with status {done.returncode}; its log is {clone / 'log'}")
+    return clone / METRICS
+
+
+def make() -> None:
+    """Carry the runs out, as many at once as there are cores, and write the reference."""
+    changed = subprocess.run(["git", "status", "--porcelain", "pipeline", "params.yaml", *LOCKS], capture_output=True)
+    if changed.returncode or changed.stdout:
+        raise UserError("the reference is of the last commit: this is no git repository, or has changes. Commit them.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        working = [pool.submit(reference_run, i, rounding) for i, rounding in enumerate(ROUNDINGS, 1)]
+        folders = [METRICS, *(work.result() for work in progress(working, "reference runs"))]
+    runs = [Run.read(folder) for folder in folders]
+    right = sum(run.right for run in runs)
+    rows = [
+        {
+            "seed": number if number else "committed",
+            "rounding": ({}, *ROUNDINGS)[number],
+            "figures": run.figures | {"agreement": agreement(run.right, right - run.right, len(runs) - 1)},
+            "verdicts": run.verdicts,
+        }
+        for number, run in enumerate(runs)
+    ]
+    with whole(OUTPUT / "mini.json", OUTPUT / "pairs.csv") as (file, pairs):
+        write_json(file, {"counts": runs[0].counts, "runs": rows})
+        right.rename("runs_right").reset_index().to_csv(pairs, index=False)
+    remove(SCRATCH)
+
+
+@stage
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.tools.reference", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=METRICS, help="default: metrics/mini")
+    parser.add_argument("--make", action="store_true", help="make the reference runs of the last commit")
+    asked = parser.parse_args()
+    if asked.make:
+        make()
+    check(asked.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The check that knows chance from fault: its bands, what it reads, and that faults of every kind fail it."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from clones import Clone
+from scipy.stats import t as students_t
+from shrunk import METRICS, ROOT, run
+
+from pipeline.runtime import generator, write_json
+from pipeline.tools import reference
+
+
+def test_a_band_holds_one_new_value_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(generator("test", "bands").initial_seed())
+    low, high = reference.band([1.0, 2.0, 3.0, 6.0], 1)
+    half = students_t.ppf(0.995, 3) * np.std([1, 2, 3, 6], ddof=1) * np.sqrt(1.25)
+    assert (low, high) == pytest.approx((3 - half, 3 + half))
+    inside = 0
+    for values in rng.standard_normal((2000, 7, 5)):  # six runs of five figures, and a new one
+        bands = [reference.band(values[:6, i].tolist(), 5) for i in range(5)]
+        inside += all(low <= value <= high for (low, high), value in zip(bands, values[6], strict=True))
+    assert 0.98 < inside / 2000 < 0.999
+
+
+@pytest.fixture
+def made(here: Path, finished: Path) -> Path:
+    """metrics/mini of the finished run beside a reference of which it is the first of eight runs."""
+    shutil.rmtree(METRICS)
+    shutil.copytree(finished / METRICS, METRICS)
+    write_json(METRICS / "images.json", {"downloaded": 12})
+    rng = np.random.default_rng(generator("test", "reference").initial_seed())
+    pairs = pd.DataFrame({"pair": range(1, 181), "pattern": np.repeat([f"pattern {i}" for i in range(9)], 20)})
+    pairs["statement_to_image"] = rng.integers(0, 2, len(pairs))
+    pairs.assign(read_out="plain").to_csv(METRICS / "mmvp/mini-pretrained.csv", index=False)
+    found = reference.Run.read(METRICS)
+    right = pd.Series(rng.integers(0, 8, len(found.right)), found.right.index) + 5 * found.right
+    figures = found.figures | {"agreement": reference.agreement(found.right, right, 8)}
+    rows = [
+        {"figures": {name: value + k * rng.standard_normal() for name, value in figures.items()}}
+        | {"verdicts": found.verdicts}
+        for k in (0, *[1] * 7)
+    ]
+    reference.OUTPUT.mkdir(parents=True)
+    write_json(reference.OUTPUT / "mini.json", {"counts": found.counts, "runs": rows})
+    right.rename("runs_right").reset_index().to_csv(reference.OUTPUT / "pairs.csv", index=False)
+    return METRICS
+
+
+def change(file: Path, *keys: str, to: object) -> None:
+    content = json.loads(file.read_text())
+    *parents, last = keys
+    inner = content
+    for key in parents:
+        inner = inner[key]
+    inner[last] = to
+    file.write_text(json.dumps(content))
+
+
+def test_the_committed_run_and_one_within_chance_pass(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(reference)
+    assert "metrics/mini: every figure is the committed one" in capsys.readouterr().out
+    gain = json.loads((made / "report.json").read_text())["mini"]["gain"]["probe"]
+    change(made / "report.json", "mini", "gain", "probe", to=gain + 1)
+    shutil.copytree(made, "somebody's")
+    run(reference, "somebody's")
+    out = capsys.readouterr().out
+    assert "gain.probe" in out
+    assert "somebody's: every figure lies in its band" in out
+
+
+def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((reference.OUTPUT / "mini.json").read_text())
+    for row in content["runs"]:
+        row["figures"]["gain.probe"] = 1.5
+    (reference.OUTPUT / "mini.json").write_text(json.dumps(content))
+    change(made / "report.json", "mini", "gain", "probe", to=1.5)
+    run(reference)
+    change(made / "report.json", "mini", "gain", "probe", to=1.51)
+    with pytest.raises(SystemExit):
+        run(reference)
+    assert "gain.probe is 1.51, outside 1.5 to 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "message"),
+    [
+        ("report.json", ("mini", "gain", "probe"), 99.0, "gain.probe is 99, outside"),
+        ("report.json", ("mini", "gain", "probe"), float("nan"), "gain.probe is nan, outside"),
+        ("report.json", ("mini", "pretrained"), {}, "pretrained.zeroshot is nan, outside"),
+        ("denoiser.json", ("held_out_loss", "right"), 70.0, "denoiser.right is 70, outside"),
+        ("train/mini-diva/metrics.json", ("held_out_loss_last",), -70.0, "training.held_out_loss_last is -70, outside"),
+        ("train/mini-diva/metrics.json", ("steps",), 5, "training.steps is 5, wanted 4"),
+        ("mmvp/mini-diva.json", ("plain", "statement_to_image", "draws"), 3, "plain.statement_to_image is 3, wanted 1"),
+        ("images.json", ("downloaded",), 5, "images.downloaded is 5, wanted "),
+        (
+            "evidence.json",
+            ("mini", "weights", "diva", "verdict", "pairs"),
+            "gained",
+            "the verdict diva.pairs is 'gained'",
+        ),
+    ],
+)
+def test_what_chance_does_not_explain_fails(
+    made: Path, file: str, keys: tuple[str, ...], value: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(made / file, *keys, to=value)
+    with pytest.raises(SystemExit):
+        run(reference)
+    assert message in capsys.readouterr().err
+
+
+def test_a_mislabelled_pattern_is_seen_though_no_average_changes() -> None:
+    """In a pattern that a model hardly knows, as many pairs are right with the labels exchanged as without."""
+    index = pd.MultiIndex.from_product([["Color", "State"], range(100)], names=["pattern", "pair"])
+    rng = np.random.default_rng(generator("test", "agreement").initial_seed())
+    chances = pd.Series(rng.choice([0.05, 0.9], len(index), p=[0.8, 0.2]), index)
+    runs = [pd.Series((rng.random(len(index)) < chances).astype(float), index) for _ in range(9)]
+    total, honest, swapped = sum(runs[:8]), runs[8], runs[8].copy()
+    swapped["State"] = rng.permutation(honest["State"].to_numpy())
+    assert swapped.mean() == honest.mean()
+    low, _ = reference.band([reference.agreement(own, sum(runs) - own, 8) for own in runs[:8]], 40)
+    assert reference.agreement(swapped, total, 8) < low < reference.agreement(honest, total, 8)
+
+
+def test_other_folders_are_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, prepare, message in (
+        (("nowhere",), lambda: None, "nowhere: not the metrics of a run of profile mini"),
+        ((), lambda: (made / "denoiser.json").write_text("{"), "metrics/mini: not the metrics of a run"),
+        ((), lambda: shutil.rmtree(reference.OUTPUT), "metrics/reference/mini.json: no reference"),
+        (("--make",), lambda: None, "the reference is of the last commit"),
+    ):
+        prepare()
+        with pytest.raises(SystemExit):
+            run(reference, *arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_equal_bytes_are_told_by_the_locks(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check() -> bool:
+        run(reference)
+        return "equal byte for byte" in capsys.readouterr().out
+
+    Path("pipeline").mkdir()
+    for lock in reference.LOCKS:
+        Path(lock).write_text("hashes")
+    assert not check()  # no repository: nobody knows
+    for command in (("init",), ("add", *reference.LOCKS), ("commit", "--message", "all")):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], check=True)
+    assert check()
+    Path("dvc.lock").write_text("others")
+    assert not check()
+
+
+def test_the_committed_reference_is_of_runs_enough_and_their_bands_are_narrow() -> None:
+    content = json.loads((ROOT / reference.OUTPUT / "mini.json").read_text())
+    runs = content["runs"]
+    assert len({row["seed"] for row in runs}) == len(runs) >= 7
+    assert len({json.dumps(row["rounding"]) for row in runs}) == len(runs)
+    assert all(row["figures"].keys() == runs[0]["figures"].keys() for row in runs)
+    for name in ("training.held_out_loss_last", "gain.probe"):  # of a tower that is not trained
+        low, high = reference.band([row["figures"][name] for row in runs], len(runs[0]["figures"]))
+        untrained = runs[0]["figures"]["training.held_out_loss_first"] if "loss" in name else 0
+        assert not low <= untrained <= high, name
+
+
+@pytest.mark.exhaustive
+def test_reference_runs_through_dvc_go_on_where_they_were(tmp_path: Path) -> None:
+    clone = Clone.make(tmp_path)
+    clone.run("dvc", "repro")
+    clone.commit("made")
+    make = "from pipeline.tools import reference as r; r.ROUNDINGS = r.ROUNDINGS[:2]; r.SCRATCH = r.Path('scratch')"
+    make = f"{make}; r.make()"
+    (clone.root / "scratch/run-2/.git").mkdir(parents=True)  # no repository: this run fails
+    failed = clone.run("python", "-c", make, status=1)
+    assert "reference run 2 ended with status" in failed
+    first = (clone.root / "scratch/run-1/metrics/mini/report.json").stat().st_mtime_ns
+    shutil.rmtree(clone.root / "scratch/run-2")
+    clone.run("python", "-c", make)
+    rows = json.loads((clone.root / reference.OUTPUT / "mini.json").read_text())["runs"]
+    assert [row["seed"] for row in rows] == ["committed", 1, 2]
+    assert first
+    assert rows[1]["figures"] != rows[2]["figures"]
+    assert "every figure is the committed one" in clone.run("python", "-m", "pipeline.tools.reference")
