@@ -196,6 +196,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@functools.cache  # a process keeps the code that it started with
 def program(*files: str) -> str:
     """sha256 of what these files of pipeline/, and all of pipeline/ that they import, tell Python to do.
 

@@ -1,4 +1,4 @@
-"""Clones of this repository with a mini world shrunk further, in which tests run the virtual environment's own `dvc`.
+"""Clones of this repository with the shrunken mini world, in which tests run the virtual environment's own `dvc`.
 
 A clone holds copies of the files that git tracks or would track.
 """
@@ -8,36 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import yaml
+from shrunk import ROOT, write_params
 
-REPOSITORY = Path(__file__).parents[1]
 LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
 WEIGHTS = ("pretrained", "diva", "shuffled", "drift")
 VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
-SMALLER: dict[str, dict[str, dict]] = {
-    "profiles": {
-        "images": {"count": 24, "shard_size": 12, "processes": 1, "threads": 4},
-        "mmvp_vlm": {"pairs_per_pattern": 2},
-        "zeroshot_sets": {"classification": 20, "retrieval": 10, "probe_train": 80, "probe_test": 20},
-        "denoiser": {"pictures": 100, "held_out": 16, "steps": 3, "batch": 8},
-        "train": {
-            "streams": 2,
-            "micro_batch": 4,
-            "held_out": {"images": 4, "every": 2},
-        },
-        "mmvp": {"draws": 2},
-    },
-    "recipes": {"diva": {"batch": 4, "steps": 3}},
-    "source": {
-        "text_tower": {"steps": 2, "batch": 8},
-        "image_tower": {"pictures": 32, "steps": 2, "batch": 8},
-    },
-}
 
 
 @dataclass
@@ -47,24 +29,16 @@ class Clone:
     environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, root: Path) -> "Clone":
-        """The repository with smaller parameters and nothing made yet, committed."""
+    def make(cls, root: Path, weights: Sequence[str] = ("pretrained", "diva")) -> "Clone":
+        """The repository with the shrunken world's parameters and nothing made yet, committed."""
         listed = subprocess.check_output(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, text=True
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
         )
         for name in listed.split("\0"):
-            if (REPOSITORY / name).is_file() and name not in LOCKS and not re.match(r"metrics/(?!seeds/)", name):
+            if (ROOT / name).is_file() and name not in LOCKS and not re.match(r"metrics/(?!seeds/)", name):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(REPOSITORY / name, root / name)
-        content = yaml.safe_load((root / "params.yaml").read_text())
-        for sections, smaller in (
-            (content["profiles"]["mini"], SMALLER["profiles"]),
-            (content["profiles"]["mini"]["recipes"], SMALLER["recipes"]),
-            (content["backbones"]["mini"]["source"], SMALLER["source"]),
-        ):
-            for section, values in smaller.items():
-                sections[section] |= values
-        (root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+                shutil.copy(ROOT / name, root / name)
+        write_params(root, **{"run.weights": list(weights)})
         clone = cls(root.resolve())
         clone.run("git", "init", "--quiet")
         clone.commit("as published")
@@ -79,7 +53,6 @@ class Clone:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GIT_"))}
         environment |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
             "SHELL": "/bin/sh",  # DVC's choice where SHELL is unset; Debian's does not step aside for the command
             "DVC_SITE_CACHE_DIR": str(self.root / ".dvc" / "tmp" / "site"),
             "GIT_CONFIG_GLOBAL": os.devnull,

@@ -1,14 +1,15 @@
-"""What all tests share."""
+"""What all tests share. Imports of the pipeline stand in the fixtures: the process that hands out tests needs none."""
 
+import gc
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, waiting for a second thread takes far longer than tiny tensors
 import pipeline  # noqa: F401, I001  (its pins come before numpy and torch)
 import pytest
 from filelock import FileLock
-from shrunk import METRICS, MODELS, run_every_stage
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -19,33 +20,53 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish() -> None:
+    """Accelerate collects garbage around every training: spare it the hundred thousands of objects of the imports."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all of pytest's workers share."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Let the first of pytest's workers that asks make a folder for all of them; tests only read it."""
     base = tmp_path_factory.getbasetemp()
-    return base.parent if "popen-gw" in base.name else base
+    shared = base.parent if "popen-gw" in base.name else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, making = shared / name, shared / f"{name}.making"
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(making, ignore_errors=True)
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def finished(once: Path) -> Path:
-    """A folder in which every stage has run, made by the first worker that asks; tests only read it."""
-    folder = once / "finished"
-    with FileLock(once / "finished.lock"):
-        if not folder.exists():
-            making = once / "finished.making"
-            shutil.rmtree(making, ignore_errors=True)
-            making.mkdir()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(making)
-                patch.setenv("CUDA_VISIBLE_DEVICES", "")
-                run_every_stage()
-            making.rename(folder)
-    return folder
+def finished(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A folder in which every stage has run."""
+    from shrunk import run_every_stage
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            run_every_stage()
+
+    return once("finished", make)
 
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in, with nothing trained yet."""
+    from shrunk import METRICS, MODELS
+
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     for weights in ("diva", "shuffled", "drift"):

@@ -1,13 +1,12 @@
 """Training in processes that a server of forks starts within a tenth of a second, its imports done."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import torch
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pipeline.train", "pipeline.shuffled"])
@@ -33,11 +32,16 @@ def start(folder: Path, world: int = 1, stage: str = "train") -> list[BaseProces
 def finish(folder: Path, world: int = 1, stage: str = "train") -> str:
     """Train to the end; returns what the first process printed."""
     processes = start(folder, world, stage)
-    for process in processes:
-        process.join(300)
+    join(processes)
     output = (folder / "output0").read_text()
     assert [process.exitcode for process in processes] == [0] * world, output
     return output
+
+
+def join(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.join(600)
+        assert process.exitcode is not None, "it hangs"
 
 
 def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int) -> None:
@@ -49,6 +53,6 @@ def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int) 
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in environment.items()}
         os.chdir(folder)
-        torch.set_num_threads(1)  # as many sums, in the same order, whatever else runs
+        gc.freeze()  # see conftest.py
         sys.argv = [stage, "mini"]
         {"train": train, "shuffled": shuffled}[stage].main()

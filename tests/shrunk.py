@@ -21,6 +21,9 @@ from pipeline.runtime import write_json
 ROOT = Path(__file__).parents[1]
 MODELS, METRICS = Path("models/mini"), Path("metrics/mini")
 SHRUNK = {
+    "profiles.mini.images.count": 12,
+    "profiles.mini.images.shard_size": 6,
+    "profiles.mini.images.processes": 1,
     "profiles.mini.mmvp_vlm.pairs_per_pattern": 2,
     "profiles.mini.zeroshot_sets": {
         "kind": "mini", "classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20
@@ -61,13 +64,13 @@ SHRUNK = {
 SCORED = ("pretrained", "diva", "shuffled", "drift")
 
 
-def write_params(**changes: Any) -> None:
-    """Write the committed params.yaml here, shrunk; a change's key is dotted."""
+def write_params(folder: Path = Path(), **changes: Any) -> None:
+    """Write the committed params.yaml, shrunk; a change's key is dotted."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     for key, value in {**SHRUNK, **changes}.items():
         *parents, last = key.split(".")
         reduce(dict.__getitem__, parents, content)[last] = value
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
 
 
 def write_shards(folder: Path, count: int) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import launch
@@ -36,6 +36,7 @@ from pipeline.params import Train
 from pipeline.runtime import UserError, write_json
 from pipeline.tools import bench
 
+EXHAUSTIVE = pytest.mark.exhaustive
 RULE = TokenRule("random", 5)
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
 
@@ -300,34 +301,34 @@ LONGER = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_ten_kills_at_random_moments_change_no_bit(here: Path, tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "world"), [(1, 2), pytest.param(10, 1, marks=EXHAUSTIVE), pytest.param(10, 2, marks=EXHAUSTIVE)]
+)
+def test_kills_change_no_bit(here: Path, tmp_path: Path, kills: int, world: int) -> None:
+    """Each kill comes somewhere in the steps after a run's first, second or third checkpoint."""
     write_params(**LONGER)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(here, undisturbed)
-    start = time.monotonic()
     launch.finish(undisturbed, world)
-    seconds = time.monotonic() - start
-    expected, draws, kills, resumed = outputs(undisturbed), random.Random(world), 0, 0
+    expected, draws, checkpoint = outputs(undisturbed), random.Random(world), here / MODELS / "diva/.mini.checkpoint"
     assert len(expected) > 10
 
-    while kills < 10:
-        processes = launch.start(here, world)
-        processes[0].join(draws.uniform(0.1, 0.8) * seconds)
-        if processes[0].exitcode is None:
-            draws.choice(processes).kill()  # the other one misses it, and ends
-            kills += 1
-        for process in processes:
-            process.join(60)
-        output = (here / "output0").read_text()
-        resumed += "going on after step" in output
-        if processes[0].exitcode == 0:
+    for _ in range(kills):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        processes, seen, wanted = launch.start(here, world), {before}, draws.randint(1, 3)
+        while len(seen) <= wanted and processes[0].exitcode is None:
+            with suppress(FileNotFoundError):
+                seen.add(checkpoint.stat().st_mtime_ns)
+            time.sleep(0.002)
+        draws.choice(processes).kill()  # the other one misses it, and ends
+        launch.join(processes)
+        assert ("going on after step" in (here / "output0").read_text()) == (before is not None)
+        if processes[0].exitcode == 0:  # it was faster than the kill
             assert outputs(here) == expected
             for folder in (MODELS / "diva", METRICS / "train"):
                 shutil.rmtree(here / folder)
     launch.finish(here, world)
     assert outputs(here) == expected
-    assert resumed >= 3
     assert sorted(path.name for path in (here / MODELS / "diva").iterdir()) == [".mini.lock", "mini"]
 
 
@@ -535,7 +536,8 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     assert 0 < figures["utilisation"]["engine"] < 1
     assert 0 < sum(figures["most_time"].values()) <= 1
     assert f"| mini | float32 | 2 | {speed['engine']:g} |" in capsys.readouterr().out
-    run(bench, "loader", "--images", "640")
+    write_params(**{"profiles.paper.recipes.diva.batch": 40})
+    run(bench, "loader", "--images", "40")
     figures = json.loads(Path("metrics/bench/loader.json").read_text())
-    assert figures["workers_1"]["images"] == 1280
+    assert figures["workers_1"]["images"] == 80
     assert not bench.SCRATCH.exists()

@@ -121,16 +121,16 @@ def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
 @pytest.mark.slow
 def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "DETAIL_SHARES", (1.0, 0.6))
-    monkeypatch.setattr(experiment, "DENOISER_STEPS", (2, 3))
+    monkeypatch.setattr(experiment, "DENOISER_STEPS", (2,))
     monkeypatch.setattr(experiment, "TUNED_IN", (0.6, 2, 0))
-    monkeypatch.setattr(experiment, "SEEDS", (1, 2, 1))  # two cells with the shuffled control
+    monkeypatch.setattr(experiment, "SEEDS", (1, 1, 1))  # both cells have the shuffled control
     monkeypatch.setattr(experiment, "RATES", {"text_anchored": (0.01,), "contrastive": (0.01,)})
     small = {
         f"profiles.mini.recipes.{recipe}.{key}": value
         for recipe, own in SMALL.items()
         for key, value in {"batch": 4, "steps": 2, **own}.items()
     }
-    write_params(**small, **{"profiles.mini.images.count": 24, "profiles.mini.images.shard_size": 12})
+    write_params(**small)
     write, written = experiment.write, []
 
     def interrupted(table: pd.DataFrame) -> None:
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     experiment.SCRATCH.mkdir(parents=True)
     with experiment.workers(params.load()) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 600)
+        pool.submit(time.sleep, 10_000)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -181,12 +181,12 @@ def test_the_workers_of_a_killed_experiment_end() -> None:
     Path("endless.py").write_text(ENDLESS)
     with Path("worker").open("w") as output:
         killed = subprocess.run(
-            [sys.executable, "endless.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, timeout=120
+            [sys.executable, "endless.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, timeout=600
         )
     assert killed.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
         worker = psutil.Process(int(Path("worker").read_text()))
         try:
-            worker.wait(10)
+            worker.wait(300)
         finally:
             worker.kill()

@@ -9,6 +9,7 @@ data/.experiment.scratch (where the workers' logs are, too), to begin anew. At t
 metrics/recipes/results.{csv,md,png}.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -244,6 +245,7 @@ def _start_worker(p: params.Params) -> None:
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
         "w", buffering=1, encoding="utf-8"
     )  # its bar stands alone
+    gc.freeze()  # accelerate collects garbage around every training: spare it the objects of the imports
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's and scikit-learn's
     _tunnel = Tunnel(p, device())
@@ -260,7 +262,8 @@ def _score(runs: list[Run]) -> list[dict]:
 @contextmanager
 def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
     """A process a core, each on one thread: small models use no more, and the numbers are the same on any of them."""
-    context, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
+    context, cores = multiprocessing.get_context("forkserver"), len(os.sched_getaffinity(0))
+    context.set_forkserver_preload(["pipeline.tools.experiment"])  # its imports are done once, not in each of them
     with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
         try:
             yield pool
