@@ -577,7 +577,7 @@ def test_one_step_and_one_scoring_at_true_size(
     if not every_layer:
         do, shape, shapes = run, shape | {"vision_layers": 1, "transformer_layers": 1}, checkpoints.ONE_BLOCK
         entry["source"]["architecture"] = checkpoints.one_layer(entry["source"]["architecture"])
-        paper["train"]["size"] = 128
+        paper["train"] |= {"size": 128, "precision": "float32"}
     monkeypatch.chdir(tmp_path)
     served.mkdir()
     try:
