@@ -539,8 +539,8 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     assert 0 < figures["utilisation"]["engine"] < 1
     assert 0 < sum(figures["most_time"].values()) <= 1
     assert f"| mini | float32 | 2 | {speed['engine']:g} |" in capsys.readouterr().out
-    write_params(**{"profiles.paper.recipes.diva.batch": 40})
-    run(bench, "loader", "--images", "40")
+    write_params(**{"profiles.paper.recipes.diva.batch": 80})
+    run(bench, "loader", "--images", "80")
     figures = json.loads(Path("metrics/bench/loader.json").read_text())
-    assert figures["workers_1"]["images"] == 80
+    assert figures["workers_1"]["images"] == 160
     assert not bench.SCRATCH.exists()
