@@ -218,7 +218,7 @@ def make() -> None:
         folders = [METRICS, *(work.result() for work in progress(working, "reference runs"))]
     runs = [Run.read(folder) for folder in folders]
     right = sum(run.right for run in runs[1:])
-    seeds = {"committed": {}} | ROUNDINGS
+    seeds: dict[int | str, dict[str, str]] = {"committed": {}, **ROUNDINGS}
     rows = [
         {
             "seed": seed,
