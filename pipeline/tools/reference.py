@@ -218,7 +218,6 @@ def make() -> None:
         folders = [METRICS, *(work.result() for work in progress(working, "reference runs"))]
     runs = [Run.read(folder) for folder in folders]
     right = sum(run.right for run in runs[1:])
-    seeds: dict[int | str, dict[str, str]] = {"committed": {}, **ROUNDINGS}
     rows = [
         {
             "seed": seed,
@@ -226,7 +225,7 @@ def make() -> None:
             "figures": run.figures | agreement(run.right, right - run.right if rounding else right),
             "verdicts": run.verdicts,
         }
-        for (seed, rounding), run in zip(seeds.items(), runs, strict=True)
+        for (seed, rounding), run in zip([("committed", {}), *ROUNDINGS.items()], runs, strict=True)
     ]
     with whole(OUTPUT / "mini.json", OUTPUT / "pairs.csv") as (file, pairs):
         write_json(file, {"counts": runs[0].counts, "runs": rows})
