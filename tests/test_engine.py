@@ -217,7 +217,7 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
         assert close(found[name], tensor, 1e-5), name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_feedback_has_the_same_losses_and_gradients(
     models: tuple[Backbone, Denoiser], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_the_stages_that_fetch_or_draw_pictures_start_without_torch() -> None:
     subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("file", [*FILES, Path(".ci/compare_metrics.py")], ids=str)
+@pytest.mark.parametrize("file", FILES, ids=str)
 def test_text_files_are_utf8_whatever_the_locale(file: Path) -> None:
     """Every call that could open a text file says so; tarfile's and PIL's open, and binary modes, cannot."""
     calls = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
