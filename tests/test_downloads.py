@@ -531,6 +531,7 @@ def test_settings_that_are_none_of_ours_do_no_harm(hub: Hub, tmp_path: Path, set
     assert asked_with(hub, tmp_path, **given).endswith("came\n")
 
 
+@pytest.mark.slow
 def test_a_proxy_that_does_not_answer_is_named_without_its_password(hub: Hub, tmp_path: Path) -> None:
     said = asked_with(hub, tmp_path, HTTP_PROXY="http://user:secret@127.0.0.1:9")
     assert re.search(r"ConnectError: .* \(with HTTP_PROXY=http://…@127\.0\.0\.1:9\)", said), said

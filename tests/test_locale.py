@@ -32,6 +32,7 @@ def stage(*arguments: str, **environment: str) -> str:
     return subprocess.check_output([sys.executable, *arguments], env=clean, text=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same(here: Path, locale: dict[str, str]) -> None:
     with Path("params.yaml").open("a", encoding="utf-8") as file:
         file.write("# é, → and 像\n")

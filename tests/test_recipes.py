@@ -320,6 +320,7 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
     assert notes["condition"] == {"tokens": {"kind": "none", "number": 0.0}, "text": "mean"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Path) -> None:
     shrink("text_anchored")
