@@ -3,7 +3,7 @@
 Importing this package pins what decides the bytes of arithmetic on a CPU, before numpy and torch are imported: the
 instructions that their libraries use, and the number of threads. Each library would else use the widest instructions of
 the processor and all of its cores, sum in another order on another machine, and training would carry the difference on.
-A variable that the user has set stays as it is; `runtime.device` says so.
+A variable that the user has set stays as it is; `core.compute.device` says so.
 """
 
 import os
@@ -16,7 +16,7 @@ def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("param
     """The environment variables and their values. AVX2 is what every x86-64 server processor since 2015 has.
 
     Without AVX2 no instructions are pinned: the libraries would take the order and crash. Threads are those of the
-    profile of ./params.yaml, whose faults pipeline.params tells.
+    profile of ./params.yaml, whose faults pipeline.core.params tells.
     """
     wanted: dict[str, str] = {}
     if processor.exists() and "avx2" in processor.read_text(encoding="utf-8").split():

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import params
-from pipeline.adapters import backbones, downloads
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import CheckpointSource, MiniSource
+from pipeline.core.stages import stage
+from pipeline.data import downloads
 from pipeline.mini import pretrain
-from pipeline.params import CheckpointSource, MiniSource
-from pipeline.runtime import device, stage, whole, write_json
+from pipeline.models import backbones
 
 
 def make(source: MiniSource, folder: Path) -> dict[str, Any]:

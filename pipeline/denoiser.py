@@ -13,13 +13,15 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from pipeline import params
-from pipeline.adapters import downloads
-from pipeline.adapters.denoisers import Denoiser
+from pipeline.core import params
+from pipeline.core.compute import device, generator
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import MiniDenoiser
+from pipeline.core.stages import stage
+from pipeline.data import downloads
 from pipeline.diva import diffusion
 from pipeline.mini import pretrain, world
-from pipeline.params import MiniDenoiser
-from pipeline.runtime import device, generator, stage, whole, write_json
+from pipeline.models.stable_diffusion import Denoiser
 
 
 def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import params
-from pipeline.adapters.backbones import PREFIX, Tensors, fresh_head, save_like, state
-from pipeline.runtime import generator, stage, whole
+from pipeline.core import params
+from pipeline.core.compute import generator
+from pipeline.core.outputs import whole
+from pipeline.core.stages import stage
+from pipeline.models.backbones import PREFIX, Tensors, fresh_head, save_like, state
 
 
 def drifted(before: Tensors, after: Tensors, seed: int) -> Tensors:

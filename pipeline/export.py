@@ -1,6 +1,6 @@
 """Stage export@<backbone>-<weights>: the weights in the formats that people load, verified, with a model card.
 
-models/<profile>/export/<backbone>-<weights>/         for open_clip and transformers (adapters/exports.py); README.md
+models/<profile>/export/<backbone>-<weights>/         for open_clip and transformers (models/exports.py); README.md
 metrics/<profile>/export/<backbone>-<weights>.json    how far each format's embeddings are from the pipeline's own
 """
 
@@ -10,17 +10,19 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import params
-from pipeline.adapters import exports
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.residual_head import HEAD
 from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import CheckpointSource, PublishedImages
+from pipeline.core.stages import stage
 from pipeline.evidence import provenance
 from pipeline.evidence.results import COLUMNS, CONTROLS
 from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import render
-from pipeline.params import CheckpointSource, PublishedImages
-from pipeline.runtime import device, stage, whole, write_json
+from pipeline.models import exports
+from pipeline.models.backbones import Backbone
+from pipeline.models.residual_head import HEAD
 
 
 def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:

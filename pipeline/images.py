@@ -18,10 +18,11 @@ from typing import Any
 import pyarrow
 from PIL import Image
 
-from pipeline import params
-from pipeline.adapters import downloads, shards
+from pipeline.core import params
+from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.stages import UserError, stage
+from pipeline.data import downloads, shards
 from pipeline.mini import world
-from pipeline.runtime import UserError, remove, stage, whole, write_json
 
 SET = "post-training"
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so

@@ -12,13 +12,15 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import device, generator
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import Mmvp, ReadOutSection
+from pipeline.core.stages import progress, stage
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, draw_positions, read_out
 from pipeline.diva.pairs import PairScores, score_pairs
-from pipeline.params import Mmvp, ReadOutSection
-from pipeline.runtime import device, generator, progress, stage, whole, write_json
+from pipeline.models.backbones import Backbone
 
 PROMPT = "a photo of "
 DIRECTIONS = ("statement_to_image", "image_to_statement")

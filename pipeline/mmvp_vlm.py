@@ -9,12 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline import params
-from pipeline.adapters import downloads
 from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import MiniMmvpVlm
+from pipeline.core.stages import progress, stage
+from pipeline.data import downloads
 from pipeline.mini import world
-from pipeline.params import MiniMmvpVlm
-from pipeline.runtime import progress, stage, whole, write_json
 
 
 def render(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import params
-from pipeline.adapters import downloads
-from pipeline.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
-from pipeline.runtime import UserError, progress, stage, whole
+from pipeline.core import params
+from pipeline.core.outputs import whole
+from pipeline.core.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.data import downloads
 
 ALIVE, PICTURE = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of a picture of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were

@@ -8,9 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline import params
-from pipeline.adapters import backbones, downloads
-from pipeline.runtime import UserError, stage, whole, write_json
+from pipeline.core import params
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.stages import UserError, stage
+from pipeline.data import downloads
+from pipeline.models import backbones
 
 
 @stage

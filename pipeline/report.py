@@ -25,13 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from pipeline import params
+from pipeline.core import params
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.stages import UserError, stage
 from pipeline.evidence import figures, results, statistics
 from pipeline.evidence.page import LABELS, cells, section
 from pipeline.evidence.provenance import provenance, run
 from pipeline.evidence.results import COLUMNS, CONTROLS, GAINS, Scores
 from pipeline.evidence.templates import render
-from pipeline.runtime import UserError, stage, whole, write_json
 
 
 def summary(scores: dict[str, Scores], found: dict) -> dict[str, dict[str, float]]:

@@ -11,16 +11,17 @@ feedback.
 import sys
 from pathlib import Path
 
-from pipeline import engine, params
-from pipeline.runtime import stage
+from pipeline.core import params
+from pipeline.core.stages import stage
+from pipeline.engine import assemble
 
 
 @stage
 def main() -> None:
-    engine.start_on_every_gpu("pipeline.shuffled")
+    assemble.start_on_every_gpu("pipeline.shuffled")
     p, name = params.load(), sys.argv[1]
-    own, fitted = p.backbones[name].condition, Path("models", p.run.profile, "diva", name, engine.FITTED)
-    engine.post_train(p.run.profile, name, "shuffled", p.profile.train, p.profile.recipe, own, p.seed, fitted)
+    own, fitted = p.backbones[name].condition, Path("models", p.run.profile, "diva", name, assemble.FITTED)
+    assemble.post_train(p.run.profile, name, "shuffled", p.profile.train, p.profile.recipe, own, p.seed, fitted)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ metrics/<profile>/train/<backbone>-diva/   metrics.json and the curves of both p
 
 import sys
 
-from pipeline import engine, params
-from pipeline.runtime import stage
+from pipeline.core import params
+from pipeline.core.stages import stage
+from pipeline.engine import assemble
 
 
 @stage
 def main() -> None:
-    engine.start_on_every_gpu("pipeline.train")
+    assemble.start_on_every_gpu("pipeline.train")
     p, name = params.load(), sys.argv[1]
     own = p.backbones[name].condition
-    engine.post_train(p.run.profile, name, "diva", p.profile.train, p.profile.recipe, own, p.seed)
+    assemble.post_train(p.run.profile, name, "diva", p.profile.train, p.profile.recipe, own, p.seed)
 
 
 if __name__ == "__main__":

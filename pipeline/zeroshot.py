@@ -10,13 +10,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
 from pipeline.benchmarks.clip_sets import classification, retrieval
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import kinds
-from pipeline.params import Zeroshot
-from pipeline.runtime import device, stage, whole, write_json
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import Zeroshot
+from pipeline.core.stages import stage
+from pipeline.models.backbones import Backbone
 
 
 def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) -> tuple[dict[str, dict], pd.DataFrame]:

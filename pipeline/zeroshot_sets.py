@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import params
-from pipeline.adapters import downloads
 from pipeline.benchmarks.sets import check, kinds, write_split
+from pipeline.core import params
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import MiniZeroshotSets, PublishedZeroshotSets
+from pipeline.core.stages import progress, stage
+from pipeline.data import downloads
 from pipeline.mini import world
-from pipeline.params import MiniZeroshotSets, PublishedZeroshotSets
-from pipeline.runtime import progress, stage, whole, write_json
 
 
 def render(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline import params
+from pipeline.core import params
 
 ROOT = Path(__file__).parents[1]
 DECLARED: dict[str, list[str]] = {

@@ -15,8 +15,8 @@ from noting import watched
 from PIL import Image
 
 from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, shuffled, train, zeroshot, zeroshot_sets
+from pipeline.core.outputs import write_json
 from pipeline.mini import world
-from pipeline.runtime import write_json
 
 ROOT = Path(__file__).parents[1]
 MODELS, METRICS = Path("models/mini"), Path("metrics/mini")

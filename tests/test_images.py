@@ -29,11 +29,13 @@ import yaml
 from PIL import Image
 from shrunk import ROOT, run
 
-from pipeline import images, params
-from pipeline.adapters import shards
-from pipeline.adapters.shards import Sample, Shards, download
+from pipeline import images
+from pipeline.core import params
+from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.stages import UserError
+from pipeline.data import shards
+from pipeline.data.shards import Sample, Shards, download
 from pipeline.mini import world
-from pipeline.runtime import UserError, remove, whole, write_json
 
 OPTIONS = {"size": 64, "shard_size": 4, "min_success": 1.0, "retries": 0, "processes": 1, "threads": 1}
 COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}

@@ -34,7 +34,6 @@ from pipeline import (
     images,
     mmvp,
     mmvp_vlm,
-    params,
     plan,
     released,
     report,
@@ -43,12 +42,14 @@ from pipeline import (
     zeroshot,
     zeroshot_sets,
 )
-from pipeline.adapters import backbones, downloads
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
+from pipeline.core import params
+from pipeline.core.stages import UserError
+from pipeline.data import downloads
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule
 from pipeline.mmvp import read_out_of
-from pipeline.runtime import UserError
+from pipeline.models import backbones
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 
 ROOT = Path(__file__).parents[1]
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}

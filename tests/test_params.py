@@ -9,8 +9,8 @@ import pytest
 import yaml
 from dvc.utils.serialize import modify_yaml
 
-from pipeline import params
-from pipeline.runtime import UserError
+from pipeline.core import params
+from pipeline.core.stages import UserError
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 TRAIN, DIVA, MINI, OPENAI = (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.adapters.pictures import UndecodableError, decode
+from pipeline.data.pictures import UndecodableError, decode
 
 TURNED = {  # orientation tag: what of the stored picture's corners lies upper left and upper right when shown
     1: "ab", 2: "ba", 3: "dc", 4: "cd", 5: "ac", 6: "ca", 7: "db", 8: "bd"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from shrunk import METRICS, MODELS, ROOT, SHRUNK, write_params
 
 import pipeline
+from pipeline.core.compute import device
 from pipeline.evidence import provenance
-from pipeline.runtime import device
 
 AVX2 = "avx2" in Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else False
 INSTRUCTIONS = {

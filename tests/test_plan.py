@@ -16,15 +16,16 @@ import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch._subclasses import FakeTensorMode
 
-from pipeline import params, plan
-from pipeline.adapters import downloads
-from pipeline.adapters.backbones import ImageTower
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.downloads import Listing, Remote
+from pipeline import plan
+from pipeline.core import params
+from pipeline.core.params import Download
+from pipeline.data import downloads
+from pipeline.data.downloads import Listing, Remote
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import Draw
 from pipeline.diva.objective import Contrast, Feedback
-from pipeline.params import Download
+from pipeline.models.backbones import ImageTower
+from pipeline.models.stable_diffusion import Denoiser
 from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
@@ -388,7 +389,7 @@ def bytes_of(tensors: list[torch.nn.Parameter]) -> int:
 
 @cache
 def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, float]:
-    """GB of a step of pipeline/engine.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
+    """GB of a step of pipeline/engine/assemble.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
 
     fixed: weights (of the tower in float32, frozen ones in bfloat16), gradients and momentum of what is trained, and
     what autograd keeps whatever the number of images, the casts of the tower's weights.

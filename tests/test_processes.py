@@ -13,8 +13,8 @@ from test_engine import close
 from test_recipes import SMALL
 from test_stages import trained
 
-from pipeline.adapters.backbones import state
-from pipeline.adapters.denoisers import Denoiser
+from pipeline.models.backbones import state
+from pipeline.models.stable_diffusion import Denoiser
 
 
 def shrink(recipe: str, **train: object) -> None:

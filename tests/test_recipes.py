@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from pipeline import drift, export, mmvp
 from pipeline import train as stage_train
-from pipeline.adapters.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, state
-from pipeline.adapters.residual_head import ResidualHead, WithHead
+from pipeline.core.compute import generator, seeded
 from pipeline.diva import lora
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import draw
 from pipeline.diva.gap import GapRemoved
 from pipeline.diva.objective import Anchor, Contrast, Feedback, info_nce
 from pipeline.diva.training import phases
-from pipeline.runtime import generator, seeded
+from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, state
+from pipeline.models.residual_head import ResidualHead, WithHead
 
 
 def random(*shape: int, what: str = "random") -> torch.Tensor:

@@ -12,7 +12,8 @@ from clones import Clone
 from scipy.stats import t as students_t
 from shrunk import METRICS, ROOT, run
 
-from pipeline.runtime import generator, write_json
+from pipeline.core.compute import generator
+from pipeline.core.outputs import write_json
 from pipeline.tools import reference
 
 

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from shrunk import METRICS, run, write_seeds
 
-from pipeline import params, report
+from pipeline import report
+from pipeline.core import params
+from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Scores
 from pipeline.mini import world
-from pipeline.runtime import UserError
 
 PATTERNS = ["Color"] * 2 + ["Text"] * 3
 

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from shrunk import METRICS, MODELS, run, write_params
 from test_recipes import SMALL
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
 from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import generator
 from pipeline.diva import diffusion
 from pipeline.mini import world
-from pipeline.runtime import generator
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 from pipeline.tools import ceiling, sensitivity
 
 

@@ -13,14 +13,15 @@ from test_engine import KilledError, feed, killed_after, models, recipe, section
 from test_recipes import SMALL, shrink
 from test_stages import CPU
 
-from pipeline import batches, shuffled, train
-from pipeline.adapters.backbones import Backbone, state
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
-from pipeline.batches import Batches
+from pipeline import shuffled, train
+from pipeline.core.compute import generator
+from pipeline.data.shards import Shards
 from pipeline.diva.condition import TokenRule
-from pipeline.engine import FITTED
-from pipeline.runtime import generator
+from pipeline.engine import feed as feed_
+from pipeline.engine.assemble import FITTED
+from pipeline.engine.feed import Batches
+from pipeline.models.backbones import Backbone, state
+from pipeline.models.stable_diffusion import Denoiser
 
 
 def small(name: str) -> None:
@@ -52,7 +53,7 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
     tuned = state(MODELS / "diva/mini")
     assert any(not tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
 
-    monkeypatch.setattr(batches, "derangement", in_place)
+    monkeypatch.setattr(feed_, "derangement", in_place)
     run(shuffled, "mini")
     assert losses("shuffled") == {"tower": losses("diva")["tower"]}
     assert all(tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
@@ -63,7 +64,7 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
     """As on profile paper, where nothing is fitted before the tower."""
     write_params(**{"profiles.mini.recipes.diva.fit": None})
     run(train, "mini")
-    monkeypatch.setattr(batches, "derangement", in_place)
+    monkeypatch.setattr(feed_, "derangement", in_place)
     run(shuffled, "mini")
     assert losses("shuffled") == losses("diva")
 
@@ -122,7 +123,7 @@ def test_the_tower_is_shown_another_image_of_the_whole_step(
     """Each once, in another place, and otherwise than in the step before; what is restored stays the same."""
     expected = feed(models, section(), STEPS, batch=12)
     found = feed(models, section(micro_batch=micro_batch), STEPS, batch=12, mismatched=lambda own: own)
-    orders = [batches.derangement(12, generator(42, "mismatched", step)) for _, step in STEPS]
+    orders = [feed_.derangement(12, generator(42, "mismatched", step)) for _, step in STEPS]
     for (_, step), order in zip(STEPS, orders, strict=True):
         (shown, *rest), (other, *others) = whole(list(expected(step))), whole(list(found(step)))
         assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
@@ -134,7 +135,7 @@ def test_the_tower_is_shown_another_image_of_the_whole_step(
 
 
 def test_every_derangement_is_as_likely() -> None:
-    drawn = [tuple(batches.derangement(4, generator("test", i)).tolist()) for i in range(900)]
+    drawn = [tuple(feed_.derangement(4, generator("test", i)).tolist()) for i in range(900)]
     counts = {order: drawn.count(order) for order in set(drawn)}
     assert len(counts) == 9
     assert all(70 < count < 130 for count in counts.values())
@@ -151,6 +152,6 @@ def test_a_view_is_of_the_image_that_is_shown(models: tuple[Backbone, Denoiser])
         for gather in (None, lambda own: own)
     )
     own_BCHW, view_BCHW = (torch.cat(parts) for parts in zip(*((m.pixels_BCHW, m.view_BCHW) for m in own), strict=True))
-    order, shown = batches.derangement(8, generator(42, "mismatched", 0)), list(other)
+    order, shown = feed_.derangement(8, generator(42, "mismatched", 0)), list(other)
     assert torch.equal(torch.cat([micro.pixels_BCHW for micro in shown]), own_BCHW[order])
     assert torch.equal(torch.cat([micro.view_BCHW for micro in shown]), view_BCHW[order])

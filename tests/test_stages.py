@@ -28,19 +28,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import denoiser as denoiser_stage
-from pipeline import drift, engine, images, mmvp, mmvp_vlm, params, train, zeroshot, zeroshot_sets
-from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
+from pipeline import drift, images, mmvp, mmvp_vlm, train, zeroshot, zeroshot_sets
 from pipeline.benchmarks import clip_sets
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import check, kinds, write_split
+from pipeline.core import params
+from pipeline.core.compute import generator
+from pipeline.core.outputs import whole
+from pipeline.core.stages import UserError
+from pipeline.data.shards import Shards
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.pairs import score_pairs
 from pipeline.diva.training import Record
+from pipeline.engine import assemble
 from pipeline.mini import pretrain, world
-from pipeline.runtime import UserError, generator, whole
+from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
+from pipeline.models.stable_diffusion import Denoiser
 
 CPU = torch.device("cpu")
 GOLDEN_LOSS = Path(__file__).parent / "golden_mini_loss.txt"
@@ -241,10 +245,10 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
     section, recipe, own = p.profile.train, p.profile.recipe, p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
-    feedback = engine.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
-    checkpoint = engine.Checkpoint(Path("checkpoint"), {}, 60, processes)
+    feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
+    checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
     curves = Path("curves")
-    end = engine.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
+    end = assemble.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
     return backbone, denoiser, end.records
 
 
@@ -371,7 +375,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.runtime import whole
+from pipeline.core.outputs import whole
 with whole(Path("models/mini/diva/mini")):
     print("held", flush=True)
     sys.stdin.read()

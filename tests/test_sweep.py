@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from shrunk import write_params
 
-from pipeline import params
+from pipeline.core import params
+from pipeline.core.outputs import write_json
 from pipeline.evidence.provenance import run
 from pipeline.evidence.results import COLUMNS, seeds_table
-from pipeline.runtime import write_json
 from pipeline.tools import sweep
 
 TABLE = Path("metrics/seeds/mini.csv")

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from pipeline.core.compute import generator
 from pipeline.diva.condition import TokenRule, condition, recap
 from pipeline.diva.diffusion import draw
 from pipeline.diva.objective import Feedback
 from pipeline.diva.training import MicroBatch, NotFiniteError, Phase, Recipe, Record, phases, run
-from pipeline.runtime import generator
 
 WIDTH, CONTEXT, PATCHES, LATENT = 6, 5, 16, torch.Size([2, 3, 3])
 RULES = [

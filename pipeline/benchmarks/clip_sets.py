@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from pipeline.benchmarks.sets import answers
-from pipeline.runtime import progress
+from pipeline.core.stages import progress
 
 
 def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> pd.DataFrame:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from pipeline.adapters.pictures import UndecodableError, decode
-from pipeline.runtime import UserError
+from pipeline.core.stages import UserError
+from pipeline.data.pictures import UndecodableError, decode
 
 
 @dataclass(frozen=True)

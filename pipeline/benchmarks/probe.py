@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.benchmarks.sets import answers
-from pipeline.runtime import progress
+from pipeline.core.stages import progress
 
 
 def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: str, batch: int) -> pd.DataFrame:

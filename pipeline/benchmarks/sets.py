@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pipeline.runtime import UserError
+from pipeline.core.stages import UserError
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its picture
 PICTURES = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one

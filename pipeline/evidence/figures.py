@@ -8,8 +8,8 @@ import matplotlib
 import pandas as pd
 from PIL import Image
 
+from pipeline.core.params import Published
 from pipeline.evidence.results import COLUMNS, PAIRS, READ_OUTS, Scores
-from pipeline.params import Published
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

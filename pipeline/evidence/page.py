@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.core.params import Published
 from pipeline.evidence import figures, results, statistics
 from pipeline.evidence.results import COLUMNS, CONTROLS, Scores
 from pipeline.evidence.statistics import Interval
-from pipeline.params import Published
 
 LABELS = {"shuffled": "control: shuffled", "drift": "control: drift", "published": "the paper's"}
 

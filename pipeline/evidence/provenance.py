@@ -17,8 +17,9 @@ import threadpoolctl
 import yaml
 
 from pipeline import PINS
-from pipeline.params import Params
-from pipeline.runtime import TIMINGS, program
+from pipeline.core.code import program
+from pipeline.core.params import Params
+from pipeline.core.stages import TIMINGS
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "open_clip_torch", "timm", "clip-benchmark", "img2dataset", "dvc", "numpy",

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.core.stages import UserError
 from pipeline.evidence import statistics
 from pipeline.evidence.statistics import Interval
-from pipeline.runtime import UserError
 
 COLUMNS = {
     "pairs_plain": "pairs, plain read-out",

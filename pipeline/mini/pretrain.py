@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
+from pipeline.core.compute import generator, seeded
+from pipeline.core.params import ImageTower, MiniDenoiser, TextTower
+from pipeline.core.stages import progress
 from pipeline.mini import world
-from pipeline.params import ImageTower, MiniDenoiser, TextTower
-from pipeline.runtime import generator, progress, seeded
+from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 
 Details = Callable[[np.random.Generator], np.ndarray]
 CONTEXT_LENGTH = 28  # the longest caption has 24 words; start and end make 26, and two are to spare

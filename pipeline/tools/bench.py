@@ -31,17 +31,19 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser, PatchAutoencoder
-from pipeline.adapters.shards import INDEX, Shards
-from pipeline.batches import Batches, Chunk, Chunks
+from pipeline.core import params
+from pipeline.core.compute import device, seeded
+from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.params import Condition, MiniDenoiser, Params, Recipe, Train
+from pipeline.core.stages import progress, stage
+from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
-from pipeline.engine import training_recipe
-from pipeline.params import Condition, MiniDenoiser, Params, Recipe, Train
-from pipeline.runtime import device, progress, remove, seeded, stage, whole, write_json
+from pipeline.engine.assemble import training_recipe
+from pipeline.engine.feed import Batches, Chunk, Chunks
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
-from pipeline import mmvp, params, zeroshot
-from pipeline.adapters.backbones import Backbone
+from pipeline import mmvp, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import whole, write_json
+from pipeline.core.params import MiniSource
+from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import headline
 from pipeline.mini import pretrain, world
-from pipeline.params import MiniSource
-from pipeline.runtime import UserError, device, stage, whole, write_json
+from pipeline.models.backbones import Backbone
 
 
 def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any]:

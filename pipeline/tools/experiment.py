@@ -32,18 +32,21 @@ from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift as drift_stage
 from pipeline import images as images_stage
-from pipeline import mmvp, mmvp_vlm, params, zeroshot, zeroshot_sets
-from pipeline.adapters.backbones import Backbone, save_like
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
+from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
 from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import remove, whole
+from pipeline.core.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.data.shards import Shards
 from pipeline.diva import training
-from pipeline.engine import FITTED, Checkpoint, build_feedback, save_fitted, train, tuned, without_fit
+from pipeline.engine.assemble import FITTED, Checkpoint, build_feedback, save_fitted, train, tuned, without_fit
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world
-from pipeline.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
-from pipeline.runtime import UserError, device, progress, remove, stage, whole
+from pipeline.models.backbones import Backbone, save_like
+from pipeline.models.stable_diffusion import Denoiser
 
 SCRATCH, OUTPUT = Path("data/.experiment.scratch"), Path("metrics/recipes")
 NAME = "mini"

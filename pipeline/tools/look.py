@@ -17,13 +17,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
 from pipeline.benchmarks.pairs import Question
+from pipeline.core import params
+from pipeline.core.compute import device
+from pipeline.core.outputs import whole
+from pipeline.core.stages import UserError, stage
 from pipeline.diva.condition import PLAIN
 from pipeline.diva.pairs import score_pairs
 from pipeline.mmvp import PROMPT, logits, read_out_of, tokens
-from pipeline.runtime import UserError, device, stage, whole
+from pipeline.models.backbones import Backbone
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:

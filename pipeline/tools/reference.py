@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as students_t
 
-from pipeline.runtime import UserError, progress, remove, stage, whole, write_json
+from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.stages import UserError, progress, stage
 
 METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")

@@ -33,19 +33,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from pipeline import params
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
-from pipeline.batches import Batches
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
+from pipeline.core import params
+from pipeline.core.compute import device, generator
+from pipeline.core.outputs import whole
+from pipeline.core.params import Train
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, pixels, training
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.objective import Feedback
-from pipeline.engine import build_feedback, training_recipe
+from pipeline.engine.assemble import build_feedback, training_recipe
+from pipeline.engine.feed import Batches
 from pipeline.mmvp import PROMPT
-from pipeline.params import Train
-from pipeline.runtime import UserError, device, generator, progress, stage, whole
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 

@@ -23,11 +23,12 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import params
+from pipeline.core import params
+from pipeline.core.outputs import whole
+from pipeline.core.stages import UserError, stage
 from pipeline.evidence.provenance import run
 from pipeline.evidence.results import COLUMNS, GAINS, SEEDS, seeds_table
 from pipeline.evidence.statistics import over_seeds
-from pipeline.runtime import UserError, stage, whole
 
 DVC = [sys.executable, "-m", "dvc"]
 WEIGHTS = ("diva", "shuffled", "drift")  # what depends on the training seed

@@ -24,18 +24,21 @@ from dvclive import Live
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.adapters import checkpoints
-from pipeline.adapters.backbones import Backbone, ImageTower, fresh_head, save_like
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.residual_head import WithHead
-from pipeline.adapters.shards import INDEX, Shards
-from pipeline.batches import Batches, Position
+from pipeline.core.code import program
+from pipeline.core.compute import device, seeded
+from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Train
+from pipeline.core.stages import UserError, progress
+from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import lora, training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.gap import GapRemoved
 from pipeline.diva.objective import Anchor, Contrast, Feedback
-from pipeline.params import Condition, Head, Lora, Recipe, Sgd, Train
-from pipeline.runtime import UserError, device, program, progress, remove, seeded, whole, write_json
+from pipeline.engine import checkpoints
+from pipeline.engine.feed import Batches, Position
+from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
+from pipeline.models.residual_head import WithHead
+from pipeline.models.stable_diffusion import Denoiser
 
 FITTED = "fitted.safetensors"
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
@@ -243,7 +246,7 @@ def fingerprint(
         "backbone": backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest([images / INDEX]),
-        "code": program("engine.py"),
+        "code": program("engine/assemble.py"),
         "torch": torch.__version__,
     }
 

@@ -32,8 +32,10 @@ import pyarrow.compute
 import pyarrow.parquet
 from PIL import Image
 
-from pipeline.adapters.pictures import UndecodableError, decode
-from pipeline.runtime import UserError, generator, progress, remove, write_json
+from pipeline.core.compute import generator
+from pipeline.core.outputs import remove, write_json
+from pipeline.core.stages import UserError, progress
+from pipeline.data.pictures import UndecodableError, decode
 
 INDEX = "shards.json"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # of several with one key, the first

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.runtime import remove
+from pipeline.core.outputs import remove
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Any) -> None:

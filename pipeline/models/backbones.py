@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.adapters.residual_head import HEAD, ResidualHead, WithHead, image_tokens
-from pipeline.runtime import UserError, seeded
+from pipeline.core.compute import seeded
+from pipeline.core.stages import UserError
+from pipeline.models.residual_head import HEAD, ResidualHead, WithHead, image_tokens
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PREFIX = "visual.residual_head."

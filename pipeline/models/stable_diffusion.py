@@ -16,7 +16,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 
-from pipeline.runtime import UserError
+from pipeline.core.stages import UserError
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.runtime import UserError
+from pipeline.core.stages import UserError
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -427,7 +427,7 @@ class MiniSource(Section):
 
 
 class CheckpointSource(Section):
-    """A published checkpoint, in any format that adapters/backbones.py reads."""
+    """A published checkpoint, in any format that models/backbones.py reads."""
 
     kind: Literal["checkpoint"]
     architecture: str | dict[str, Any]  # the name of one of open_clip's configurations, or a configuration

@@ -36,10 +36,10 @@ from transformers import (
     SiglipModel,
 )
 
-from pipeline.adapters import residual_head
-from pipeline.adapters.backbones import CONFIG, WEIGHTS, Backbone, Tensors
-from pipeline.adapters.residual_head import HEAD, WithHead
-from pipeline.runtime import UserError
+from pipeline.core.stages import UserError
+from pipeline.models import residual_head
+from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, Tensors
+from pipeline.models.residual_head import HEAD, WithHead
 
 TOLERANCE = 1e-4  # of an embedding's length, float32
 GREY_LEVELS = 4  # Pillow rounds to grey levels between the two passes of a resize, too; seen: 2, enlarging 70 px to 378

@@ -15,14 +15,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
-from pipeline.adapters.backbones import Backbone
-from pipeline.adapters.denoisers import Denoiser
-from pipeline.adapters.shards import Shards
+from pipeline.core.compute import generator
+from pipeline.core.params import Recipe, Train
+from pipeline.core.stages import UserError
+from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, pixels
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.training import MicroBatch
-from pipeline.params import Recipe, Train
-from pipeline.runtime import UserError, generator
+from pipeline.models.backbones import Backbone
+from pipeline.models.stable_diffusion import Denoiser
 
 Position = tuple[int, int]  # of a stream: see adapters.shards.Sample
 

@@ -30,8 +30,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, set_client_fact
 from huggingface_hub.utils._http import hf_request_event_hook
 from tqdm import tqdm
 
-from pipeline.params import Download
-from pipeline.runtime import UserError, remove
+from pipeline.core.outputs import remove
+from pipeline.core.params import Download
+from pipeline.core.stages import UserError
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ def _gather(download: Download) -> tuple[Listing, Path, dict[str, Any]]:
 
     # The user's token goes to the hub alone.
     headers = build_hf_headers(headers=AS_IT_IS) if listing.revision else AS_IT_IS
-    interval = 0.1 if sys.stderr.isatty() else 10  # as in runtime.progress
+    interval = 0.1 if sys.stderr.isatty() else 10  # as in core.stages.progress
     with tqdm(
         desc="fetching", total=listing.size, initial=here, unit="B", unit_scale=True,
         mininterval=interval, maxinterval=interval, dynamic_ncols=True,

@@ -1,0 +1,71 @@
+"""Whole-or-nothing outputs, one writer at a time."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.stages import UserError
+
+
+@contextmanager
+def whole(*outputs: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield temporary neighbours of `outputs`; rename them into place when the block ends well, remove them otherwise.
+
+    What stands under an output's name is therefore always complete. Raises UserError where another process is
+    already writing one of them.
+    """
+    partial = tuple(path.with_name(f".{path.name}.partial") for path in outputs)
+    with _only_writer(outputs[0]):
+        for path in partial:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(path)
+        try:
+            yield partial
+            for path, final in zip(partial, outputs, strict=True):
+                if not path.exists():
+                    raise FileNotFoundError(f"{final}: the stage ended without writing it")
+            for path, final in zip(partial, outputs, strict=True):
+                remove(final)
+                path.rename(final)
+        finally:
+            for path in partial:
+                remove(path)
+
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Hold the lock of an output; the operating system gives it back when the process ends, however it ends."""
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{output} is being written by {file.read().strip() or 'another process'} (lock file {path}). "
+                "Wait for it, or stop it, then run again."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}")
+        file.flush()
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

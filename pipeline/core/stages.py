@@ -1,0 +1,92 @@
+"""What every stage's `main()` is wrapped in: messages, not tracebacks; the parent's life; timings. And progress bars.
+
+Every text file is UTF-8, whatever the locale.
+"""
+
+import ctypes
+import functools
+import json
+import locale
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+# Wall clock and memory differ between runs, so they never stand in an output that DVC hashes.
+TIMINGS = Path("metrics/timings.jsonl")
+
+
+class UserError(Exception):
+    """Something a user can mend: the message says what was found, where, and what to do."""
+
+
+def stage(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a stage's `main()`."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        if main.__module__ == "__main__":
+            _start_in_utf8_mode()
+        _die_with_parent()
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted: nothing unfinished is left behind; run the same command again", file=sys.stderr)
+            sys.exit(130)
+        _note_timing()
+
+    return run
+
+
+def _start_in_utf8_mode() -> None:
+    """Start this process anew with UTF-8 for what libraries read, too, unless the locale has it or this was done."""
+    if locale.getencoding().lower() != "utf-8" and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when DVC dies: a killed `dvc repro` must leave no second writer behind."""
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit("DVC died while this stage was starting")
+
+
+def _note_timing() -> None:
+    seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
+    usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = {
+        "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])).rpartition(":")[2],
+        "seconds": round(seconds, 1),
+        "peak_memory_mb": max(u.ru_maxrss for u in usage) // 1024,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    TIMINGS.parent.mkdir(parents=True, exist_ok=True)
+    with TIMINGS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, **options: Any) -> Iterator[T]:
+    """Iterate with a bar and an ETA; in a log file a line every ten seconds. `options` are tqdm's."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    yield from tqdm(
+        items, desc=what, total=total, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options
+    )
