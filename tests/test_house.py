@@ -227,6 +227,16 @@ def test_what_computes_depends_on_its_threads(stage: str) -> None:
     assert ("profiles.${run.profile}.threads" in DVC[stage]["params"]) == (stage in COMPUTE)
 
 
+@pytest.mark.parametrize("stage", DVC)
+def test_a_new_profile_needs_no_file_that_no_stage_makes(stage: str) -> None:
+    """A dependency that bears the profile's name is an output of some stage, or the folder of such outputs."""
+    kinds = [out for each in DVC.values() for kind in ("outs", "metrics", "plots") for out in each.get(kind, [])]
+    outs = [next(iter(out)) if isinstance(out, dict) else out for out in kinds]
+    for dep in (dep for dep in DVC[stage]["deps"] if "${run.profile}" in dep):
+        pattern = re.sub(r"\\\$\\\{item\\\.\w+\\\}", "[^/]+", re.escape(dep)) + "(/.*)?"
+        assert any(re.fullmatch(pattern, out) for out in outs), dep
+
+
 # The lock, the Makefile and the README
 
 

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
+import yaml
 from shrunk import write_params
 
 from pipeline.core import params
@@ -113,10 +116,13 @@ def test_seeds_are_ranges_and_lists() -> None:
 
 
 TRAIN = """
-import json, pathlib, yaml
+import json, pathlib, time, yaml
 p = yaml.safe_load(open("params.yaml"))
 if pathlib.Path("trap").exists() and p["seed"] == 2:
     raise SystemExit(3)
+if p["seed"] == 9:
+    pathlib.Path("waiting").touch()
+    time.sleep(600)
 pathlib.Path("runs").open("a").write(f"{p['seed']}\\n")
 folder = pathlib.Path("metrics/mini/train/mini-diva")
 folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +175,7 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     parameters = Path("params.yaml").read_bytes() + b"# kept as it is\n"
     Path("params.yaml").write_bytes(parameters)
     TABLE.write_text(",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]) + "\n")
-    Path(".gitignore").write_text("runs\ntrap\n")
+    Path(".gitignore").write_text("runs\ntrap\nwaiting\n")
     do("git", "init", "--quiet")
     do(*sweep.DVC, "init", "--quiet")
     do(*sweep.DVC, "repro", "--quiet")
@@ -196,3 +202,16 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     assert sweep.sweep(params.load(), [2, 3]).seed.tolist() == [1, 2, 3, 42]
     assert Path("runs").read_text().split() == ["42", "1", "2", "3"]
     assert TABLE.read_bytes() == written
+
+    killed = subprocess.Popen([sys.executable, "-m", "pipeline.tools.sweep", "--seeds", "9"], stdout=subprocess.DEVNULL)
+    while not Path("waiting").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    started = psutil.Process(killed.pid).children(recursive=True)
+    assert yaml.safe_load(Path("params.yaml").read_text())["seed"] == 9
+    killed.kill()
+    _, survivors = psutil.wait_procs(started, 60)  # DVC, its stage, and who puts params.yaml right
+    for process in survivors:
+        process.kill()
+    assert survivors == []
+    assert Path("params.yaml").read_bytes() == parameters

@@ -17,6 +17,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -68,16 +70,42 @@ def add(p: params.Params) -> None:
         table.to_csv(file, index=False)
 
 
+RESTORE = """
+import os, pathlib, signal, sys
+file = pathlib.Path(sys.argv[1])
+own = file.read_bytes()
+print(flush=True)
+sys.stdin.read()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.killpg(0, signal.SIGTERM)
+file.write_bytes(own)
+"""
+
+
+@contextmanager
+def restored(file: Path) -> Iterator[int]:
+    """Give a file its bytes back at the end, even if this process is killed. Yields a process group.
+
+    A process of its own does it, which sees the end of this one as the end of its input. It ends what still runs in its
+    group, the one yielded.
+    """
+    command, pipe = [sys.executable, "-c", RESTORE, str(file)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, process_group=0) as restoring:  # at its end, no input
+        assert restoring.stdout
+        restoring.stdout.readline()  # now it has read the file
+        yield restoring.pid
+
+
 def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
     """Run what is missing, and leave the workspace with its own seed and a new report; returns the rows of this run."""
     ahead, runs = missing(p, seeds), {backbone: run(p, backbone) for backbone in p.run.backbones}
     print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
-    own, start = params.PARAMS_FILE.read_bytes(), time.monotonic()
-    try:
+    start = time.monotonic()
+    with restored(params.PARAMS_FILE) as group:
         for i, seed in enumerate(ahead):
             left = f", about {(time.monotonic() - start) / i * (len(ahead) - i) / 60:.0f} min left" if i else ""
             print(f"--- seed {seed}, {i + 1} of {len(ahead)}{left}", flush=True)
-            status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"]).returncode
+            status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"], process_group=group).returncode
             if status:
                 raise UserError(
                     f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
@@ -86,8 +114,6 @@ def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
             if {backbone: run(now, backbone) for backbone in now.run.backbones} != runs:
                 raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
             add(now)
-    finally:
-        params.PARAMS_FILE.write_bytes(own)
     if ahead:
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the workspace's own seed, from DVC's memory of it
         add(p)
