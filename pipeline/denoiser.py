@@ -1,6 +1,6 @@
 """Stage denoiser: the frozen text-to-image model, in the layout of stable-diffusion-2-1-base.
 
-models/<profile>/denoiser/{vae,unet,text_encoder,tokenizer,scheduler}/
+data/<profile>/denoiser/{vae,unet,text_encoder,tokenizer,scheduler}/
 metrics/<profile>/denoiser.json     parameters; whence it came or, where it was made here, its held-out loss under the
                                     right, an empty and a wrong caption (and reconstructions.png beside the model)
 """
@@ -73,7 +73,7 @@ def _strip(pixels: torch.Tensor, restored: torch.Tensor) -> Image.Image:
 def main() -> None:
     p, compute = params.load(), device()
     section = p.profile.denoiser
-    outputs = Path("models", p.run.profile, "denoiser"), Path("metrics", p.run.profile, "denoiser.json")
+    outputs = Path("data", p.run.profile, "denoiser"), Path("metrics", p.run.profile, "denoiser.json")
     with whole(*outputs) as (folder, metrics_file):
         if isinstance(section, MiniDenoiser):
             metrics = make(section, folder, compute)

@@ -1,11 +1,13 @@
-"""Stage drift@<backbone>: a control, the tower moved as far as training moved it, but in random directions.
+"""Stage control@<backbone>-<recipe>-drift: the tower moved as far as by training, at random.
 
-models/<profile>/drift/<backbone>/              the backbone's folder with the moved weights
+models/<profile>/<recipe>-drift/<backbone>/                         the backbone's folder with the moved weights
+metrics/<profile>/train/<backbone>-<recipe>-drift/metrics.json      how far they were moved: the norm of the change
 
 Each tensor gets Gaussian noise of the norm that its change by training has. What such a tower gains or loses is owed to
 the distance alone.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from pipeline.core import params
 from pipeline.core.compute import generator
-from pipeline.core.outputs import whole
+from pipeline.core.outputs import whole, write_json
 from pipeline.core.stages import stage
 from pipeline.models.backbones import PREFIX, Tensors, fresh_head, save_like, state
 
@@ -28,21 +30,29 @@ def drifted(before: Tensors, after: Tensors, seed: int) -> Tensors:
     return moved
 
 
-def drift(original: Path, trained: Path, seed: int, folder: Path) -> None:
-    """Write the drifted model; where a head was trained, it drifts from the fresh one that training started from."""
+def drift(original: Path, trained: Path, seed: int, folder: Path) -> float:
+    """Write the drifted model; returns the norm of its change.
+
+    Where a head was trained, it drifts from the fresh one that training started from.
+    """
     before, after = dict(state(original)), state(trained)
     if head := {name.removeprefix(PREFIX): tensor for name, tensor in after.items() if name.startswith(PREFIX)}:
         fresh = fresh_head(len(head["norm_pooled.weight"]), int(head["heads"]), seed).state_dict()
         before |= {PREFIX + name: tensor for name, tensor in fresh.items()}
-    save_like(original, drifted(before, after, seed), folder)
+    moved = drifted(before, after, seed)
+    save_like(original, moved, folder)
+    return math.sqrt(sum((moved[name].double() - before[name].double()).square().sum().item() for name in before))
 
 
 @stage
 def main() -> None:
-    p, name = params.load(), sys.argv[1]
-    models = Path("models", p.run.profile)
-    with whole(models / "drift" / name) as (folder,):
-        drift(models / "pretrained" / name, models / "diva" / name, p.seed, folder)
+    p, (name, recipe) = params.load(), sys.argv[1:3]
+    models, weights = Path("models", p.run.profile), f"{recipe}-drift"
+    outputs = models / weights / name, Path("metrics", p.run.profile, "train", f"{name}-{weights}")
+    with whole(*outputs) as (folder, metrics):
+        distance = drift(models / "pretrained" / name, models / recipe / name, p.seed, folder)
+        metrics.mkdir()
+        write_json(metrics / "metrics.json", {"seed": p.seed, "norm_of_change": round(distance, 5)})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipeline.core.outputs import whole, write_json
 from pipeline.core.params import CheckpointSource, PublishedImages
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import COLUMNS, CONTROLS
+from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import render
 from pipeline.models import exports
@@ -25,19 +25,18 @@ from pipeline.models.backbones import Backbone
 from pipeline.models.residual_head import HEAD
 
 
-def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
+def table(profile: str, name: str, own: str) -> tuple[list[list[str]], dict]:
     """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json)."""
     report, evidence = (
         json.loads(Path("metrics", profile, file).read_text(encoding="utf-8"))[name]
         for file in ("report.json", "evidence.json")
     )
-    found, rows = evidence["weights"].get(weights, {}), []
+    found, rows = evidence["weights"].get(own, {}), []
     for column, before in report["pretrained"].items():
         row = [COLUMNS[column], f"{before:.1f}"]
         if column in found.get("gain", {}):
             gain = Interval(*found["gain"][column])
-            after = report[weights][column] if weights in report else before + gain.value  # of controls the gain alone
-            row += [f"{after:.1f}", gain.text()]
+            row += [f"{report[own][column]:.1f}", gain.text()]
         rows.append(row)
     return rows, found
 
@@ -51,23 +50,22 @@ def card(
     code: the hash of what trained them; missing: why there is no transformers format, where there is none; headed: is
     there a head?
     """
-    rows, found = table(p.run.profile, name, weights)
-    source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipe
-    condition = chosen.condition or p.backbones[name].condition
-    recipe = {
+    rows, found = table(p.run.profile, name, "diva" if weights in p.profile.recipes else weights)
+    source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipes.get(weights)
+    recipe = chosen and {
         "seed": p.seed, "train": p.profile.train.model_dump(),
-        "recipe": chosen.model_dump() | {"condition": condition.model_dump()},
+        "recipe": chosen.model_dump() | {"condition": (chosen.condition or p.backbones[name].condition).model_dump()},
     }  # fmt: skip
     values = {
-        "profile": p.run.profile, "backbone": name, "weights": weights, "control": weights in CONTROLS,
+        "profile": p.run.profile, "backbone": name, "weights": weights,
         "base": source.weights if isinstance(source, CheckpointSource) else None,
         "architecture": source.architecture if isinstance(source.architecture, str) else None,
         "released": p.backbones[name].released if weights == "released" else None,
         "pictures": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
-        "recipe": yaml.safe_dump(recipe, sort_keys=False) if weights in ("diva", "shuffled") else None,
+        "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
         "rows": rows, "found": found, "distances": distances, "missing": missing,
-        "captions": chosen.gap is not None or (chosen.fit is not None and chosen.fit.told == "captions"),
-        "named": p.profile.train.recipe, "headed": headed, "sha256": sha256, "code": code,
+        "captions": chosen is not None and chosen.reads_captions,
+        "headed": headed, "sha256": sha256, "code": code,
         "made_from": provenance.hashes([f"models/{p.run.profile}/{weights}/{name}"]),
     }  # fmt: skip
     return render("card.md.jinja", values)
@@ -93,7 +91,7 @@ def main() -> None:
             print(f"{name}: exported for open_clip only. {missing}")
         code = (
             json.loads((original / "diva.json").read_text(encoding="utf-8"))["code"]
-            if weights in ("diva", "shuffled")
+            if weights in p.profile.recipes
             else None
         )
         (folder / "README.md").write_text(

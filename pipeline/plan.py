@@ -1,8 +1,10 @@
 """Stage plan: what will be fetched, and whether the disk and the GPU suffice, told before anything is fetched.
 
-data/<profile>/planned      always the same line, because the stages that fetch depend on it: none of them shall run
-                            again when, say, a backbone is added
+data/<profile>/planned/<what>.json      what decides an input's bytes, on which the stage that brings it depends, and on
+                                        nothing else: of what is fetched its pins (address, revision, sha256), of
+                                        what is made here its parameters and the hash of the code that makes it
 
+So neither a comment nor another backbone, a licence or a number of threads makes a stage fetch anything twice.
 Asks hubs and servers for sizes only. What stands under the name of a stage's output counts as there, whatever it holds.
 """
 
@@ -11,12 +13,15 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.core import params
-from pipeline.core.outputs import whole
+from pipeline.core.code import program
+from pipeline.core.outputs import whole, write_json
 from pipeline.core.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
@@ -25,7 +30,8 @@ ALIVE, PICTURE = 0.6, 60e3  # of a list of links: the share that comes (40 to 70
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
 COUNTED = "diva"  # the recipe whose GPU memory the backbones declare
 MARGIN = 1.15  # for what tests/test_plan.py cannot count: CUDA's own 0.5 GB, workspaces of kernels, fragmentation
-NO_TRAINING = "-S 'run.weights=[pretrained,released]', which needs no pictures, no denoiser and no GPU"
+NO_TRAINING = "-S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
+NOT_PINS = {"licence", "processes", "threads"}  # they change no byte of what is fetched
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,20 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
         if isinstance(source, CheckpointSource):
             files = [source.weights, *([source.tokenizer] if source.tokenizer else [])]
             wanted += [(models / "pretrained" / backbone, download) for download in files]
-        if "released" in p.run.weights and released:
+        if "released" in p.run.checkpoints and released:
             wanted.append((models / "released" / backbone, released))
-    if p.run.trained:
+    if p.run.recipes:
         if isinstance(images, params.PublishedImages) and images.kind == "shards":
             wanted.append((data / "images", images.shards))
         if isinstance(denoiser, PublishedDenoiser):
-            wanted.append((models / "denoiser", denoiser.download))
+            wanted.append((data / "denoiser", denoiser.download))
     return wanted
 
 
 def links_of(p: params.Params) -> list[Item]:
     """The pictures, where they come from a list of links: about how many will come."""
     images = p.profile.images
-    if not p.run.trained or not isinstance(images, params.PublishedImages) or images.kind != "links":
+    if not p.run.recipes or not isinstance(images, params.PublishedImages) or images.kind != "links":
         return []
     files, folder = round(ALIVE * images.links.rows), Path("data", p.run.profile, "images")
     return [Item(folder, images.links.tsv, files, PICTURE * files, images.shards.licence, about="about ")]
@@ -106,8 +112,9 @@ def _models(p: params.Params) -> dict[Path, float]:
         if isinstance(p.backbones[backbone].source, CheckpointSource):
             published = p.backbones[backbone].published
             size, root = 4e6 * published.parameters if published else MODEL, Path("models", p.run.profile)
-            models |= {root / weights / backbone: size for weights in {"pretrained", *p.run.weights}}
-            models |= {root / "export" / f"{backbone}-{weights}": 2 * size for weights in p.run.weights}
+            models |= {root / weights / backbone: size for weights in p.run.weights}
+            exported = ["pretrained", *p.run.checkpoints, *p.run.recipes]
+            models |= {root / "export" / f"{backbone}-{weights}": 2 * size for weights in exported}
     return models
 
 
@@ -129,7 +136,7 @@ def _left(profile: str) -> int:
 
 def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
     """GB of GPU memory that the training of each backbone takes, if it says: in bfloat16, by recipe COUNTED."""
-    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if p.run.trained}
+    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if p.run.recipes}
     return {name: MARGIN * (takes.fixed + micro_batch * takes.image) for name, takes in declared.items() if takes}
 
 
@@ -160,17 +167,18 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
     print(line)
     if needed <= free:
         return None
-    training = f", or {NO_TRAINING}" if p.run.trained else ""
+    training = f", or {NO_TRAINING}" if p.run.recipes else ""
     return f"{line}. Make room there, choose fewer run.backbones{training}."
 
 
 def check_gpu(p: params.Params) -> str | None:
     """The same for the GPU's memory."""
-    size, recipe = p.profile.train.micro_batch, p.profile.train.recipe
+    size = p.profile.train.micro_batch
     needed, found = gpu(p, size), gpus()
     most = max(needed, key=lambda backbone: needed[backbone])
     listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"
-    counted = "" if recipe == COUNTED else f" (counted for recipe {COUNTED}; {recipe} may take more or less)"
+    others = ", ".join(recipe for recipe in p.run.recipes if recipe != COUNTED)
+    counted = f" (counted for recipe {COUNTED}; {others} may take more or less)" if others else ""
     takes = f"{needed[most]:.1f} GB needed to train {most} with micro_batch {size}{counted}"
     line = f"GPU memory: {takes}; GPU found: {listed}"
     print(line)
@@ -181,6 +189,39 @@ def check_gpu(p: params.Params) -> str | None:
     if fitting:
         ways.insert(0, f"Set -S profiles.{p.run.profile}.train.micro_batch={fitting[-1]}, which changes memory alone")
     return f"{line}. {', '.join(ways)}, or {NO_TRAINING}."
+
+
+def pins(p: params.Params) -> dict[str, dict]:
+    """What decides the bytes of every input, by the name of its file."""
+    inputs = ("images", "denoiser", "mmvp_vlm", "zeroshot_sets")
+    found = {name: _pinned(getattr(p.profile, name), name, p.profile.threads) for name in inputs}
+    for name in p.run.backbones:
+        backbone = p.backbones[name]
+        found[f"pretrained-{name}"] = _pinned(backbone.source, "backbone", p.profile.threads)
+        if backbone.released:
+            found[f"released-{name}"] = {"released": _only_pins(backbone.released)}
+    return found
+
+
+def _pinned(section: params.Section, maker: str, threads: int) -> dict:
+    """threads: they decide the bytes of what torch makes."""
+    found = {maker: _only_pins(section)}
+    if getattr(section, "kind", None) == "mini":
+        found |= {"code": program(f"{maker}.py")}
+        if maker in ("denoiser", "backbone"):
+            found |= {"threads": threads}
+    return found
+
+
+def _only_pins(value: Any) -> Any:
+    """Of a download whose files all have a hash, those; of any other, its first address, too."""
+    if isinstance(value, Download):
+        hashed = value.files and all(value.files.values())
+        return {"files": value.files} if hashed else {"at": value.at[0], "files": value.files, "match": value.match}
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields.keys() - NOT_PINS
+        return {name: _only_pins(getattr(value, name)) for name in sorted(fields)}
+    return value
 
 
 @stage
@@ -199,8 +240,10 @@ def main() -> None:
             raise UserError("This run would not work here.\n  " + "\n  ".join(filter(None, problems)))
     else:
         print(f"profile {p.run.profile}: all is made here, nothing is fetched")
-    with whole(Path("data", p.run.profile, "planned")) as (file,):
-        file.write_text("what was planned could be done\n", encoding="utf-8")
+    with whole(Path("data", p.run.profile, "planned")) as (folder,):
+        folder.mkdir()
+        for name, pinned in pins(p).items():
+            write_json(folder / f"{name}.json", pinned)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main() -> None:
     profile, released = p.run.profile, p.backbones[name].released
     if released is None:
         raise UserError(
-            f"backbones.{name}.released: there are none. Name them there, or take 'released' out of run.weights."
+            f"backbones.{name}.released: there are none. Name them there, or take 'released' out of run.checkpoints."
         )
     original = Path("models", profile, "pretrained", name)
     outputs = Path("models", profile, "released", name), Path("metrics", profile, "released", f"{name}.json")

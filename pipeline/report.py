@@ -43,35 +43,40 @@ def summary(scores: dict[str, Scores], found: dict) -> dict[str, dict[str, float
     return rows
 
 
+def names(p: params.Params) -> dict[str, str]:
+    """The weights of the first recipe by what they are to the report: diva, shuffled and drift."""
+    recipe = (p.run.recipes or [""])[0]
+    own = {recipe: "diva", f"{recipe}-shuffled": "shuffled", f"{recipe}-drift": "drift"}
+    return {own.get(w, w): w for w in p.run.weights if w in ("pretrained", "released") or w in own}
+
+
 def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
     """(report.json, evidence.json, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
     metrics, data = Path("metrics", profile), Path("data", profile)
-    if "pretrained" not in p.run.weights:
-        raise UserError(
-            f"run.weights is {p.run.weights}: without 'pretrained' there is nothing to compare with. Add it."
-        )
     report, evidence, tables, sections = {}, {}, [], []
     for backbone in p.run.backbones:
         entry = p.backbones[backbone].published
         published = (entry.before, entry.after) if entry else None
-        scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w) for w in p.run.weights}
-        embeddings = {w: load_file(data / "embeddings" / f"{backbone}-{w}.safetensors")["images"] for w in scores}
+        scores: dict[str, Scores] = {own: Scores.read(profile, backbone, w) for own, w in names(p).items()}
+        embeddings = {
+            own: load_file(data / "embeddings" / f"{backbone}-{w}.safetensors")["images"] for own, w in names(p).items()
+        }
         found = evidence[backbone] = results.evidence(scores, embeddings, published)
         report[backbone] = summary(scores, found)
         if published:
             report[backbone]["published"] = dict(zip(("pairs_plain", "pairs_published"), published, strict=True))
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         gain = report[backbone].get("gain", {})
-        recipe, of = p.profile.train.recipe, run(p, backbone)
+        recipe, of = (p.run.recipes or ["none"])[0], run(p, backbone)
         sections.append(section(profile, backbone, scores, found, gain, recipe, p.seed, of, entry))
-    reconstructions = Path("models", profile, "denoiser", "reconstructions.png")
+    reconstructions = Path("data", profile, "denoiser", "reconstructions.png")
     shown = {
         "profile": profile,
-        "recipe": p.profile.train.recipe if p.run.trained else None,
+        "recipe": p.run.recipes[0] if p.run.recipes else None,
         "columns": list(COLUMNS.values()),
         "sections": sections,
-        "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.trained else {},
+        "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.recipes else {},
         "reconstructions": reconstructions if reconstructions.exists() else None,
         "provenance": provenance(p),
         "params": params.PARAMS_FILE.read_text(encoding="utf-8"),

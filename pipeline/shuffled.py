@@ -1,7 +1,9 @@
-"""Stage shuffled@<backbone>: a control, the tower is shown another image than the one whose restoration is its teacher.
+"""Stage control@<backbone>-<recipe>-shuffled: the mismatched-image control.
 
-models/<profile>/shuffled/<backbone>/          the backbone's folder with the weights that it comes to, and diva.json
-metrics/<profile>/train/<backbone>-shuffled/   metrics.json and the curves of the tower phase (DVCLive)
+The tower is shown another image than the one whose restoration is its teacher.
+
+models/<profile>/<recipe>-shuffled/<backbone>/         the backbone's folder with its weights, and diva.json
+metrics/<profile>/train/<backbone>-<recipe>-shuffled/   metrics.json and the curves of the tower phase (DVCLive)
 
 It is the tower phase of stage `train` once more, from the same projection and denoiser, on the same images, crops and
 draws; only what the tower is shown of them is another image of the step. So what it learns of details cannot be owed to
@@ -19,9 +21,10 @@ from pipeline.engine import assemble
 @stage
 def main() -> None:
     assemble.start_on_every_gpu("pipeline.shuffled")
-    p, name = params.load(), sys.argv[1]
-    own, fitted = p.backbones[name].condition, Path("models", p.run.profile, "diva", name, assemble.FITTED)
-    assemble.post_train(p.run.profile, name, "shuffled", p.profile.train, p.profile.recipe, own, p.seed, fitted)
+    p, (name, recipe) = params.load(), sys.argv[1:3]
+    own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
+    fitted = Path("models", p.run.profile, recipe, name, assemble.FITTED)
+    assemble.post_train(p.run.profile, name, f"{recipe}-shuffled", p.profile.train, chosen, own, p.seed, fitted)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Stage train@<backbone>: post-train an image tower by diffusion feedback, from images alone.
+"""Stage train@<backbone>-<recipe>: post-train an image tower by diffusion feedback, from images alone.
 
-models/<profile>/diva/<backbone>/          the backbone's folder with the tuned weights; diva.json; fitted.safetensors,
-                                           what the tower phase started from: the projection, and the denoiser where
-                                           the recipe fits it
-metrics/<profile>/train/<backbone>-diva/   metrics.json and the curves of both phases (DVCLive)
+models/<profile>/<recipe>/<backbone>/          the backbone's folder with the tuned weights; diva.json;
+                                               fitted.safetensors, what the tower phase started from: the
+                                               projection, and the denoiser where the recipe fits it
+metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of both phases (DVCLive)
 """
 
 import sys
@@ -16,9 +16,9 @@ from pipeline.engine import assemble
 @stage
 def main() -> None:
     assemble.start_on_every_gpu("pipeline.train")
-    p, name = params.load(), sys.argv[1]
-    own = p.backbones[name].condition
-    assemble.post_train(p.run.profile, name, "diva", p.profile.train, p.profile.recipe, own, p.seed)
+    p, (name, recipe) = params.load(), sys.argv[1:3]
+    own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
+    assemble.post_train(p.run.profile, name, recipe, p.profile.train, chosen, own, p.seed)
 
 
 if __name__ == "__main__":

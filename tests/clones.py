@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 import yaml
-from shrunk import ROOT, write_params
+from shrunk import ROOT, run_of, write_params
 
 LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
-WEIGHTS = ("pretrained", "diva", "shuffled", "drift")
+WEIGHTS = ("pretrained", "diva", "diva-shuffled", "diva-drift")
 VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
 
 
@@ -38,7 +38,7 @@ class Clone:
             if (ROOT / name).is_file() and name not in LOCKS and not re.match(r"metrics/(?!seeds/)", name):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, root / name)
-        write_params(root, **{"run.weights": list(weights)})
+        write_params(root, **run_of(list(weights)))
         clone = cls(root.resolve())
         clone.run("git", "init", "--quiet")
         clone.commit("as published")

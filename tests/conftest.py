@@ -69,7 +69,7 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    for weights in ("diva", "shuffled", "drift"):
+    for weights in ("diva", "diva-shuffled", "diva-drift"):
         shutil.rmtree(folder / MODELS / weights)
     shutil.rmtree(folder / METRICS / "train")
     monkeypatch.chdir(folder)

@@ -46,6 +46,7 @@ def join(processes: list[BaseProcess]) -> None:
 
 def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int) -> None:
     from pipeline import shuffled, train
+    from pipeline.core import params
 
     with (folder / f"output{rank}").open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -54,5 +55,5 @@ def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int) 
         os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in environment.items()}
         os.chdir(folder)
         gc.freeze()  # see conftest.py
-        sys.argv = [stage, "mini"]
+        sys.argv = [stage, "mini", *params.load().run.recipes]
         {"train": train, "shuffled": shuffled}[stage].main()

@@ -16,10 +16,20 @@ from pipeline.core import params
 
 ROOT = Path(__file__).parents[1]
 DECLARED: dict[str, list[str]] = {
-    name: stage["params"]
+    name: stage.get("params", [])
     for file in ("dvc.yaml", "pipeline/dvc.yaml")
     for name, stage in yaml.safe_load((ROOT / file).read_text())["stages"].items()
 }
+FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on which alone it depends
+    "images": "profiles.${run.profile}.images",
+    "denoiser": "profiles.${run.profile}.denoiser",
+    "mmvp_vlm": "profiles.${run.profile}.mmvp_vlm",
+    "zeroshot_sets": "profiles.${run.profile}.zeroshot_sets",
+    "backbone": "backbones.${item.backbone}.source",
+    "released": "backbones.${item.backbone}.released",
+}
+DECLARED |= {name: [section] for name, section in FETCHED.items()}
+DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {
     "profiles.${run.profile}.threads",  # taken by pipeline/__init__.py
     "run.profile",  # in the paths of every stage, so DVC sees it
@@ -69,6 +79,8 @@ def watched(stage: ModuleType, arguments: Sequence[str]) -> Iterator[None]:
     found = {re.sub(r"^profiles\.\w+", "profiles.${run.profile}", key) for key in keys}
     if arguments:
         found = {re.sub(rf"^backbones\.{arguments[0]}\b", "backbones.${item.backbone}", key) for key in found}
+    if len(arguments) > 1:
+        found = {re.sub(rf"\.recipes\.{arguments[1]}\b", ".recipes.${item.recipe}", key) for key in found}
     taken[name] |= found
     undeclared = {key for key in found - ELSEWHERE if not any(_within(key, section) for section in DECLARED[name])}
     if name == "report":  # which names the run by all that decides gains, and follows every stage that decides them

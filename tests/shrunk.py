@@ -4,6 +4,7 @@ import io
 import itertools
 import sys
 import tarfile
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from pipeline.core.outputs import write_json
 from pipeline.mini import world
 
 ROOT = Path(__file__).parents[1]
-MODELS, METRICS = Path("models/mini"), Path("metrics/mini")
+DATA, MODELS, METRICS = Path("data/mini"), Path("models/mini"), Path("metrics/mini")
 SHRUNK = {
     "profiles.mini.images.count": 12,
     "profiles.mini.images.shard_size": 6,
@@ -61,7 +62,18 @@ SHRUNK = {
     "backbones.mini.published_read_out.tokens": {"kind": "random", "number": 3},
 }  # fmt: skip
 
-SCORED = ("pretrained", "diva", "shuffled", "drift")
+SCORED = ("pretrained", "diva", "diva-shuffled", "diva-drift")
+
+
+def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
+    """The lists of `run` under which these weights are scored, of which every recipe has the same controls."""
+    recipes = [name for name in weights if name not in ("pretrained", "released") and "-" not in name]
+    return {
+        "run.checkpoints": [name for name in weights if name == "released"],
+        "run.recipes": recipes,
+        "run.controls": list(dict.fromkeys(name.partition("-")[2] for name in weights if "-" in name)),
+        "run.inputs": ["images", "denoiser"] if recipes else [],
+    }
 
 
 def write_params(folder: Path = Path(), **changes: Any) -> None:
@@ -109,7 +121,7 @@ def run_every_stage() -> None:
         run(stage)
     run(backbone, "mini")
     for stage in (train, shuffled, drift):
-        run(stage, "mini")
+        run(stage, "mini", "diva")
     for stage, weights in itertools.product((mmvp, zeroshot), SCORED):
         run(stage, "mini", weights)
     write_seeds()

@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from shrunk import METRICS, MODELS, run, write_params, write_shards
+from shrunk import DATA, METRICS, MODELS, run, write_params, write_shards
 from test_stages import CPU, trained
 from test_training import both, build
 
@@ -61,7 +61,7 @@ def models(here: Path) -> tuple[Backbone, Denoiser]:
         content = content[:start] + b"none" + content[start + 4 :]
     path.write_bytes(content)
     write_json(Path("data/mini/images/shards.json"), {"size": 64, "samples": 24, "shards": counts})
-    return Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser").for_feedback(torch.float32)
+    return Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser").for_feedback(torch.float32)
 
 
 def section(**changes: object) -> Train:
@@ -200,7 +200,7 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
     projection = torch.nn.Linear(backbone.width, frozen.unet.config.cross_attention_dim)
     text = torch.randn(1, 9, projection.out_features)
     found, expected = {}, {}
-    for denoiser, gradient in ((Denoiser.load(MODELS / "denoiser"), expected), (frozen, found)):
+    for denoiser, gradient in ((Denoiser.load(DATA / "denoiser"), expected), (frozen, found)):
         feedback = Feedback(backbone.tower, projection, denoiser, text, rule, "mean")
         batches = Batches(
             Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
@@ -226,7 +226,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # its cache mixes kernels of other instruction sets
     found = []
     for compiled in (False, True):
-        backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
+        backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
         feedback = assemble.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
@@ -243,7 +243,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
 
 def test_in_bfloat16_the_frozen_parts_are_bfloat16_and_the_trained_are_not(models: tuple[Backbone, Denoiser]) -> None:
     backbone, exact = models
-    rough = Denoiser.load(MODELS / "denoiser").for_feedback(torch.bfloat16)
+    rough = Denoiser.load(DATA / "denoiser").for_feedback(torch.bfloat16)
     assert {tensor.dtype for tensor in rough.parameters()} == {torch.bfloat16}
     assert rough.alphas_cumprod.dtype == torch.float32
     projection = torch.nn.Linear(backbone.width, exact.unet.config.cross_attention_dim)
@@ -364,10 +364,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(saves):
-        run(train, "mini")
+        run(train, "mini", "diva")
     assert outputs(here) == {}
     capsys.readouterr()
-    run(train, "mini")
+    run(train, "mini", "diva")
     phase, step = ("projection", saves - 1) if saves <= 3 else ("tower", saves - 4)
     assert f"going on after step {step} of phase '{phase}'" in capsys.readouterr().out
     expected = outputs(finished)
@@ -406,23 +406,23 @@ def test_another_recipe_never_goes_on_from_a_checkpoint(
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(5):
-        run(train, "mini")
+        run(train, "mini", "diva")
     change()
     capsys.readouterr()
-    run(train, "mini")
+    run(train, "mini", "diva")
     printed = capsys.readouterr().out
     assert f"mini.checkpoint is of another run, which differs in {named}: training starts anew" in printed
     assert "going on" not in printed
     made = outputs(here)
     shutil.rmtree(MODELS / "diva")
-    run(train, "mini")
+    run(train, "mini", "diva")
     assert outputs(here) == made
 
 
 @pytest.mark.parametrize("what", ["denoiser", "images", "fitted"])
 def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) -> None:
     files = {
-        "denoiser": MODELS / "denoiser/scheduler/scheduler_config.json",
+        "denoiser": DATA / "denoiser/scheduler/scheduler_config.json",
         "images": Path("data/mini/images/shards.json"),
         "fitted": Path("fitted"),
     }
@@ -431,7 +431,7 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
 
     def mark() -> dict:
         return assemble.fingerprint(
-            p.profile.train, p.profile.recipe, p.backbones["mini"].condition, 42, backbone, MODELS / "denoiser",
+            p.profile.train, p.profile.recipes["diva"], p.backbones["mini"].condition, 42, backbone, DATA / "denoiser",
             files["images"].parent, files["fitted"],
         )  # fmt: skip
 
@@ -483,7 +483,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
             save(*arguments)
 
     monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
-    run(train, "mini")
+    run(train, "mini", "diva")
     assert capsys.readouterr().err.count("warning: no checkpoint written to models/mini/diva/.mini.checkpoint") == 7
     weights = f"{MODELS}/diva/mini/open_clip_model.safetensors"
     assert outputs(here)[weights] == outputs(finished)[weights]

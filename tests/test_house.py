@@ -27,7 +27,7 @@ TOOLS = {
     "webdataset",
 }  # fmt: skip
 # Stages whose bytes torch makes.
-COMPUTE = {"denoiser", "backbone", "train", "shuffled", "drift", "mmvp", "zeroshot", "export"}
+COMPUTE = {"train", "control", "mmvp", "zeroshot", "export"}
 BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
@@ -48,6 +48,19 @@ def defines_main(file: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree(file).body)
 
 
+RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
+    **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets", "backbone", "train", "report")},
+    **{
+        f"{stage}{of}": [stage]
+        for stage in ("mmvp", "zeroshot")
+        for of in ("", "-checkpoints", "-recipes", "-controls")
+    },
+    **{f"export{of}": ["export"] for of in ("", "-checkpoints", "-recipes")},
+    "input": ["images", "denoiser"],
+    "checkpoint": ["released"],
+    "control": ["shuffled", "drift"],
+}
+FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "backbone", "released"}
 STAGES = [file for file in FILES if file.parent == Path("pipeline") and defines_main(file)]
 
 
@@ -102,8 +115,10 @@ def test_imports_go_down(file: Path) -> None:
 
 
 def test_every_file_at_the_top_is_a_stage() -> None:
-    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*DVC, "__init__"}
-    assert {file.stem for file in STAGES} == set(DVC)
+    assert RUNS.keys() == DVC.keys()
+    files = {file for files in RUNS.values() for file in files}
+    assert {file.stem for file in FILES if file.parent == Path("pipeline")} == {*files, "__init__"}
+    assert {file.stem for file in STAGES} == files
 
 
 def test_the_method_needs_torch_alone() -> None:
@@ -154,21 +169,29 @@ def closure(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("stage", DVC)
 def test_dependencies_are_the_import_closure(stage: str) -> None:
+    """Of what is fetched, nothing but its pins; plan, which hashes the code of what is made here, depends on that."""
     deps = [dep for dep in DVC[stage]["deps"] if dep.startswith("pipeline/")]
-    code = [dep for dep in deps if dep.endswith(".py")]
+    code, runs = [dep for dep in deps if dep.endswith(".py")], RUNS[stage]
+    if FETCH.issuperset(runs):
+        assert deps == []
+        assert sum("/planned/" in dep for dep in DVC[stage]["deps"]) == 1
+        return
+    if stage == "plan":
+        runs = [*runs, *(FETCH - {"released"})]
     assert len(code) == len(set(code))
-    assert set(code) == closure(Path("pipeline", f"{stage}.py"))
+    assert set(code) == set().union(*(closure(Path("pipeline", f"{file}.py")) for file in runs))
     assert all((ROOT / dep).is_file() for dep in deps)
 
 
-@pytest.mark.parametrize("stage", DVC)
-def test_a_program_is_the_import_closure(stage: str) -> None:
-    assert {f"pipeline/{file}" for file in code.sources(f"{stage}.py")} == closure(Path("pipeline", f"{stage}.py"))
+@pytest.mark.parametrize("file", STAGES, ids=str)
+def test_a_program_is_the_import_closure(file: Path) -> None:
+    assert {f"pipeline/{found}" for found in code.sources(file.name)} == closure(file)
 
 
 def test_every_stage_before_the_report_decides_gains() -> None:
     after = {"plan", "released", "report", "export"}  # or have no part in them
-    assert set(provenance.DECIDE) == {f"{stage}.py" for stage in DVC.keys() - after} | {"evidence/results.py"}
+    stages = {file.stem for file in STAGES}
+    assert set(provenance.DECIDE) == {f"{stage}.py" for stage in stages - after} | {"evidence/results.py"}
 
 
 @pytest.mark.parametrize(
@@ -203,28 +226,35 @@ def test_files_that_are_no_code_are_dependencies_of_their_stage() -> None:
 @pytest.mark.parametrize("stage", DVC)
 def test_a_stage_runs_its_own_file(stage: str) -> None:
     command, matrix = DVC[stage]["cmd"].split(), DVC[stage].get("matrix", {})
-    offline = ["env", "HF_HUB_OFFLINE=1"] if stage in ("train", "shuffled", "mmvp", "zeroshot", "export") else []
-    assert command == ["exec", *offline, "python", "-m", f"pipeline.{stage}", *(f"${{item.{a}}}" for a in matrix)]
+    offline = ["HF_HUB_OFFLINE=1"] if not FETCH.issuperset(RUNS[stage]) and matrix else []
+    module, *arguments = command[6 if offline else 5 :]
+    assert command[: 6 if offline else 5] == ["exec", "env", "STARTED_BY=$PPID", *offline, "python", "-m"]
+    axis = {"input", "checkpoint", "control"} & {stage}
+    assert module == (f"pipeline.${{item.{stage}}}" if axis else f"pipeline.{RUNS[stage][0]}")
+    assert set(re.findall(r"item\.(\w+)", " ".join(arguments))) == matrix.keys() - axis
     assert ("wdir" in DVC[stage]) == (stage not in WANTED)
-    assert all(values == f"${{run.{axis.removesuffix('s')}s}}" for axis, values in matrix.items())
+    pretrained = {"weights": ["pretrained"]} if stage in ("mmvp", "zeroshot", "export") else {}
+    lists = {name: values for name, values in matrix.items() if name not in pretrained}
+    assert matrix == lists | pretrained
+    assert all(re.fullmatch(r"\$\{run\.\w+s\}", values) for values in lists.values())
 
 
 @pytest.mark.parametrize("stage", DVC)
 @pytest.mark.parametrize("backbone", PARAMS["backbones"])
 def test_declared_params_exist(stage: str, backbone: str) -> None:
-    for declared in DVC[stage]["params"]:
+    for declared in DVC[stage].get("params", []):
         profile = PARAMS["backbones"][backbone]["profile"]
         key = declared.replace("${run.profile}", profile).replace("${item.backbone}", backbone)
+        key = key.replace("${item.recipe}", "diva")
         assert "$" not in key
-        if stage == "released" and profile == "mini":
-            continue  # nobody has published tuned weights of it
         reduce(dict.__getitem__, key.split("."), PARAMS)
 
 
 @pytest.mark.parametrize("stage", DVC)
 def test_what_computes_depends_on_its_threads(stage: str) -> None:
     """Which pipeline/__init__.py takes. Of what a stage itself takes, noting.py tells wherever a test runs it."""
-    assert ("profiles.${run.profile}.threads" in DVC[stage]["params"]) == (stage in COMPUTE)
+    wanted = stage.partition("-")[0] in COMPUTE
+    assert ("profiles.${run.profile}.threads" in DVC[stage].get("params", [])) == wanted
 
 
 @pytest.mark.parametrize("stage", DVC)

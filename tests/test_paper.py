@@ -23,7 +23,7 @@ from clones import Clone, stages_run
 from hub import COMMIT, Hub, Request
 from noting import DECLARED, idle
 from safetensors.torch import load_file, save_file
-from shrunk import run
+from shrunk import run, run_of
 from torch.nn import functional as F
 
 from pipeline import backbone as backbone_stage
@@ -334,7 +334,8 @@ def committed() -> dict[str, Any]:
 
 
 def write(content: dict[str, Any], names: list[str], weights: list[str]) -> None:
-    content["run"] = {"profile": "paper", "backbones": names, "weights": weights}
+    lists = {key.removeprefix("run."): values for key, values in run_of(weights).items()}
+    content["run"] = {"profile": "paper", "backbones": names, **lists}
     Path("params.yaml").write_text(yaml.safe_dump(content))
 
 
@@ -413,7 +414,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     for recipe in ("two_stage", "contrastive"):
         content["profiles"]["paper"]["train"]["recipe"] = recipe
         write(content, names, ["pretrained", "diva"])
-        run(train, "siglip_224")
+        run(train, "siglip_224", "diva")
         made = read("models/paper/diva/siglip_224/diva.json")
         assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
         assert made["result"]["steps"] == 2
@@ -431,16 +432,22 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
     (clone.root / "params.yaml").write_text(yaml.safe_dump(smaller(committed(), hub.endpoint), sort_keys=False))
     clone.commit("smaller")
     clone.environment = {"HF_ENDPOINT": hub.endpoint}
-    weights = "run.weights=[pretrained,diva]"
     output = clone.run(
-        "dvc", "exp", "run", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]", "-S", weights
+        "dvc",
+        "exp",
+        "run",
+        "-S",
+        "run.profile=paper",
+        "-S",
+        "run.backbones=[openai_224,dfn_378]",
+        "-S",
+        "run.controls=[]",
     )
-    everything = {"plan", "images", "mmvp_vlm", "zeroshot_sets", "denoiser", "report"}
+    everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "report"}
     for name in ("openai_224", "dfn_378"):
-        everything |= {f"backbone@{name}", f"train@{name}"}
-        everything |= {
-            f"{scoring}@{name}-{w}" for scoring in ("mmvp", "zeroshot", "export") for w in ("pretrained", "diva")
-        }
+        everything |= {f"backbone@{name}", f"train@{name}-diva"}
+        for scoring in ("mmvp", "zeroshot", "export"):
+            everything |= {f"{scoring}@{name}-pretrained", f"{scoring}-recipes@{name}-diva"}
     assert sorted(stages_run(output)) == sorted(everything)
     assert stages_run(output)[0] == "plan"
     assert "their licence: apple-amlr" in output
@@ -451,10 +458,12 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
 
     hub.requests.clear()
     output = clone.run(
-        "dvc", "exp", "run", "-S", "run.backbones=[siglip_224]", "-S", "run.weights=[pretrained,released]"
-    )
-    expected = {"plan", "backbone@siglip_224", "released@siglip_224", "report"}
-    expected |= {f"{s}@siglip_224-{w}" for s in ("mmvp", "zeroshot", "export") for w in ("pretrained", "released")}
+        "dvc", "exp", "run", "-S", "run.backbones=[siglip_224]", "-S", "run.checkpoints=[released]",
+        "-S", "run.recipes=[]", "-S", "run.inputs=[]",
+    )  # fmt: skip
+    expected = {"plan", "backbone@siglip_224", "checkpoint@siglip_224-released", "report"}
+    for scoring in ("mmvp", "zeroshot", "export"):
+        expected |= {f"{scoring}@siglip_224-pretrained", f"{scoring}-checkpoints@siglip_224-released"}
     assert sorted(stages_run(output)) == sorted(expected)
     assert sorted(fetched(hub.requests)) == [
         "open_clip_model.safetensors", "siglip.pth", "special_tokens_map.json", "tokenizer.json",
@@ -462,10 +471,10 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
     ]  # fmt: skip
     assert stages_run(clone.run("dvc", "repro")) == []
 
-    recipe = "profiles.paper.train.recipe=text_anchored"
-    clone.run("dvc", "exp", "run", "-S", recipe, "-S", "run.backbones=[openai_224,siglip_224]", "-S", weights)
+    lists = ("run.recipes=[text_anchored]", "run.inputs=[images,denoiser]", "run.backbones=[openai_224,siglip_224]")
+    clone.run("dvc", "exp", "run", *(f"--set-param={values}" for values in (*lists, "run.checkpoints=[]")))
     for name in ("openai_224", "siglip_224"):
-        assert (clone.root / f"models/paper/export/{name}-diva/residual_head.py").is_file()
+        assert (clone.root / f"models/paper/export/{name}-text_anchored/residual_head.py").is_file()
 
 
 @pytest.mark.slow
@@ -611,7 +620,7 @@ def test_one_step_and_one_scoring_at_true_size(
             for stage in (images, mmvp_vlm, denoiser_stage):
                 do(stage)
             do(backbone_stage, "openai_224")
-        do(train, "openai_224")
+        do(train, "openai_224", "diva")
         do(mmvp, "openai_224", "diva")
 
         result = read("models/paper/diva/openai_224/diva.json")["result"]
@@ -633,7 +642,7 @@ def test_one_step_and_one_scoring_at_true_size(
         anchored |= {"steps": 1, "batch": 1, "gap": {"components": 1, "pictures": 2}}
         anchored["fit"]["steps"] = 1
         write(content, ["openai_224"], ["pretrained", "diva"])
-        do(train, "openai_224")
+        do(train, "openai_224", "diva")
         tower, head = (
             load_file(Path("models/paper/diva/openai_224", file)) for file in (backbones.WEIGHTS, backbones.HEAD)
         )

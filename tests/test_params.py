@@ -52,7 +52,9 @@ def test_the_committed_file_loads() -> None:
     content = yaml.safe_load(COMMITTED.read_text())
     assert loaded.profile is loaded.profiles[content["run"]["profile"]]
     assert loaded.model_dump(exclude_defaults=True)["profiles"].keys() == content["profiles"].keys()
-    assert loaded.profile.recipe.optimizer.lr == content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"]
+    assert (
+        loaded.profile.recipes["diva"].optimizer.lr == content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_the_committed_file_loads() -> None:
         (f"{MINI}.published_read_out.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
         ("run.profile", "papr", "'papr'"),
-        ("run.weights", ["pretrained", "released"], "backbones.mini has none"),
+        ("run.checkpoints", ["released"], "backbones.mini has none"),
         ("profiles.paper.images", {"kind": "tar"}, "'tar'"),
         (f"{OPENAI}.source.weights", {"at": ["https://a"], "licence": "MIT"}, "either files or match"),
         (f"{OPENAI}.source.weights", {**HUB, "files": {"a.pt": None, "b.pt": None}}, "2 files, wanted one checkpoint"),
@@ -132,16 +134,18 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({f"{TRAIN}.streams": 7}, "train.streams is 7, which does not divide recipes.diva.batch 32"),
-        ({f"{TRAIN}.recipe": "divs"}, "train.recipe is 'divs'; recipes here: "),
-        ({f"{TRAIN}.recipe": "contrastive", f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
+        ({f"{TRAIN}.streams": 7}, "train.streams is 7, which does not divide profiles.mini.recipes.diva.batch 32"),
+        ({"run.recipes": ["divs"]}, "run.recipes names 'divs'; recipes here: "),
+        ({"run.recipes": ["contrastive"], f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
+        ({"run.recipes": []}, "run.recipes is [], which train nothing. Set run.inputs=[]"),
+        ({"run.inputs": ["images"]}, "which train with both. Set run.inputs=[images,denoiser]"),
     ],
 )
 def test_a_profile_whose_values_do_not_go_together(file: Path, changes: dict[str, Any], found: str) -> None:
     for key, value in changes.items():
         change(file, key, value)
     text = message(file)
-    assert text.startswith(f"{file}:\n  profiles.mini: ")
+    assert text.startswith(f"{file}:\n  run: ")
     assert found in text
 
 
@@ -174,7 +178,7 @@ def test_a_small_rate_as_dvc_writes_it_is_a_number(file: Path) -> None:
         content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"] = 0.00005
     assert re.search(r"\blr: 5e-05\b", file.read_text(), re.MULTILINE)
     assert yaml.safe_load("5e-05") == "5e-05"
-    assert params.load(file).profile.recipe.optimizer.lr == 5e-05
+    assert params.load(file).profile.recipes["diva"].optimizer.lr == 5e-05
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -196,6 +200,6 @@ def test_content_without_sections_is_refused(file: Path, content: str, found: st
 def test_the_shuffled_control_needs_two_images(file: Path) -> None:
     change(file, f"{TRAIN}.streams", 1)
     change(file, "profiles.mini.recipes.diva.batch", 1)
-    assert re.search(r"run: run\.weights names 'shuffled'.*recipes\.diva\.batch is 1\. Raise it", message(file))
-    change(file, "run.weights", ["pretrained", "diva", "drift"])
-    assert params.load(file).run.trained
+    assert re.search(r"run: run\.controls names 'shuffled'.*recipes\.diva\.batch is 1\. Raise it", message(file))
+    change(file, "run.controls", ["drift"])
+    assert params.load(file).run.weights == ["pretrained", "diva", "diva-drift"]

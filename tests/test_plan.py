@@ -1,5 +1,7 @@
 """What is told before anything is fetched, when a run is refused, and the GPU memory that params.yaml declares."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from shrunk import run_of
 from torch._subclasses import FakeTensorMode
 
 from pipeline import plan
@@ -31,7 +34,6 @@ from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 GB = 10**9
 ALWAYS = {"data/paper/mmvp_vlm", "data/paper/zeroshot_sets", "models/paper/pretrained/openai_224"}
-PLANNED = "what was planned could be done\n"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Download]:
 def write(backbones: str = "openai_224", weights: str = "pretrained", **changes: Any) -> params.Params:
     """Write the committed params.yaml here with another run; a change's key is dotted, below profile paper."""
     content = yaml.safe_load(COMMITTED.read_text())
-    content["run"] = {"profile": "paper", "backbones": backbones.split(), "weights": weights.split()}
+    lists = {key.removeprefix("run."): names for key, names in run_of(weights.split()).items()}
+    content["run"] = {"profile": "paper", "backbones": backbones.split(), **lists}
     content["profiles"]["paper"]["zeroshot_sets"]["sets"] = {"imagenet1k": "abc123", "birdsnap": None}
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -98,7 +101,10 @@ def test_mini_fetches_nothing_and_does_not_wait_for_torch() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "profile mini: all is made here, nothing is fetched\n"
-    assert Path("data/mini/planned").read_text() == PLANNED
+    planned = {path.stem: json.loads(path.read_text()) for path in Path("data/mini/planned").iterdir()}
+    assert planned.keys() == {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "pretrained-mini"}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", pinned["code"]) for pinned in planned.values())
+    assert planned["denoiser"]["threads"] == 2
 
 
 @pytest.mark.parametrize(
@@ -106,9 +112,9 @@ def test_mini_fetches_nothing_and_does_not_wait_for_torch() -> None:
     [
         ("pretrained", set()),
         ("released", {"models/paper/released/openai_224"}),
-        ("diva", {"data/paper/images", "models/paper/denoiser"}),
-        ("drift", {"data/paper/images", "models/paper/denoiser"}),
-        ("diva released", {"data/paper/images", "models/paper/denoiser", "models/paper/released/openai_224"}),
+        ("diva", {"data/paper/images", "data/paper/denoiser"}),
+        ("diva diva-drift", {"data/paper/images", "data/paper/denoiser"}),
+        ("diva released", {"data/paper/images", "data/paper/denoiser", "models/paper/released/openai_224"}),
     ],
 )
 def test_what_is_needed_follows_from_the_weights(weights: str, more: set[str]) -> None:
@@ -135,7 +141,7 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
         assert download.at[0] in addresses
         assert all(word in shown for word in download.licence.split())
     assert "birdsnap" not in shown
-    assert {row[1]: row[3:5] for row in rows if row[1]}["models/paper/denoiser"] == ["11", "22.00"]
+    assert {row[1]: row[3:5] for row in rows if row[1]}["data/paper/denoiser"] == ["11", "22.00"]
     assert "\nto download in all: 42.0 GB; there already: nothing\n" in out
     assert "\ndisk: 65.7 GB needed, 10,000.0 GB free in " in out  # checkpoint 2 beside six models of 3.9
     needed = f"{1.15 * (10.7 + 16 * 1.9):.1f}"
@@ -148,12 +154,12 @@ def test_what_is_there_is_neither_asked_for_nor_counted(
     asked: list[Download], capsys: pytest.CaptureFixture[str]
 ) -> None:
     p = write(weights="pretrained diva")
-    for name in ("data/paper/images", "models/paper/pretrained/openai_224", "models/paper/denoiser"):
+    for name in ("data/paper/images", "models/paper/pretrained/openai_224", "data/paper/denoiser"):
         Path(name).mkdir(parents=True)
     plan.main()
     assert asked == [p.profile.mmvp_vlm.download, *p.profile.zeroshot_sets.downloads().values()]
     out = capsys.readouterr().out
-    there = "data/paper/images, models/paper/denoiser, models/paper/pretrained/openai_224"
+    there = "data/paper/denoiser, data/paper/images, models/paper/pretrained/openai_224"
     assert f"\nto download in all: 12.0 GB; there already: {there}\n" in out
     assert "\ndisk: 20.6 GB needed" in out  # the trained model and the exports are yet to come
 
@@ -162,7 +168,7 @@ def test_what_is_there_is_neither_asked_for_nor_counted(
         Path(folder).mkdir(parents=True, exist_ok=True)
     plan.main()
     assert asked == []
-    assert capsys.readouterr().out.startswith("to download in all: 0.0 GB; there already: data/paper/images, data/")
+    assert capsys.readouterr().out.startswith("to download in all: 0.0 GB; there already: data/paper/denoiser, data/")
 
 
 def test_links_are_estimated(asked: list[Download], capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,13 +188,27 @@ def test_links_are_estimated(asked: list[Download], capsys: pytest.CaptureFixtur
     assert plan.links_of(write(**{"weights": "pretrained released", "images.kind": "links"})) == []
 
 
-def test_the_output_is_always_the_same(asked: list[Download]) -> None:
-    contents = set()
-    for backbones, weights in (("openai_224", "pretrained"), ("siglip_224 dfn_378", "diva released")):
-        write(backbones, weights)
+@pytest.mark.usefixtures("asked")
+def test_what_is_fetched_depends_on_its_pins_alone() -> None:
+    """Stages that fetch depend on these files and on nothing else."""
+
+    def planned(backbones: str, weights: str, **changes: Any) -> dict[str, bytes]:
+        write(backbones, weights, **changes)
         plan.main()
-        contents.add(Path("data/paper/planned").read_bytes())
-    assert contents == {PLANNED.encode()}
+        return {path.stem: path.read_bytes() for path in Path("data/paper/planned").iterdir()}
+
+    before = planned("openai_224", "pretrained")
+    assert b"abc123" in before["zeroshot_sets"]
+    images = ["hf://datasets/pixparse/cc3m-wds@46f3d69f840e59d77d52e8decfe5baec97e94c7f", "hf://datasets/a/b@main"]
+    same = {
+        "images.shards.licence": "another", "images.shards.at": images, "images.links.threads": 1, "threads": 3,
+        "mmvp.draws": 3,
+    }  # fmt: skip
+    after = planned("openai_224 siglip_224", "diva diva-drift released", **same)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"pretrained-siglip_224", "released-siglip_224"}
+    other = planned("openai_224", "pretrained", **{"zeroshot_sets.sets": {"imagenet1k": "abc124"}})
+    assert {name for name in before if other[name] != before[name]} == {"zeroshot_sets"}
 
 
 def test_a_hub_that_does_not_answer_stops_the_run(
@@ -207,7 +227,7 @@ def items(*sizes: tuple[str, float]) -> list[plan.Item]:
 
 
 FETCHED = [
-    ("data/paper/images", 400), ("models/paper/denoiser", 5), ("models/paper/pretrained/openai_224", 0.9),
+    ("data/paper/images", 400), ("data/paper/denoiser", 5), ("models/paper/pretrained/openai_224", 0.9),
     ("models/paper/pretrained/dfn_224", 4), ("models/paper/released/dfn_224", 3),
 ]  # fmt: skip
 
@@ -221,7 +241,7 @@ def test_disk_counts_what_stays_and_one_checkpoint(monkeypatch: pytest.MonkeyPat
     assert plan.disk(p, items(*FETCHED[:3])) / GB == pytest.approx(405 + (2 + 4) * models - 4 * 0.9861 + 0.9)
 
     p = write("dfn_224", "released")
-    assert plan.disk(p, items(FETCHED[4])) / GB == pytest.approx((1 + 2) * 4 * 0.9861 + 3)
+    assert plan.disk(p, items(FETCHED[4])) / GB == pytest.approx((1 + 4) * 4 * 0.9861 + 3)
 
 
 def test_disk_counts_twice_without_links(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +276,12 @@ def test_too_small_a_disk_is_refused(
     weights: str, asked: list[Download], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(weights=weights)
-    needed = {"pretrained": 19.1, "diva": 48.8}[weights]
+    needed = {"pretrained": 19.1, "diva": 52.3}[weights]
     disk(monkeypatch, needed - 0.1)
     text = refusal(capsys)
     line = f"disk: {needed} GB needed, {needed - 0.1:.1f} GB free in {Path.cwd()}."
     assert f"\n  {line} Make room there, choose fewer run.backbones" in text
-    assert ("run.weights=[pretrained,released]" in text) == (weights == "diva")
+    assert ("run.recipes=[]" in text) == (weights == "diva")
     assert "GPU memory" not in text
     disk(monkeypatch, needed + 0.1)
     plan.main()
@@ -302,7 +322,7 @@ def test_too_little_gpu_memory_is_refused(
     text = refusal(capsys)
     line = f"GPU memory: {needed[most]:.1f} GB needed to train {most} with micro_batch 16; GPU found: {found}."
     assert f"\n  {line} {ways}" in text
-    assert "choose other run.backbones, or -S 'run.weights=[pretrained,released]'" in text
+    assert "choose other run.backbones, or -S 'run.recipes=[]' -S 'run.inputs=[]'" in text
     assert "disk:" not in text
 
     write("openai_224", "pretrained released")
@@ -315,7 +335,7 @@ def test_the_count_of_gpu_memory_names_its_recipe(capsys: pytest.CaptureFixture[
         ("diva", "micro_batch 16; GPU"),
         ("two_stage", "(counted for recipe diva; two_stage may take"),
     ):
-        write(weights="diva", **{"train.recipe": recipe})
+        write(weights=recipe)
         plan.main()
         assert said in capsys.readouterr().out
 

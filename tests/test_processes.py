@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from shrunk import METRICS, MODELS, write_params
+from shrunk import DATA, METRICS, MODELS, write_params
 from test_engine import close
 from test_recipes import SMALL
 from test_stages import trained
@@ -21,14 +21,15 @@ def shrink(recipe: str, **train: object) -> None:
     own = {"batch": 8, "steps": 3, "optimizer.lr": 0.01, "fit.steps": 2, **SMALL.get(recipe, {})}
     write_params(
         **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
-        **{f"profiles.mini.train.{key}": value for key, value in {"recipe": recipe, "streams": 4, **train}.items()},
+        **{f"profiles.mini.train.{key}": value for key, value in {"streams": 4, **train}.items()},
+        **{"run.recipes": [recipe]},
     )
 
 
-def made(folder: Path) -> dict[str, list[float] | torch.Tensor]:
+def made(folder: Path, recipe: str) -> dict[str, list[float] | torch.Tensor]:
     """All curves and tensors of a recipe and its control."""
     found: dict[str, list[float] | torch.Tensor] = {}
-    for weights in ("diva", "shuffled"):
+    for weights in (recipe, f"{recipe}-shuffled"):
         for path in sorted((folder / METRICS / f"train/mini-{weights}/plots/metrics").glob("*/*.tsv")):
             found[f"{weights}/{path.parent.name}/{path.stem}"] = pd.read_csv(path, sep="\t")[path.stem].tolist()
         found |= {f"{weights}/{name}": tensor for name, tensor in state(folder / MODELS / weights / "mini").items()}
@@ -52,10 +53,10 @@ def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Pat
         shutil.copytree(here, folder)
         for stage in ("train", "shuffled"):
             launch.finish(folder, world, stage)
-        found[world] = made(folder)
+        found[world] = made(folder, recipe)
     alone = found.pop(1)
     assert {name.rpartition("/")[0] for name, values in alone.items() if isinstance(values, list)} == {
-        "diva/projection", "diva/tower", "shuffled/tower"
+        f"{recipe}/projection", f"{recipe}/tower", f"{recipe}-shuffled/tower"
     }  # fmt: skip
     for world, other in found.items():
         assert other.keys() == alone.keys()
@@ -86,6 +87,6 @@ def test_a_fitted_denoiser_computes_in_the_precision_asked_for(here: Path, monke
     phases = {"projection": (single, half, half), "tower": (half, half, half)}
     assert list(dict.fromkeys(seen)) == list(phases.values())
     assert all(torch.isfinite(torch.tensor(record.loss)) for record in records)
-    before = load_file(MODELS / "denoiser/unet/diffusion_pytorch_model.safetensors")
+    before = load_file(DATA / "denoiser/unet/diffusion_pytorch_model.safetensors")
     moved = {name for name, tensor in denoiser.unet.state_dict().items() if not tensor.equal(before[name].to(half))}
     assert moved > {"conv_in.weight", "conv_out.weight"}

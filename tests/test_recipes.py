@@ -291,7 +291,7 @@ def shrink(recipe: str) -> None:
     own = {"batch": 4, "steps": 3, "optimizer.lr": 0.05, **SMALL[recipe]}
     write_params(
         **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
-        **{"profiles.mini.train.recipe": recipe},
+        **{"run.recipes": [recipe]},
     )
 
 
@@ -301,10 +301,10 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
     shrink(recipe)
     made = []
     for _ in range(2):
-        run(stage_train, "mini")
-        made.append({path.name: path.read_bytes() for path in (MODELS / "diva/mini").iterdir() if path.is_file()})
+        run(stage_train, "mini", recipe)
+        made.append({path.name: path.read_bytes() for path in (MODELS / recipe / "mini").iterdir() if path.is_file()})
     assert made[0] == made[1]
-    before, after = state(MODELS / "pretrained/mini"), state(MODELS / "diva/mini")
+    before, after = state(MODELS / "pretrained/mini"), state(MODELS / recipe / "mini")
     changed = {name for name, tensor in after.items() if name not in before or not tensor.equal(before[name])}
     if recipe == "text_anchored":
         assert {name for name in after if name.startswith(PREFIX)} == changed
@@ -315,18 +315,20 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
         assert before.keys() == after.keys()
     assert any(name.startswith("visual.") for name in changed)
     assert all(name.startswith("visual.") for name in changed)
-    notes = json.loads((MODELS / "diva/mini/diva.json").read_text())
-    assert (notes["train"]["recipe"], notes["recipe"]["steps"]) == (recipe, 3)
+    notes = json.loads((MODELS / recipe / "mini/diva.json").read_text())
+    assert (notes["weights"], notes["recipe"]["steps"]) == (recipe, 3)
     assert notes["condition"] == {"tokens": {"kind": "none", "number": 0.0}, "text": "mean"}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Path) -> None:
-    shrink("text_anchored")
-    run(stage_train, "mini")
-    run(drift, "mini")
-    base, tuned, moved = (Backbone.load(MODELS / weights / "mini") for weights in ("pretrained", "diva", "drift"))
+    shrink(recipe := "text_anchored")
+    run(stage_train, "mini", recipe)
+    run(drift, "mini", recipe)
+    base, tuned, moved = (
+        Backbone.load(MODELS / weights / "mini") for weights in ("pretrained", recipe, f"{recipe}-drift")
+    )
     pixels = random(3, 3, 64, 64)
     with torch.no_grad():
         embedded = [each.encode_image(pixels) for each in (base, tuned, moved)]
@@ -340,12 +342,12 @@ def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Pa
     for name in fresh:  # as far away as training went, elsewhere
         distance = [(x[name] - fresh[name]).double().norm().item() for x in (trained, drifted)]
         assert distance[1] == pytest.approx(distance[0], rel=1e-4), name
-    run(mmvp, "mini", "diva")
+    run(mmvp, "mini", recipe)
 
-    run(export, "mini", "diva")
-    folder = MODELS / "export/mini-diva"
+    run(export, "mini", recipe)
+    folder = MODELS / f"export/mini-{recipe}"
     assert {path.name for path in folder.iterdir()} == {"tower", HEAD, "residual_head.py", "README.md"}
-    distances = json.loads(Path("metrics/mini/export/mini-diva.json").read_text())
+    distances = json.loads(Path("metrics/mini/export", f"mini-{recipe}.json").read_text())
     assert distances.keys() == {"open_clip"}
     card = (folder / "README.md").read_text()
     assert "recipe `text_anchored`" in card

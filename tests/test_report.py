@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from shrunk import METRICS, run, write_seeds
 
 from pipeline import report
@@ -264,17 +263,6 @@ def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFi
     run(report, "--check")
     run(report, "--show")
     assert (METRICS / "report.html").read_bytes() == before
-
-
-def test_without_pretrained_weights_there_is_nothing_to_compare_with(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    content = yaml.safe_load(Path("params.yaml").read_text())
-    content["run"]["weights"] = ["diva"]
-    Path("params.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(SystemExit):
-        run(report)
-    assert "without 'pretrained' there is nothing to compare with" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from shrunk import METRICS, MODELS, run, write_params
+from shrunk import DATA, METRICS, MODELS, run, write_params
 from test_recipes import SMALL
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
@@ -66,7 +66,7 @@ def test_every_cell_of_the_figure_shows_its_own_value(ways: tuple[str, ...]) -> 
 @pytest.mark.usefixtures("here")
 def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
     files = [METRICS / "sensitivity" / f"mini-diva.{kind}" for kind in ("csv", "png")]
-    run(sensitivity, "mini")
+    run(sensitivity, "mini", "diva")
     first = [file.read_bytes() for file in files]
     table = pd.read_csv(files[0])
     timesteps = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
@@ -79,7 +79,7 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
     assert "Camera Perspective" in printed
     assert "The ceiling is unknown: run `python -m pipeline.tools.ceiling mini`" in printed
     run(ceiling, "mini")
-    run(sensitivity, "mini")
+    run(sensitivity, "mini", "diva")
     assert [file.read_bytes() for file in files] == first
     patterns = json.loads((METRICS / "ceiling/mini.json").read_text())["patterns"]
     printed = capsys.readouterr().out
@@ -91,12 +91,12 @@ def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> 
     small = {"batch": 4, **SMALL["text_anchored"]}
     write_params(
         **{f"profiles.mini.recipes.text_anchored.{key}": value for key, value in small.items()},
-        **{"profiles.mini.train.recipe": "text_anchored"},
+        **{"run.recipes": ["text_anchored"]},
     )
     p, cpu = params.load(), torch.device("cpu")
-    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
+    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
     questions = read_mmvp_vlm(Path("data/mini/mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
-    table = sensitivity.measure(backbone, denoiser, questions, p, "mini", cpu).sort_index()
+    table = sensitivity.measure(backbone, denoiser, questions, p, "mini", "text_anchored", cpu).sort_index()
     assert set(table.index.unique("told")) == {"caption", "text", "image"}
     for pattern in world.PATTERNS:
         found = [table.loc[(way, pattern)].wrong_minus_right.tolist() for way in ("caption", "text", "image")]
@@ -104,9 +104,9 @@ def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> 
 
 
 def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / MODELS / "denoiser/unet").rename(here / "elsewhere")
+    (here / DATA / "denoiser/unet").rename(here / "elsewhere")
     with pytest.raises(SystemExit):
-        run(sensitivity, "mini")
+        run(sensitivity, "mini", "diva")
     assert "no folder unet/" in capsys.readouterr().err
     assert not list((METRICS / "sensitivity").glob("mini*"))
 
@@ -114,5 +114,5 @@ def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.Captur
 @pytest.mark.usefixtures("here")
 def test_a_backbone_that_is_not_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run(sensitivity, "openai_224")
+        run(sensitivity, "openai_224", "diva")
     assert "'openai_224' is not among run.backbones of params.yaml: mini" in capsys.readouterr().err

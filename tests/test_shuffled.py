@@ -45,28 +45,28 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
 ) -> None:
     """The same projection and denoiser to start from, the images, draws and rates: the mismatch is all there is."""
     small(name)
-    run(train, "mini")
-    run(shuffled, "mini")
-    (tower,) = losses("shuffled").values()
-    assert losses("diva").keys() == {"projection", "tower"}
-    assert tower[0] != losses("diva")["tower"][0]
-    tuned = state(MODELS / "diva/mini")
-    assert any(not tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
+    run(train, "mini", name)
+    run(shuffled, "mini", name)
+    (tower,) = losses(f"{name}-shuffled").values()
+    assert losses(name).keys() == {"projection", "tower"}
+    assert tower[0] != losses(name)["tower"][0]
+    tuned = state(MODELS / name / "mini")
+    assert any(not tensor.equal(tuned[key]) for key, tensor in state(MODELS / f"{name}-shuffled/mini").items())
 
     monkeypatch.setattr(feed_, "derangement", in_place)
-    run(shuffled, "mini")
-    assert losses("shuffled") == {"tower": losses("diva")["tower"]}
-    assert all(tensor.equal(tuned[name]) for name, tensor in state(MODELS / "shuffled/mini").items())
+    run(shuffled, "mini", name)
+    assert losses(f"{name}-shuffled") == {"tower": losses(name)["tower"]}
+    assert all(tensor.equal(tuned[key]) for key, tensor in state(MODELS / f"{name}-shuffled/mini").items())
 
 
 @pytest.mark.usefixtures("here")
 def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on profile paper, where nothing is fitted before the tower."""
     write_params(**{"profiles.mini.recipes.diva.fit": None})
-    run(train, "mini")
+    run(train, "mini", "diva")
     monkeypatch.setattr(feed_, "derangement", in_place)
-    run(shuffled, "mini")
-    assert losses("shuffled") == losses("diva")
+    run(shuffled, "mini", "diva")
+    assert losses("diva-shuffled") == losses("diva")
 
 
 @pytest.mark.usefixtures("here")
@@ -74,41 +74,41 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
 def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
     """In the first phase, between the two, and in the second."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
-    run(train, "mini")
+    run(train, "mini", "diva")
     fitted = MODELS / "diva/mini" / FITTED
     undisturbed = fitted.read_bytes()
     shutil.rmtree(MODELS / "diva")
     with pytest.raises(KilledError), killed_after(saves):
-        run(train, "mini")
-    run(train, "mini")
+        run(train, "mini", "diva")
+    run(train, "mini", "diva")
     assert fitted.read_bytes() == undisturbed
-    run(shuffled, "mini")
-    made = (MODELS / "shuffled/mini/open_clip_model.safetensors").read_bytes()
-    shutil.rmtree(MODELS / "shuffled")
+    run(shuffled, "mini", "diva")
+    made = (MODELS / "diva-shuffled/mini/open_clip_model.safetensors").read_bytes()
+    shutil.rmtree(MODELS / "diva-shuffled")
     with pytest.raises(KilledError), killed_after(2):
-        run(shuffled, "mini")
-    run(shuffled, "mini")
-    assert (MODELS / "shuffled/mini/open_clip_model.safetensors").read_bytes() == made
+        run(shuffled, "mini", "diva")
+    run(shuffled, "mini", "diva")
+    assert (MODELS / "diva-shuffled/mini/open_clip_model.safetensors").read_bytes() == made
 
 
 @pytest.mark.usefixtures("here")
 def test_what_the_tower_phase_started_from_lies_beside_the_weights() -> None:
     shrink("two_stage")
-    run(train, "mini")
-    with safe_open(MODELS / "diva/mini" / FITTED, "pt") as file:
+    run(train, "mini", "two_stage")
+    with safe_open(MODELS / "two_stage/mini" / FITTED, "pt") as file:
         names = set(file.keys())
         assert json.loads(file.metadata()["after"]).keys() == {"0", "1"}
     assert {"projection.weight", "projection.bias"} < names
     assert any(name.startswith("denoiser.unet.") for name in names)
-    notes = json.loads((MODELS / "diva/mini/diva.json").read_text())
-    run(shuffled, "mini")
-    assert json.loads((MODELS / "shuffled/mini/diva.json").read_text())["recipe"] == notes["recipe"]
+    notes = json.loads((MODELS / "two_stage/mini/diva.json").read_text())
+    run(shuffled, "mini", "two_stage")
+    assert json.loads((MODELS / "two_stage-shuffled/mini/diva.json").read_text())["recipe"] == notes["recipe"]
 
 
 @pytest.mark.usefixtures("here")
 def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
-        run(shuffled, "mini")
+        run(shuffled, "mini", "diva")
     assert "models/mini/diva/mini/fitted.safetensors: no such file" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shrunk import METRICS, MODELS, ROOT, run, write_params
+from shrunk import DATA, METRICS, MODELS, ROOT, run, write_params
 from torch import nn
 from torch.nn import functional as F
 
@@ -143,9 +143,9 @@ def kl_autoencoder() -> nn.Module:
 
 @pytest.mark.parametrize("vae", [patch_autoencoder, kl_autoencoder])
 def test_a_denoiser_comes_back_as_it_was_saved(here: Path, vae: Callable[[], nn.Module]) -> None:
-    denoiser = Denoiser.load(MODELS / "denoiser")
+    denoiser = Denoiser.load(DATA / "denoiser")
     denoiser.vae = vae().requires_grad_(False).eval()
-    denoiser.save(here / "other", DDPMScheduler.from_pretrained(MODELS / "denoiser" / "scheduler"))
+    denoiser.save(here / "other", DDPMScheduler.from_pretrained(DATA / "denoiser" / "scheduler"))
     loaded = Denoiser.load(here / "other")
     assert type(loaded.vae) is type(denoiser.vae)
     assert equal(loaded, denoiser)
@@ -174,32 +174,32 @@ def test_24_components_keep_a_picture() -> None:
 
 @pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
 def test_a_denoiser_without_a_part_is_refused(here: Path, part: str) -> None:
-    shutil.rmtree(MODELS / "denoiser" / part)
+    shutil.rmtree(DATA / "denoiser" / part)
     with pytest.raises(UserError, match=f"no folder {part}/"):
-        Denoiser.load(MODELS / "denoiser")
+        Denoiser.load(DATA / "denoiser")
 
 
 def test_an_unknown_autoencoder_is_refused(here: Path) -> None:
-    config = MODELS / "denoiser/vae/config.json"
+    config = DATA / "denoiser/vae/config.json"
     config.write_text(config.read_text().replace("PatchAutoencoder", "VQModel"))
     with pytest.raises(UserError, match="unknown autoencoder VQModel; known: AutoencoderKL, PatchAutoencoder"):
-        Denoiser.load(MODELS / "denoiser")
+        Denoiser.load(DATA / "denoiser")
 
 
 def test_tokenizers_of_another_length_are_refused(here: Path) -> None:
     tok = pretrain.tokenizer()
     right = len(tok)
     tok.add_tokens(["unicorn"])
-    tok.save_pretrained(MODELS / "denoiser/tokenizer")
+    tok.save_pretrained(DATA / "denoiser/tokenizer")
     with pytest.raises(UserError, match=f"denoiser/tokenizer has {right + 1} entries, its text encoder {right}"):
-        Denoiser.load(MODELS / "denoiser")
+        Denoiser.load(DATA / "denoiser")
     tok.save_pretrained(MODELS / "pretrained/mini")
     with pytest.raises(UserError, match=f"the tokenizer has {right + 1} entries, the text tower {right}"):
         Backbone.load(MODELS / "pretrained/mini")
 
 
 def test_the_loss_depends_on_the_caption_alone(here: Path) -> None:
-    denoiser = Denoiser.load(MODELS / "denoiser")
+    denoiser = Denoiser.load(DATA / "denoiser")
     pixels, scenes = pretrain.pictures("denoiser", 8, "pictures")
     captions = [world.caption(scene) for scene in scenes]
     right, again, empty, wrong = (
@@ -242,8 +242,8 @@ def test_a_backbone_without_its_weights_is_refused(here: Path) -> None:
 def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backbone, Denoiser, list[Record]]:
     """Three steps of the projection, four of the tower."""
     p, processes = params.load(), processes or Accelerator(cpu=True)
-    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(MODELS / "denoiser")
-    section, recipe, own = p.profile.train, p.profile.recipe, p.backbones["mini"].condition
+    backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
+    section, recipe, own = p.profile.train, p.profile.recipes[p.run.recipes[0]], p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
     feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
     checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
@@ -255,7 +255,7 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
 def test_training_moves_the_image_tower_and_nothing_else(here: Path) -> None:
     original = Backbone.load(MODELS / "pretrained/mini")
     backbone, denoiser, _ = trained()
-    frozen = Denoiser.load(MODELS / "denoiser").state_dict()
+    frozen = Denoiser.load(DATA / "denoiser").state_dict()
     assert all(torch.equal(value, frozen[name]) for name, value in denoiser.state_dict().items())
     before = original.clip.state_dict()
     moved = {name for name, value in backbone.clip.state_dict().items() if not torch.equal(value, before[name])}
@@ -300,7 +300,7 @@ def test_the_stage_writes_what_it_trained(finished: Path, here: Path) -> None:
 
 def test_drift_goes_as_far_as_training_in_every_tensor(finished: Path) -> None:
     before, trained, moved = (
-        read_checkpoint(finished / MODELS / w / "mini" / WEIGHTS) for w in ("pretrained", "diva", "drift")
+        read_checkpoint(finished / MODELS / w / "mini" / WEIGHTS) for w in ("pretrained", "diva", "diva-drift")
     )
     for name, tensor in before.items():
         by_training, by_chance = trained[name] - tensor, moved[name] - tensor
@@ -339,7 +339,7 @@ def test_drift_goes_as_far_as_training_whatever_type_the_checkpoint_was_stored_i
 
 
 def poison_the_denoiser() -> None:
-    file = MODELS / "denoiser/unet/diffusion_pytorch_model.safetensors"
+    file = DATA / "denoiser/unet/diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["conv_out.bias"][0] = torch.nan
     save_file(weights, file)
@@ -359,7 +359,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
     kept = MODELS / "diva/mini.last-good"
     kept.mkdir(parents=True)  # of an earlier failure
     with pytest.raises(SystemExit) as ended:
-        run(train, "mini")
+        run(train, "mini", "diva")
     assert ended.value.code == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ")
@@ -388,11 +388,11 @@ def test_a_second_trainer_is_told_who_is_the_first(here: Path, capsys: pytest.Ca
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(SystemExit) as ended:
-            run(train, "mini")
+            run(train, "mini", "diva")
         holder.kill()
     assert ended.value.code == 1
     assert f"models/mini/diva/mini is being written by process {holder.pid} on " in capsys.readouterr().err
-    run(train, "mini")  # a killed holder holds no more
+    run(train, "mini", "diva")  # a killed holder holds no more
     assert (MODELS / "diva/mini/diva.json").is_file()
 
 

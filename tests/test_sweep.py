@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from shrunk import write_params
+from shrunk import run_of, write_params
 
 from pipeline.core import params
 from pipeline.core.outputs import write_json
@@ -70,7 +70,7 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
         ("profiles.mini.train.checkpoint_minutes", 7, True),
         ("profiles.mini.recipes.two_stage.steps", 7, True),
         ("profiles.paper.mmvp.draws", 7, True),
-        ("run.weights", ["pretrained", "diva"], True),
+        ("run.controls", [], True),
         ("profiles.mini.recipes.diva.steps", 7, False),
         ("profiles.mini.mmvp.draws", 7, False),
         ("profiles.mini.images.count", 7, False),
@@ -92,7 +92,7 @@ def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[s
     add(1, 1.0)
     other = TABLE.read_text() + TABLE.read_text().splitlines()[1].replace("mini,", "openai_224,") + "\n"
     TABLE.write_text(other)
-    add(1, 2.0, **{"profiles.mini.train.recipe": "two_stage"})
+    add(1, 2.0, **{"run.recipes": ["two_stage"]})
     assert found() == [("diva", 1, 1.0), ("two_stage", 1, 2.0), ("diva", 1, 1.0)]
     assert capsys.readouterr().out == ""
 
@@ -102,7 +102,7 @@ def test_what_is_missing_is_what_no_row_of_this_run_has() -> None:
     add(1, 1.0)
     add(2, 1.0, names=("gain", "gain_shuffled"))
     assert sweep.missing(params.load(), [3, 1, 2]) == [3, 2]
-    write_params(**{"run.weights": ["pretrained", "diva", "shuffled"]})
+    write_params(**run_of(["diva", "diva-shuffled"]))
     assert sweep.missing(params.load(), [3, 1, 2]) == [3]
     write_params(**{"profiles.mini.recipes.diva.steps": 7})
     assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
@@ -171,7 +171,7 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     Path("pipeline/train.py").write_text(TRAIN)
     Path("pipeline/report.py").write_text(REPORT)
     Path("dvc.yaml").write_text(PIPELINE)
-    write_params(**{"run.weights": ["pretrained", "diva"]})
+    write_params(**run_of(["diva"]))
     parameters = Path("params.yaml").read_bytes() + b"# kept as it is\n"
     Path("params.yaml").write_bytes(parameters)
     TABLE.write_text(",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]) + "\n")

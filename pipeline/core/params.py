@@ -4,6 +4,7 @@ Sections carry the names of the stages that read them. Unknown keys are refused,
 """
 
 import re
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -48,12 +49,16 @@ class Section(BaseModel):
 class Run(Section):
     profile: Name
     backbones: list[Name] = Field(min_length=1)
-    weights: list[Literal["pretrained", "diva", "released", "shuffled", "drift"]] = Field(min_length=1)
+    checkpoints: list[Literal["released"]]
+    recipes: list[Name]
+    controls: list[Literal["shuffled", "drift"]]
+    inputs: list[Literal["images", "denoiser"]]
 
     @property
-    def trained(self) -> bool:
-        """Do these weights need training? The controls `shuffled` and `drift` do like diva."""
-        return not {"diva", "shuffled", "drift"}.isdisjoint(self.weights)
+    def weights(self) -> list[str]:
+        """All that is scored: as published, then each recipe followed by its controls."""
+        trained = [[recipe, *(f"{recipe}-{control}" for control in self.controls)] for recipe in self.recipes]
+        return ["pretrained", *self.checkpoints, *chain.from_iterable(trained)]
 
 
 class Download(Section):
@@ -216,7 +221,6 @@ class Train(Section):
     crop: Crop
     pixels: Pixels
     prompt: str
-    recipe: Name
     streams: Count
     micro_batch: Count
     precision: Literal["float32", "bfloat16"]
@@ -372,25 +376,6 @@ class Profile(Section):
     mmvp: Mmvp
     zeroshot: Zeroshot
 
-    @property
-    def recipe(self) -> Recipe:
-        return self.recipes[self.train.recipe]
-
-    @model_validator(mode="after")
-    def _recipes_fit(self) -> "Profile":
-        train = self.train
-        if train.recipe not in self.recipes:
-            raise ValueError(f"train.recipe is '{train.recipe}'; recipes here: {', '.join(self.recipes)}")
-        recipe, key = self.recipe, f"recipes.{train.recipe}"
-        if recipe.batch % train.streams:
-            raise ValueError(f"train.streams is {train.streams}, which does not divide {key}.batch {recipe.batch}")
-        if recipe.contrast and recipe.contrast.negatives >= train.micro_batch:
-            raise ValueError(
-                f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "
-                f"train.micro_batch is {train.micro_batch}. Raise it, or lower negatives"
-            )
-        return self
-
 
 class TextTower(Section):
     steps: Count
@@ -508,17 +493,36 @@ class Params(Section):
                     f"run.backbones names '{key}', which belongs to profile '{own}', but run.profile is "
                     f"'{self.run.profile}'. Set run.profile={own}, or choose among: {', '.join(fitting) or 'none'}"
                 )
-            if "released" in self.run.weights and self.backbones[key].released is None:
+            if "released" in self.run.checkpoints and self.backbones[key].released is None:
                 raise ValueError(
-                    f"run.weights names 'released', but backbones.{key} has none. Take it out, or add them there"
+                    f"run.checkpoints names 'released', but backbones.{key} has none. Take it out, or add them there"
                 )
-        train, recipe = self.profile.train, self.profile.recipe
-        if "shuffled" in self.run.weights and recipe.batch == 1:
+        for name in self.run.recipes:
+            if name not in self.profile.recipes:
+                raise ValueError(f"run.recipes names '{name}'; recipes here: {', '.join(self.profile.recipes)}")
+            self._recipe_fits(f"profiles.{self.run.profile}.recipes.{name}", self.profile.recipes[name])
+        wanted = ["images", "denoiser"] if self.run.recipes else []
+        if sorted(self.run.inputs) != sorted(wanted):
+            does = "train with both" if wanted else "train nothing"
             raise ValueError(
-                "run.weights names 'shuffled', which exchanges the images of a step, but "
-                f"profiles.{self.run.profile}.recipes.{train.recipe}.batch is 1. Raise it"
+                f"run.inputs is {self.run.inputs}, but run.recipes is {self.run.recipes}, which {does}. "
+                f"Set run.inputs=[{','.join(wanted)}]"
             )
         return self
+
+    def _recipe_fits(self, key: str, recipe: Recipe) -> None:
+        train = self.profile.train
+        if recipe.batch % train.streams:
+            raise ValueError(f"train.streams is {train.streams}, which does not divide {key}.batch {recipe.batch}")
+        if recipe.contrast and recipe.contrast.negatives >= train.micro_batch:
+            raise ValueError(
+                f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "
+                f"train.micro_batch is {train.micro_batch}. Raise it, or lower negatives"
+            )
+        if "shuffled" in self.run.controls and recipe.batch == 1:
+            raise ValueError(
+                f"run.controls names 'shuffled', which exchanges the images of a step, but {key}.batch is 1. Raise it"
+            )
 
 
 def load(path: Path = PARAMS_FILE) -> Params:

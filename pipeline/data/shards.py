@@ -465,7 +465,7 @@ class Shards:
         if not self.counts:
             raise UserError(
                 f"{folder}: none of its {len(self.found)} shards has an image with a caption (KEY.jpg, KEY.txt), but "
-                "this recipe reads captions. Choose another recipe (train.recipe), or images with captions."
+                "this recipe reads captions. Choose another recipe (run.recipes), or images with captions."
             )
         self.names = list(self.counts)
         last = self.names[-1]

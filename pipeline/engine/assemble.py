@@ -68,7 +68,7 @@ def measure_gap(
     try:
         return GapRemoved(images, captions, recipe.gap.components)
     except ValueError as error:
-        raise UserError(f"recipe {p.recipe}: {error}") from None
+        raise UserError(f"the recipe: {error}") from None
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def build_feedback(
     )
     if isinstance(trained, Head):
         if backbone.width % trained.heads:
-            raise UserError(f"recipe {p.recipe}: {trained.heads} heads do not divide the embedding's {backbone.width}")
+            raise UserError(f"the recipe: {trained.heads} heads do not divide the embedding's {backbone.width}")
         backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
     elif isinstance(trained, Lora):
         with seeded(seed, "lora"):
@@ -362,19 +362,20 @@ def post_train(
     if fitted and not fitted.is_file():
         raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
     processes = Accelerator(cpu=device().type == "cpu")
+    key = f"profiles.{profile}.recipes.{weights.removesuffix('-shuffled')}"
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
     with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         backbone = Backbone.load(original)
-        denoiser = Denoiser.load(Path("models", profile, "denoiser"))
+        denoiser = Denoiser.load(Path("data", profile, "denoiser"))
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
-                f"profiles.{profile}.recipes.{section.recipe}.timesteps ends at {recipe.timesteps[1]}, but the "
+                f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
         shards = Shards(images, section.max_undecodable, section.held_out.images, recipe.reads_captions)
-        models = Path("models", profile, "denoiser")
+        models = Path("data", profile, "denoiser")
         mark = fingerprint(section, recipe, own, seed, backbone, models, images, fitted)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
         started = without_fit(recipe) if fitted else recipe
@@ -392,7 +393,7 @@ def post_train(
             save_like(original, tensors, kept)
             raise UserError(
                 f"{error}. Training stopped; the weights before that step are in {kept}. "
-                f"Lower profiles.{profile}.recipes.{section.recipe}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
+                f"Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
                 "precision float32."
             ) from None
         tensors = tuned(backbone)

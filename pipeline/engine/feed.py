@@ -161,7 +161,7 @@ class Batches:
         smallest = min(self.count, self.count % p.micro_batch or p.micro_batch)
         if recipe.contrast and smallest <= recipe.contrast.negatives:
             raise UserError(
-                f"recipe {p.recipe}: {self.count} images a step and process in micro-batches of {p.micro_batch} leave "
+                f"the recipe: {self.count} images a step and process in micro-batches of {p.micro_batch} leave "
                 f"one of {smallest}, too few for {recipe.contrast.negatives} negatives. Choose another "
                 "train.micro_batch, fewer processes, or lower contrast.negatives."
             )

@@ -24,8 +24,8 @@ def section(
     others = over_seeds.query("run != @run")
     published = (entry.before, entry.after) if entry else None
     curves: dict[str, Path] = {
-        weights: Path("metrics", profile, "train", f"{backbone}-{weights}", "plots", "metrics")
-        for weights in ("diva", "shuffled")
+        weights: Path("metrics", profile, "train", f"{backbone}-{folder}", "plots", "metrics")
+        for weights, folder in (("diva", recipe), ("shuffled", f"{recipe}-shuffled"))
         if weights in scores
     }
     drawn = [figures.patterns(scores, entry), *([figures.gains(found)] if found["weights"] else [])]

@@ -59,7 +59,7 @@ def run(p: Params, backbone: str) -> str:
     """Names the run whose seeds count together: a hash of all code and parameters that decide gains, but the seed."""
     train = p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     of_profile = p.profile.model_dump(mode="json", exclude={"train", "recipes"})
-    chosen = p.profile.recipe.model_dump(mode="json")
+    chosen = [p.profile.recipes[recipe].model_dump(mode="json") for recipe in p.run.recipes]
     own = p.backbones[backbone].model_dump(mode="json", include={"source", "condition", "published_read_out"})
     together = json.dumps([of_profile, train, chosen, own, program(*DECIDE)], sort_keys=True)
     return hashlib.sha256(together.encode()).hexdigest()[:12]

@@ -2,7 +2,7 @@
 
     python -m pipeline.tools.look mini a.jpg b.jpg "a cup on its left side" "a cup on its right side"
 
-Prints, for every set of weights of run.weights that is there, how well each statement fits each picture (the cosine,
+Prints, for every set of weights of the run that is there, how well each statement fits each picture (the cosine,
 where a read-out makes unit vectors) under the plain and the published read-out, and whether the pair is right by MMVP's
 rule: the first statement prefers the first picture, the second the second. Saves the pictures with the plain scores.
 """

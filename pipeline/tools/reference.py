@@ -76,7 +76,7 @@ class Run(NamedTuple):
             pairs = pd.read_csv(folder / "mmvp/mini-pretrained.csv", keep_default_na=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{folder}: not the metrics of a run of profile mini with the committed run.weights: {error}. "
+                f"{folder}: not the metrics of a run of profile mini with the committed `run`: {error}. "
                 "Run `dvc repro`."
             ) from None
         weights = files["evidence"]["mini"]["weights"]

@@ -1,15 +1,15 @@
 """Can feedback carry it? How much worse a picture is restored when the denoiser is told of its pair's other picture.
 
-    python -m pipeline.tools.sensitivity mini       after `dvc repro`
+    python -m pipeline.tools.sensitivity mini diva       after `dvc repro`
 
 Writes metrics/<profile>/sensitivity/<backbone>-<recipe>.{csv,png}. The two pictures of a pair differ in one detail.
 Where the denoiser does not restore a picture better when told the right one than when told the other, nothing about
 this detail can be fed back at that timestep. Told in two ways, or three:
 
     caption     the pair's statements through the denoiser's own text encoder: what it can tell at all
-    text        the statements through the backbone's text tower and the visual projection, where train.recipe fits that
+    text        the statements through the backbone's text tower and the visual projection, where the recipe fits that
                 on captions: what it could be told in the text tower's words, if the image tower showed all
-    image       the pictures through the image tower and the projection, fitted as train.recipe says (where it says
+    image       the pictures through the image tower and the projection, fitted as the recipe says (where it says
                 nothing it is the random one that the published recipe starts from): what it is told before training
 
 The table has, by way, pattern and timestep, the mean of wrong minus right loss and the share of pictures (%) restored
@@ -74,9 +74,11 @@ def wrong_minus_right(
     )
 
 
-def fitted(backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, compute: torch.device) -> Feedback:
+def fitted(
+    backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, recipe_name: str, compute: torch.device
+) -> Feedback:
     """The feedback with its projection fitted, as the first phase of stage train does."""
-    section, recipe, folder = p.profile.train, p.profile.recipe, Path("data", p.run.profile, "images")
+    section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.held_out.images, recipe.reads_captions)
     own = p.backbones[name].condition
     feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, compute)
@@ -117,6 +119,7 @@ def measure(
     questions: list[Question],
     p: params.Params,
     name: str,
+    recipe_name: str,
     compute: torch.device,
 ) -> pd.DataFrame:
     """One row a way of telling, pattern and timestep: wrong_minus_right, told_right_is_better (%), pictures."""
@@ -124,8 +127,9 @@ def measure(
     captions = [
         denoiser.text([PROMPT + question.statement]).cpu() for question in questions
     ]  # before training drops it
-    feedback = fitted(backbone, denoiser, p, name, compute)
-    on_captions = p.profile.recipe.fit is not None and p.profile.recipe.fit.told == "captions"
+    feedback = fitted(backbone, denoiser, p, name, recipe_name, compute)
+    fit = p.profile.recipes[recipe_name].fit
+    on_captions = fit is not None and fit.told == "captions"
     steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
     timesteps = [(2 * i + 1) * steps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
     rows = []
@@ -174,17 +178,20 @@ def main() -> None:
         prog="python -m pipeline.tools.sensitivity", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("backbone")
-    name = parser.parse_args().backbone
-    p, compute = params.load(), device()
+    parser.add_argument("recipe")
+    asked, p, compute = parser.parse_args(), params.load(), device()
+    name, recipe = asked.backbone, asked.recipe
     profile = p.run.profile
     if name not in p.run.backbones:
         raise UserError(f"'{name}' is not among run.backbones of params.yaml: {', '.join(p.run.backbones)}")
-    stem = Path("metrics", profile, "sensitivity", f"{name}-{p.profile.train.recipe}")
+    if recipe not in p.profile.recipes:
+        raise UserError(f"'{recipe}' is not among profiles.{profile}.recipes: {', '.join(p.profile.recipes)}")
+    stem = Path("metrics", profile, "sensitivity", f"{name}-{recipe}")
     with whole(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
-        denoiser = Denoiser.load(Path("models", profile, "denoiser"))
+        denoiser = Denoiser.load(Path("data", profile, "denoiser"))
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
-        table = measure(backbone, denoiser, questions, p, name, compute)
+        table = measure(backbone, denoiser, questions, p, name, recipe, compute)
         table.to_csv(table_file, float_format="%.5f")
         figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
         late = table[table.index.get_level_values("timestep") >= len(denoiser.alphas_cumprod) * 0.6]

@@ -40,13 +40,13 @@ def missing(p: params.Params, seeds: list[int]) -> list[int]:
     """The seeds that some backbone and weights have no row of, of the run at hand."""
     table = seeds_table(p.run.profile)
     there = set(table[["backbone", "run", "weights", "seed"]].itertuples(index=False, name=None))
-    wanted = [(b, run(p, b), w) for b in p.run.backbones for w in WEIGHTS if w in p.run.weights]
+    wanted = [(b, run(p, b), w) for b in p.run.backbones for w in WEIGHTS if w == "diva" or w in p.run.controls]
     return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 
 
 def add(p: params.Params) -> None:
     """Add what the last run here found to the table, unless it has that seed of that run already."""
-    profile, recipe = p.run.profile, p.profile.train.recipe
+    profile, recipe = p.run.profile, p.run.recipes[0]
     report = json.loads(Path("metrics", profile, "report.json").read_text(encoding="utf-8"))
     table, rows = seeds_table(profile), []
     for backbone in p.run.backbones:
@@ -153,8 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=parse_seeds, required=True, help="e.g. 1..5 or 1,2,7")
     seeds, p = parser.parse_args().seeds, params.load()
-    if not {"pretrained", "diva"} <= set(p.run.weights):
-        raise UserError(f"run.weights is {p.run.weights}: a gain over seeds needs 'pretrained' and 'diva'. Add them.")
+    if not p.run.recipes:
+        raise UserError("run.recipes is []: there is nothing that depends on the seed. Name a recipe there.")
     show(sweep(p, seeds))
 
 
