@@ -17,7 +17,7 @@ from pipeline.core.outputs import whole, write_json
 from pipeline.core.params import CheckpointSource, PublishedImages
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import COLUMNS
+from pipeline.evidence.results import CHECKPOINTS, COLUMNS
 from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import render
 from pipeline.models import exports
@@ -25,18 +25,18 @@ from pipeline.models.backbones import Backbone
 from pipeline.models.residual_head import HEAD
 
 
-def table(profile: str, name: str, own: str) -> tuple[list[list[str]], dict]:
+def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
     """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json)."""
     report, evidence = (
         json.loads(Path("metrics", profile, file).read_text(encoding="utf-8"))[name]
         for file in ("report.json", "evidence.json")
     )
-    found, rows = evidence["weights"].get(own, {}), []
-    for column, before in report["pretrained"].items():
+    found, rows = evidence["weights"].get(weights, {}), []
+    for column, before in report["score"]["pretrained"].items():
         row = [COLUMNS[column], f"{before:.1f}"]
         if column in found.get("gain", {}):
             gain = Interval(*found["gain"][column])
-            row += [f"{report[own][column]:.1f}", gain.text()]
+            row += [f"{report['score'][weights][column]:.1f}", gain.text()]
         rows.append(row)
     return rows, found
 
@@ -50,7 +50,7 @@ def card(
     code: the hash of what trained them; missing: why there is no transformers format, where there is none; headed: is
     there a head?
     """
-    rows, found = table(p.run.profile, name, "diva" if weights in p.profile.recipes else weights)
+    rows, found = table(p.run.profile, name, weights)
     source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipes.get(weights)
     recipe = chosen and {
         "seed": p.seed, "train": p.profile.train.model_dump(),
@@ -61,7 +61,7 @@ def card(
         "base": source.weights if isinstance(source, CheckpointSource) else None,
         "architecture": source.architecture if isinstance(source.architecture, str) else None,
         "released": p.backbones[name].released if weights == "released" else None,
-        "pictures": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
+        "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
         "rows": rows, "found": found, "distances": distances, "missing": missing,
         "captions": chosen is not None and chosen.reads_captions,
@@ -89,11 +89,9 @@ def main() -> None:
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
         if missing:
             print(f"{name}: exported for open_clip only. {missing}")
-        code = (
-            json.loads((original / "diva.json").read_text(encoding="utf-8"))["code"]
-            if weights in p.profile.recipes
-            else None
-        )
+        code = None
+        if weights not in CHECKPOINTS:
+            code = json.loads((original / "diva.json").read_text(encoding="utf-8"))["code"]
         (folder / "README.md").write_text(
             card(p, name, weights, backbone.sha256, code, distances, missing, (folder / HEAD).exists()),
             encoding="utf-8",

@@ -1,8 +1,8 @@
-"""Stage mmvp@<backbone>-<weights>: score the image pairs under both read-outs and in both directions.
+"""Stage mmvp@<backbone>-<weights>: score the image pairs under both pooling rules and in both directions.
 
 metrics/<profile>/mmvp/<backbone>-<weights>.json    averages and patterns in %, ties, spread over evaluation draws
-metrics/<profile>/mmvp/<backbone>-<weights>.csv     one row a pair and read-out: share of draws that were right
-data/<profile>/embeddings/<backbone>-<weights>.safetensors    the pictures' stock embeddings, to measure how they drift
+metrics/<profile>/mmvp/<backbone>-<weights>.csv     one row a pair and pooling rule: share of draws that were right
+data/<profile>/embeddings/<backbone>-<weights>.safetensors    the images' stock embeddings, to measure how they drift
 """
 
 import sys
@@ -59,11 +59,11 @@ def logits(
 def score(
     backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device
 ) -> tuple[dict, pd.DataFrame, torch.Tensor]:
-    """(summary for the JSON file, a table of pairs, the pictures' stock embeddings [Q, D])."""
+    """(summary for the JSON file, a table of pairs, the images' stock embeddings [Q, D])."""
     stock = pooled, patches = tokens(backbone, questions, None, p.batch, compute)
     summary: dict = {"pairs": len(questions) // 2}
     tables = []
-    for name, rule in (("plain", PLAIN), ("published", published)):
+    for name, rule in (("stock", PLAIN), ("published", published)):
         if rule.resize_mode:
             pooled, patches = tokens(backbone, questions, rule.resize_mode, p.batch, compute)
         draws = p.draws if rule.tokens.positions(patches.shape[1]) else 1
@@ -73,7 +73,7 @@ def score(
             scores["statement_to_image"].append(score_pairs(asked))
             scores["image_to_statement"].append(score_pairs(asked.transpose(1, 2)))
         table = pd.DataFrame({"pair": range(1, len(questions) // 2 + 1), "pattern": [q.type for q in questions[::2]]})
-        table["read_out"] = name
+        table["pooling"] = name
         summary[name] = {}
         for direction, results in scores.items():
             right = torch.stack([result.right_P for result in results]).double()  # [draws, pairs]

@@ -6,8 +6,8 @@
     metrics/<profile>/report.html     one self-contained page, and report.md, its twin for a terminal or a code host
 
 The page and its twin tell wall time and machine, which differ between equal runs: git keeps them, DVC does not hash
-them. Loss curves and the denoiser's figures are read where training is among the weights, but are no dependencies, so
-that DVC can make the report of other weights without training.
+them. Loss curves and the denoiser's figures are read where recipes are trained, but are no dependencies, so that DVC
+can make the report of checkpoints without training; they change only with the weights, whose scores are.
 
     python -m pipeline.report --show                    the table of the last report
     python -m pipeline.report --compare [a [b]]         two commits (default: the last, and the workspace), pair by pair
@@ -29,25 +29,19 @@ from pipeline.core import params
 from pipeline.core.outputs import whole, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import figures, results, statistics
-from pipeline.evidence.page import LABELS, cells, section
-from pipeline.evidence.provenance import provenance, run
-from pipeline.evidence.results import COLUMNS, CONTROLS, GAINS, Scores
+from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
+from pipeline.evidence.provenance import provenance
+from pipeline.evidence.results import COLUMNS, Scores, label, without_controls
 from pipeline.evidence.templates import render
 
 
-def summary(scores: dict[str, Scores], found: dict) -> dict[str, dict[str, float]]:
-    """The rows of report.json: figures in %, gains in points; of the controls the gains alone."""
-    rows = {weights: found_.headline() for weights, found_ in scores.items() if weights not in CONTROLS}
-    for weights, result in found["weights"].items():
-        rows[GAINS[weights]] = {column: gain[0] for column, gain in result["gain"].items()}
-    return rows
-
-
-def names(p: params.Params) -> dict[str, str]:
-    """The weights of the first recipe by what they are to the report: diva, shuffled and drift."""
-    recipe = (p.run.recipes or [""])[0]
-    own = {recipe: "diva", f"{recipe}-shuffled": "shuffled", f"{recipe}-drift": "drift"}
-    return {own.get(w, w): w for w in p.run.weights if w in ("pretrained", "released") or w in own}
+def summary(scores: dict[str, Scores], found: dict, published: tuple[float, float] | None) -> dict[str, dict]:
+    """A backbone's part of report.json: figures in % by weights, controls aside; gains in points; the paper's."""
+    return {
+        "score": {weights: scores[weights].headline() for weights in without_controls(scores)},
+        "gain": {w: {c: gain[0] for c, gain in result["gain"].items()} for w, result in found["weights"].items()},
+        **({"published": dict(zip(("pairs_stock", "pairs_published"), published, strict=True))} if published else {}),
+    }
 
 
 def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
@@ -58,23 +52,20 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
     for backbone in p.run.backbones:
         entry = p.backbones[backbone].published
         published = (entry.before, entry.after) if entry else None
-        scores: dict[str, Scores] = {own: Scores.read(profile, backbone, w) for own, w in names(p).items()}
-        embeddings = {
-            own: load_file(data / "embeddings" / f"{backbone}-{w}.safetensors")["images"] for own, w in names(p).items()
-        }
+        scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w) for w in p.run.weights}
+        embeddings = {w: load_file(data / "embeddings" / f"{backbone}-{w}.safetensors")["images"] for w in scores}
         found = evidence[backbone] = results.evidence(scores, embeddings, published)
-        report[backbone] = summary(scores, found)
-        if published:
-            report[backbone]["published"] = dict(zip(("pairs_plain", "pairs_published"), published, strict=True))
+        report[backbone] = summary(scores, found, published)
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
-        gain = report[backbone].get("gain", {})
-        recipe, of = (p.run.recipes or ["none"])[0], run(p, backbone)
-        sections.append(section(profile, backbone, scores, found, gain, recipe, p.seed, of, entry))
+        sections.append(section(p, backbone, scores, found, report[backbone]["gain"]))
     reconstructions = Path("data", profile, "denoiser", "reconstructions.png")
     shown = {
         "profile": profile,
-        "recipe": p.run.recipes[0] if p.run.recipes else None,
+        "seed": p.seed,
+        "recipes": p.run.recipes,
         "columns": list(COLUMNS.values()),
+        "four_cells": FOUR_CELLS,
+        "tests": TESTS,
         "sections": sections,
         "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.recipes else {},
         "reconstructions": reconstructions if reconstructions.exists() else None,
@@ -86,16 +77,14 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
 
 def print_table(report: dict[str, dict], evidence: dict[str, dict], page: Path) -> None:
     table = Table("backbone", "weights", *COLUMNS.values(), title="What feedback gained, and what it cost (%)")
-    for backbone, rows in report.items():
-        intervals = {GAINS[weights]: result["gain"] for weights, result in evidence[backbone]["weights"].items()}
-        for row, values in rows.items():
-            gain = cells(intervals[row]) if row in intervals else []
-            table.add_row(
-                backbone, LABELS.get(row, row), *(gain or (f"{values[c]:.1f}" if c in values else "" for c in COLUMNS))
-            )
+    for backbone, found in report.items():
+        for weights, values in found["score"].items():
+            table.add_row(backbone, weights, *(f"{values[c]:.1f}" if c in values else "" for c in COLUMNS))
+        for weights, result in evidence[backbone]["weights"].items():
+            table.add_row(backbone, f"gain: {label(weights)}", *cells(result["gain"]))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(f"report with pictures: {page}")
+    console.print(f"report with images: {page}")
 
 
 def compare(p: params.Params, first: str, second: str | None) -> list[str]:
@@ -117,12 +106,12 @@ def compare(p: params.Params, first: str, second: str | None) -> list[str]:
     reports = [json.loads(read(Path("metrics", profile, "report.json"))) for read in reads]
     table, worse = Table("backbone", "weights", "figure", first, second or "workspace", "change [95 %]", "verdict"), []
     for backbone in (backbone for backbone in reports[0] if backbone in reports[1]):
-        for weights in (w for w in ("pretrained", "diva", "released") if all(w in r[backbone] for r in reports)):
-            scores = [Scores.read(profile, backbone, weights, read) for read in reads]
-            for column, change in results.gains(*scores).items():
+        for weights in (w for w in reports[0][backbone]["score"] if w in reports[1][backbone]["score"]):
+            before, after = (Scores.read(profile, backbone, weights, read) for read in reads)
+            for column, change in results.gains(before, after).items():
                 preserved = column == "zeroshot"
                 verdict = statistics.preserved_verdict(change) if preserved else statistics.gain_verdict(change, None)
-                figures_ = [f"{report[backbone][weights][column]:.2f}" for report in reports]
+                figures_ = [f"{report[backbone]['score'][weights][column]:.2f}" for report in reports]
                 table.add_row(backbone, weights, COLUMNS[column], *figures_, change.text(), verdict)
                 if verdict == "lost" or (preserved and verdict != "preserved"):
                     worse.append(f"{backbone}, {weights}: {COLUMNS[column]} {change.text()}")
@@ -156,7 +145,7 @@ def main() -> None:
                 write_json(report_file, report)
                 write_json(evidence_file, evidence)
                 patterns.to_csv(patterns_file, index=False)
-                html_file.write_text(render("report.html.jinja", shown, url=figures.picture_url), encoding="utf-8")
+                html_file.write_text(render("report.html.jinja", shown, url=figures.image_url), encoding="utf-8")
                 markdown_file.write_text(render("report.md.jinja", shown), encoding="utf-8")
         if not outputs[0].exists():
             raise UserError(f"{outputs[0]}: no report yet. Run `dvc repro`.")

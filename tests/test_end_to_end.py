@@ -113,9 +113,9 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
 
     assert re.search(r"^metrics/mini/train/mini-diva/metrics.json +loss_first_tenth +\S+ +\S+ +\S+$",
                      clone.run("dvc", "metrics", "diff"), re.MULTILINE)  # fmt: skip
-    assert "mini.gain.pairs_plain" in clone.run("dvc", "metrics", "diff", "--all")
+    assert "mini.gain.diva.pairs_stock" in clone.run("dvc", "metrics", "diff", "--all")
     table = clone.run("dvc", "exp", "show", "--csv").splitlines()
-    assert {"mini.gain.pairs_plain", "loss_last_tenth"} <= set(re.split(r"[,:]", table[0]))
+    assert {"mini.gain.diva.pairs_stock", "loss_last_tenth"} <= set(re.split(r"[,:]", table[0]))
 
     clone.run("dvc", "plots", "show", "--out", ".dvc/tmp/plots")
     page = (clone.root / ".dvc/tmp/plots/index.html").read_text()

@@ -284,9 +284,9 @@ def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: P
     _, front, text = (handed_over / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     found = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]
-    report = json.loads((METRICS / "report.json").read_text())["mini"]
+    score = json.loads((METRICS / "report.json").read_text())["mini"]["score"]
     for column, label in COLUMNS.items():
-        before, after = (f"{report[weights][column]:.1f}" for weights in ("pretrained", "diva"))
+        before, after = (f"{score[weights][column]:.1f}" for weights in ("pretrained", "diva"))
         gain = Interval(*found["gain"][column]).text()
         assert f"| {label} | {before} | {after} | {gain} |" in text
     assert (
@@ -311,18 +311,8 @@ def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkey
 
 
 def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:
-    p = params.load(ROOT / "params.yaml").model_copy(
-        update={
-            "run": params.Run(
-                profile="paper",
-                backbones=["dfn_224"],
-                checkpoints=[],
-                recipes=["diva"],
-                controls=[],
-                inputs=["images", "denoiser"],
-            )
-        }
-    )
+    p = params.load(ROOT / "params.yaml")
+    p = p.model_copy(update={"run": p.run.model_copy(update={"profile": "paper", "backbones": ["dfn_224"]})})
     evidence = json.loads((METRICS / "evidence.json").read_text())["mini"]
     Path("metrics/paper").mkdir()
     Path("metrics/paper/evidence.json").write_text(json.dumps({"dfn_224": evidence}))
@@ -336,6 +326,11 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     assert "sha256 d67de50f" in card
     assert "hf://datasets/pixparse/cc3m-wds@" in card
     assert "There is no transformers format: no class for it" in card
+    assert "recipe `diva`" in card
+    anchored = export.card(p, "dfn_224", "text_anchored", "0123", None, distances, None, headed=True)
+    assert "recipe `text_anchored`" in anchored
+    recipe = yaml.safe_load(anchored.split("```yaml\n")[1].split("```")[0])["recipe"]
+    assert recipe["timesteps"] == [600, 1000]
     released = export.card(p, "dfn_224", "released", "0123", None, distances, None, headed=False)
     assert "Tuned weights: hf://BAAI/DIVA@" in released
     assert "Recipe" not in released
@@ -345,7 +340,7 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
 LOCKS = {
     "pipeline/dvc.lock": """
 stages:
-  train@mini:
+  train@mini-diva:
     deps:
     - {path: data/mini/images, md5: aaa.dir}
     - {path: models/mini/pretrained/mini, md5: bbb.dir}
@@ -389,7 +384,7 @@ def test_a_card_names_code_and_data_and_needs_no_git(
 - sha256""" in card  # fmt: skip
     run(report)
     page = (METRICS / "report.md").read_text()
-    assert f"- run of mini: {provenance.run(params.load(), 'mini')}\n" in page
+    assert f"- run of mini, diva: {provenance.run(params.load(), 'mini', 'diva')}\n" in page
     assert "- data/mini/embeddings/mini-diva.safetensors: unknown: no dvc.lock here tells of it\n" in page
     assert "before" not in page.partition("## Provenance")[2]  # of the exports, which come after
     assert "revision" not in card + page
@@ -420,8 +415,8 @@ def test_look_as_the_readme_has_it(capsys: pytest.CaptureFixture[str]) -> None:
         checkpoints.picture(i, 64).save(name)
     run(look, *arguments)
     out = capsys.readouterr().out
-    rows = re.findall(r"│ (\w+) +│ (plain|published) +│ [^│]+│ ([-+][\d.]+) +│ ([-+][\d.]+) +│ (right|wrong)", out)
-    assert [row[:2] for row in rows] == [(w, r) for w in ("pretrained", "diva") for r in ("plain", "published")]
+    rows = re.findall(r"│ (\w+) +│ (stock|published) +│ [^│]+│ ([-+][\d.]+) +│ ([-+][\d.]+) +│ (right|wrong)", out)
+    assert [row[:2] for row in rows] == [(w, r) for w in ("pretrained", "diva") for r in ("stock", "published")]
     backbone = Backbone.load(MODELS / "pretrained/mini")
     with torch.no_grad():
         images = torch.stack([backbone.preprocess(Image.open(name)) for name in arguments[1:3]])

@@ -384,14 +384,16 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     run(report)
     found, evidence = read("metrics/paper/report.json"), read("metrics/paper/evidence.json")
     page = Path("metrics/paper/report.html").read_text()
-    assert found["openai_224"]["published"] == {"pairs_plain": 19.3, "pairs_published": 25.9}
+    assert found["openai_224"]["published"] == {"pairs_stock": 19.3, "pairs_published": 25.9}
     for name in names:
-        assert {"pretrained", *weights, "gain", "gain_released", "published"} == found[name].keys()
+        assert found[name].keys() == {"score", "gain", "published"}
+        assert found[name]["score"].keys() == {"pretrained", *weights}
+        assert found[name]["gain"].keys() == {*weights}
         assert evidence[name]["weights"]["diva"]["verdict"]["pairs"] in (
             "reproduced", "not reproduced", "not distinguishable",
         )  # fmt: skip
     assert "<td>GenHancer, theirs<td>19.3<td>31.9<td>+12.6" in page
-    assert "read-out before, published read-out after, as in the paper&#39;s table; published +6.6)" in page
+    assert "stock embedding before, published pooling after, as in the paper&#39;s table; published +6.6)" in page
 
     capsys.readouterr()
     for name, tuned in (("openai_224", "diva"), ("openai_224", "released"), ("siglip_224", "pretrained")):

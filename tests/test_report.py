@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from shrunk import METRICS, run, write_seeds
 
 from pipeline import report
@@ -21,22 +23,22 @@ from pipeline.mini import world
 PATTERNS = ["Color"] * 2 + ["Text"] * 3
 
 
-def made(plain: list[float], published: list[float], objects: list[bool], texts: list[bool]) -> Scores:
+def made(stock: list[float], published: list[float], objects: list[bool], texts: list[bool]) -> Scores:
     """Five pairs of two patterns; four images to classify; two images with two texts each to find."""
-    table = pd.DataFrame({"pair": range(1, 6), "pattern": PATTERNS, "image_to_statement": plain})
+    table = pd.DataFrame({"pair": range(1, 6), "pattern": PATTERNS, "image_to_statement": stock})
     pairs = pd.concat(
         [
-            table.assign(read_out=name, statement_to_image=right)
-            for name, right in (("plain", plain), ("published", published))
+            table.assign(pooling=name, statement_to_image=right)
+            for name, right in (("stock", stock), ("published", published))
         ]
     )
-    block = {name: group for name, group in pairs.groupby("read_out")}
+    block = {name: group for name, group in pairs.groupby("pooling")}
 
-    def average(read_out: str, direction: str) -> float:
-        return 100 * block[read_out].groupby("pattern")[direction].mean().mean()
+    def average(pooling: str, direction: str) -> float:
+        return 100 * block[pooling].groupby("pattern")[direction].mean().mean()
 
     directions = ("statement_to_image", "image_to_statement")
-    mmvp = {r: {d: {"average": average(r, d)} for d in directions} for r in ("plain", "published")}
+    mmvp = {r: {d: {"average": average(r, d)} for d in directions} for r in ("stock", "published")}
     answers = pd.concat(
         [
             pd.DataFrame({"set": "objects", "measure": "accuracy", "image": range(4), "right": objects}),
@@ -63,15 +65,15 @@ def test_a_headline_is_the_mean_of_what_there_is() -> None:
     }
     found = results.headline(BEFORE.mmvp, sets)
     assert found == {
-        "pairs_plain": 41.67, "pairs_published": 33.33, "image_to_statement_plain": 41.67,
+        "pairs_stock": 41.67, "pairs_published": 33.33, "image_to_statement_stock": 41.67,
         "image_to_statement_published": 41.67, "zeroshot": 85, "retrieval": 12.35,
     }  # fmt: skip
     assert [column for column in COLUMNS if column in found] == list(found)
 
 
 def test_answers_come_in_strata_and_an_image_is_one_sample() -> None:
-    plain = BEFORE.strata("pairs_plain")
-    assert {name: answers.tolist() for name, answers in plain.items()} == {"Color": [0, 100], "Text": [0, 0, 100]}
+    stock = BEFORE.strata("pairs_stock")
+    assert {name: answers.tolist() for name, answers in stock.items()} == {"Color": [0, 100], "Text": [0, 0, 100]}
     assert BEFORE.strata("pairs_published")["Text"].tolist() == [25, 75, 100]
     assert BEFORE.strata("zeroshot")["objects"].tolist() == [100, 100, 100, 0]
     assert BEFORE.strata("retrieval")["captions"].tolist() == [75, 0]  # of each image: its own hit, its texts' mean
@@ -92,18 +94,18 @@ def test_answers_to_other_questions_are_not_compared() -> None:
         results.gains(BEFORE, fewer)
 
 
-def test_pairs_won_and_lost_are_those_of_one_read_out() -> None:
-    assert results.changed_pairs(BEFORE, AFTER, "plain") == {"won": [1, 4], "lost": [5]}
+def test_pairs_won_and_lost_are_those_of_one_pooling_rule() -> None:
+    assert results.changed_pairs(BEFORE, AFTER, "stock") == {"won": [1, 4], "lost": [5]}
     assert results.changed_pairs(BEFORE, AFTER, "published") == {
         "won": [],
         "lost": [4],
     }  # half of the draws is not most
-    found = results.won_and_lost(BEFORE, AFTER, "plain")
+    found = results.won_and_lost(BEFORE, AFTER, "stock")
     assert {key: found[key] for key in ("won", "lost", "pairs", "p")} == {"won": 2, "lost": 1, "pairs": 5, "p": 1.0}
     assert found["smallest_gain"] is None  # five pairs show nothing
     many = Scores(BEFORE.mmvp, several(BEFORE), BEFORE.zeroshot, BEFORE.answers)
     more = Scores(AFTER.mmvp, several(AFTER), AFTER.zeroshot, AFTER.answers)
-    found = results.won_and_lost(many, more, "plain")
+    found = results.won_and_lost(many, more, "stock")
     assert (found["won"], found["lost"]) == (40, 20)
     assert found["smallest_gain"] == round(100 * statistics.smallest_gain(100, 60), 1)
 
@@ -114,23 +116,25 @@ def several(scores: Scores) -> pd.DataFrame:
 
 
 def evidence(published: tuple[float, float] | None) -> dict:
-    scores = {"pretrained": BEFORE, "diva": AFTER, "shuffled": BEFORE, "drift": AFTER}
+    """Of two recipes: diva, and one that does nothing, of which the mismatched images make what diva is."""
+    scores = {
+        "pretrained": BEFORE, "diva": AFTER, "diva-shuffled": BEFORE, "diva-drift": AFTER,
+        "idle": BEFORE, "idle-shuffled": AFTER,
+    }  # fmt: skip
     turned = np.array([[0.0, 1.0], [1.0, 0.0]])
-    embeddings = {"pretrained": np.eye(2), "diva": 3 * turned, "shuffled": np.eye(2), "drift": turned}
+    embeddings = dict.fromkeys(scores, np.eye(2)) | {"diva": 3 * turned, "diva-drift": turned}
     return results.evidence(scores, embeddings, published)
 
 
-def test_evidence_keeps_training_and_read_out_apart() -> None:
+def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
     found = evidence(published=(20.0, 26.0))
-    diva, shuffled = found["weights"]["diva"], found["weights"]["shuffled"]
-    assert diva["gain"]["pairs_plain"][0] == round(100 * (0.5 + 0) / 2, 2)
+    diva, shuffled = found["weights"]["diva"], found["weights"]["diva-shuffled"]
+    assert diva["gain"]["pairs_stock"][0] == round(100 * (0.5 + 0) / 2, 2)
     assert diva["gain"]["pairs_published"][0] == round(100 * (0.25 - 0.5 / 3) / 2, 2)
-    assert diva["as_published"][0] == round(AFTER.headline()["pairs_published"] - BEFORE.headline()["pairs_plain"], 2)
-    assert found["read_out"][0] == -8.33
-    assert found["read_out"] == shuffled["as_published"]
+    assert diva["as_published"][0] == round(AFTER.headline()["pairs_published"] - BEFORE.headline()["pairs_stock"], 2)
+    assert found["pooling"][0] == -8.33
+    assert found["pooling"] == shuffled["as_published"]
     assert {part for interval in shuffled["gain"].values() for part in interval} == {0}
-    assert found["remains"]["shuffled"] == diva["gain"]
-    assert {part for interval in found["remains"]["drift"].values() for part in interval} == {0}
     assert (diva["cosine"], shuffled["cosine"]) == ([0, 0, 0], [1, 1, 1])
     judged = statistics.Interval(*diva["as_published"])
     assert diva["verdict"]["pairs"] == statistics.gain_verdict(judged, 6.0)
@@ -138,26 +142,43 @@ def test_evidence_keeps_training_and_read_out_apart() -> None:
     assert evidence(None)["weights"]["diva"]["verdict"]["pairs"] == "not distinguishable"
 
 
+def test_an_effect_is_a_recipe_s_gain_less_that_of_its_own_control() -> None:
+    found = evidence(None)
+    gain = {weights: result["gain"] for weights, result in found["weights"].items()}
+    assert list(found["effect"]) == ["diva-shuffled", "diva-drift", "idle-shuffled"]
+    assert found["effect"]["diva-shuffled"] == gain["diva"]
+    assert {part for interval in found["effect"]["diva-drift"].values() for part in interval} == {0}
+    assert found["effect"]["idle-shuffled"]["zeroshot"][0] == -gain["diva"]["zeroshot"][0]
+    (difference,) = found["difference"].items()
+    assert difference[0] == "idle minus diva"
+    assert {column: interval[0] for column, interval in difference[1].items()} == {
+        column: -gain["diva"][column][0] for column in ("pairs_stock", "zeroshot")
+    }
+
+
 def test_a_control_never_fails_the_check() -> None:
     found = evidence(None)
     assert results.failures({"mini": found}) == [
-        "mini, diva: pairs not distinguishable", "mini, diva: zeroshot not distinguishable"
+        f"mini, {w}: {what}" for w in ("diva", "idle") for what in (
+            "pairs not distinguishable", "zeroshot not distinguishable"
+        ) if (w, what) != ("idle", "zeroshot not distinguishable")
     ]  # fmt: skip
-    found["weights"]["diva"]["verdict"] = {"pairs": "reproduced", "zeroshot": "preserved"}
+    for recipe in ("diva", "idle"):
+        found["weights"][recipe]["verdict"] = {"pairs": "reproduced", "zeroshot": "preserved"}
     assert results.failures({"mini": found}) == []
 
 
-def test_a_gain_that_costs_zero_shot_ability_is_called_bought() -> None:
+def test_a_gain_at_the_cost_of_zero_shot_ability_is_called_so() -> None:
     found = evidence(None)
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "lost"}
-    assert "bought with zero-shot ability" in page.verdicts(found, None)[0]
+    assert "at the cost of zero-shot ability" in page.verdicts(found, None)["diva"]
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
-    assert "bought" not in " ".join(page.verdicts(found, None))
+    assert "at the cost" not in " ".join(page.verdicts(found, None).values())
 
 
-def test_over_seeds_a_published_gain_is_judged_with_its_read_out() -> None:
-    """Gains within the published read-out, plus what the read-out alone gives: as the paper's table counts."""
-    group = pd.DataFrame({"pairs_plain": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
+def test_over_seeds_a_published_gain_is_judged_with_its_pooling_rule() -> None:
+    """Gains by the published pooling, plus what the pooling rule alone gives: as the paper's table counts."""
+    group = pd.DataFrame({"pairs_stock": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
     assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in page.seeds_verdict(
         group, 4.0, (20.0, 26.6)
     )
@@ -171,15 +192,18 @@ def test_over_seeds_a_published_gain_is_judged_with_its_read_out() -> None:
 def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:
     metrics = finished / METRICS
     written = json.loads((metrics / "report.json").read_text())["mini"]
-    assert list(written) == ["pretrained", "diva", "gain", "gain_shuffled", "gain_drift"]
+    assert {part: list(rows) for part, rows in written.items()} == {
+        "score": ["pretrained", "diva"], "gain": ["diva", "diva-shuffled", "diva-drift"],
+    }  # fmt: skip
+    score = written["score"]
     for weights in ("pretrained", "diva"):
         pairs = json.loads((metrics / f"mmvp/mini-{weights}.json").read_text())
         sets = json.loads((metrics / f"zeroshot/mini-{weights}.json").read_text())
-        assert written[weights]["pairs_published"] == round(pairs["published"]["statement_to_image"]["average"], 2)
-        assert written[weights]["probe"] == round(sets["details"]["average"], 2)
-        assert written[weights].keys() == COLUMNS.keys()
-    for column, gain in written["gain"].items():
-        assert gain == pytest.approx(written["diva"][column] - written["pretrained"][column], abs=0.011)
+        assert score[weights]["pairs_published"] == round(pairs["published"]["statement_to_image"]["average"], 2)
+        assert score[weights]["probe"] == round(sets["details"]["average"], 2)
+        assert score[weights].keys() == COLUMNS.keys()
+    for column, gain in written["gain"]["diva"].items():
+        assert gain == pytest.approx(score["diva"][column] - score["pretrained"][column], abs=0.011)
     patterns = pd.read_csv(metrics / "patterns.csv")
     assert patterns.pattern.tolist() == [f"{w}: {p}" for w in ("pretrained", "diva") for p in world.PATTERNS]
     answers = pd.read_parquet(metrics / "zeroshot/mini-diva.parquet")
@@ -192,22 +216,63 @@ def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path
     html = (finished / METRICS / "report.html").read_text()
     text, embedded = re.subn(r'"data:image/\w+;base64,[\w+/=]+"', '""', html)
     assert "http" not in text.partition("<summary>params.yaml")[0]
-    assert set(re.findall(r'(?:src|href)="?([^ >]*)', text)) == {'"'}
+    linked = set(re.findall(r'(?:src|href)="([^"]*)', text))
+    assert all(f'id="{link[1:]}"' in text for link in linked - {""})
     scores = {weights: read(finished, weights) for weights in ("pretrained", "diva")}
-    changed = results.changed_pairs(*scores.values(), "plain")
+    changed = results.changed_pairs(*scores.values(), "stock")
     assert embedded == 4 + 1 + 2 * sum(min(4, count) for count in by_pattern(changed))
     markdown = (finished / METRICS / "report.md").read_text()
     for how, numbers in changed.items():
-        assert f"{len(numbers)} pairs {how} (plain read-out)" in text
-        section = markdown.partition(f"### diva: pairs {how} (plain read-out)\n")[2].partition("#")[0]
+        assert f"{len(numbers)} pairs {how} (stock embedding)" in text
+        section = markdown.partition(f"### diva: pairs {how} (stock embedding)\n")[2].partition("#")[0]
         assert [int(number) for number in re.findall(r"^- (\d+), ", section, re.MULTILINE)] == numbers
     for told in (text, markdown):
-        assert all(said in told for said in ("run of mini", "training seed", "torch", "processor", "control: shuffled"))
+        assert all(said in told for said in ("run of mini, diva", "training seed", "torch", "processor"))
         assert scores["diva"].mmvp["weights_sha256"] in told
-    assert [line.split(" | ")[0] for line in markdown.splitlines() if line.startswith("| ")][:9] == [
-        "| weights", "| ---", "| pretrained", "| diva", "| control: shuffled", "| control: drift", "| gain, diva",
-        "| gain, control: shuffled", "| gain, control: drift",
-    ]  # fmt: skip
+
+
+@pytest.fixture
+def both(here: Path) -> Path:
+    """A folder in which a second recipe was scored, too: one that did what diva's random perturbation does."""
+    for path in [*METRICS.glob("*/mini-*"), *Path("data/mini/embeddings").iterdir()]:
+        for old, new in (("diva-shuffled", "-shuffled"), ("diva-drift", "-drift"), ("diva-drift", "")):
+            if path.stem == f"mini-{old}":
+                shutil.copy(path, path.with_stem(f"mini-text_anchored{new}"))
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["run"]["recipes"] = ["diva", "text_anchored"]
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    run(report)
+    return here
+
+
+def rows(table: str) -> list[list[str]]:
+    """Of one table of report.md."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.strip().split("\n")]
+
+
+@pytest.mark.usefixtures("both")
+def test_recipes_stand_side_by_side() -> None:
+    written, found = (json.loads((METRICS / f"{name}.json").read_text())["mini"] for name in ("report", "evidence"))
+    assert list(written["score"]) == ["pretrained", "diva", "text_anchored"]
+    controls = ["shuffled", "drift"]
+    assert list(written["gain"]) == [f"{r}{c}" for r in ("diva", "text_anchored") for c in ("", "-shuffled", "-drift")]
+    assert list(pd.read_csv(METRICS / "patterns.csv").pattern.str.partition(":")[0].unique()) == list(written["score"])
+    html, markdown = ((METRICS / f"report.{suffix}").read_text() for suffix in ("html", "md"))
+    first = rows(re.search(r"(?:^\|.*\n)+", markdown, re.MULTILINE)[0])  # type: ignore[index]
+    assert first[0] == ["", "original", "diva", "text_anchored"]
+    expected = {"pairs: gain, points": [found["weights"][r]["gain"]["pairs_stock"] for r in ("diva", "text_anchored")]}
+    for control, words in zip(controls, ("mismatched images", "random perturbation"), strict=True):
+        for what, column in (("pairs", "pairs_stock"), ("zero-shot classification", "zeroshot")):
+            effects = [found["effect"][f"{recipe}-{control}"][column] for recipe in ("diva", "text_anchored")]
+            expected[f"{what}: effect over {words}"] = effects
+    shown = {row[0]: row[2:] for row in first}
+    for name, intervals in expected.items():
+        assert shown[name] == [statistics.Interval(*interval).text() for interval in intervals]
+    assert html.index("pairs: effect over random perturbation") < html.index("Next:") < html.index("all figures</h2>")
+    difference = statistics.Interval(*found["difference"]["text_anchored minus diva"]["pairs_stock"]).text()
+    assert f"| text_anchored minus diva | {difference} |" in markdown
+    for recipe in ("diva", "text_anchored"):
+        assert f"- run of mini, {recipe}: {provenance.run(params.load(), 'mini', recipe)}\n" in markdown
 
 
 def read(folder: Path, weights: str) -> Scores:
@@ -221,25 +286,33 @@ def by_pattern(changed: dict[str, list[int]]) -> list[int]:
     return [sum((n - 1) // size == k for n in numbers) for numbers in changed.values() for k in range(pairs)]
 
 
-def test_the_seeds_table_is_shown_and_its_age_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gain = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
-    own, mark = ",".join(str(value) for value in gain.values()), provenance.run(params.load(), "mini")
+def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
+    """Of each recipe of this run, and of no other."""
+    gains = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
+    own = {weights: ",".join(map(str, gain.values())) for weights, gain in gains.items()}
+    diva, anchored = (provenance.run(params.load(), "mini", recipe) for recipe in ("diva", "text_anchored"))
     write_seeds(
-        f"mini,diva,diva,42,{own},{mark}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{mark}",
-        f"mini,diva,diva,43,2,2,3,4,5,6,7,{mark}", "mini,diva,diva,44,1,2,3,4,5,6,7,abc",
-        f"mini,other,diva,45,1,2,3,4,5,6,7,{mark}",
+        f"mini,diva,diva,42,{own['diva']},{diva}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{diva}",
+        f"mini,diva,diva,43,2,2,3,4,5,6,7,{diva}", "mini,diva,diva,44,1,2,3,4,5,6,7,abc",
+        f"mini,text_anchored,text_anchored,42,{own['text_anchored']},{anchored}",
+        f"mini,text_anchored,text_anchored,46,8,2,3,4,5,6,7,{anchored}",
+        f"mini,text_anchored,text_anchored,47,1,2,3,4,5,6,7,{diva}",
+        f"mini,other,other,45,1,2,3,4,5,6,7,{diva}",
     )  # fmt: skip
     run(report)
     html, markdown = ((METRICS / f"report.{suffix}").read_text() for suffix in ("html", "md"))
-    assert "<b>mini</b>, recipe <b>diva</b>. Figures" in html
-    assert "Training seeds 42, 43<" in html
+    assert "<b>diva</b>, <b>text_anchored</b>" in html
+    assert "Training seeds 42, 43, 46<" in html
     assert "on another machine" not in html
-    interval = statistics.over_seeds([gain["pairs_plain"], 1])
-    assert f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}" in html
-    assert statistics.over_seeds([gain["probe"], 7]).text() in markdown
+    for recipe, other in (("diva", 1), ("text_anchored", 8)):
+        interval = statistics.over_seeds([gains[recipe]["pairs_stock"], other])
+        said = f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}"
+        assert re.search(rf"^- {recipe}: .*{re.escape(said)}", markdown, re.MULTILINE)
+        assert said in html
+    assert statistics.over_seeds([gains["diva"]["probe"], 7]).text() in markdown
     for page_ in (html, markdown):
-        assert "metrics/seeds/mini.csv has seeds 44 of other code or parameters" in page_
-    write_seeds(f"mini,diva,diva,42,9,9,9,9,9,9,9,{mark}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{mark}")
+        assert "metrics/seeds/mini.csv has seeds 44, 47 of other code or parameters" in page_
+    write_seeds(f"mini,diva,diva,42,9,9,9,9,9,9,9,{diva}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{diva}")
     run(report)
     for suffix in ("html", "md"):
         assert "on another machine" in (METRICS / f"report.{suffix}").read_text()
@@ -288,7 +361,7 @@ def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.Captur
 
     def score(right: float) -> None:
         table.assign(statement_to_image=right).to_csv(mmvp, index=False)
-        figures["mini"]["diva"]["pairs_plain"] = 100 * right
+        figures["mini"]["score"]["diva"]["pairs_stock"] = 100 * right
         summary.write_text(json.dumps(figures))
 
     score(1.0)
@@ -297,17 +370,17 @@ def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.Captur
     score(0.0)
     run(report, "--compare")  # the workspace against the last commit
     told = capsys.readouterr().out
-    assert re.search(r"diva.*pairs, plain.*100\.00.*0\.00.*lost", told)
+    assert re.search(r"diva.*pairs, stock.*100\.00.*0\.00.*lost", told)
     do("git", "add", "--force", *files)
     do(*commit)
     diff = json.loads(do(*dvc, "metrics", "diff", "--json", "HEAD~1", "HEAD"))["metrics/mini/report.json"]
-    assert (diff["mini.diva.pairs_plain"]["old"], diff["mini.diva.pairs_plain"]["new"]) == (100, 0)
+    assert (diff["mini.score.diva.pairs_stock"]["old"], diff["mini.score.diva.pairs_stock"]["new"]) == (100, 0)
     with pytest.raises(SystemExit) as ended:
         run(report, "--compare", "HEAD~1", "HEAD", "--check")
     assert ended.value.code == 1
-    assert "mini, diva: pairs, plain read-out -" in capsys.readouterr().err
+    assert "mini, diva: pairs, stock embedding -" in capsys.readouterr().err
     run(report, "--compare", "HEAD", "HEAD~1", "--check")
-    assert re.search(r"diva.*pairs, plain.*0\.00.*100\.00.*gained", capsys.readouterr().out)
+    assert re.search(r"diva.*pairs, stock.*0\.00.*100\.00.*gained", capsys.readouterr().out)
     with pytest.raises(SystemExit):
         run(report, "--compare", "nowhere")
     assert "nowhere" in capsys.readouterr().err

@@ -598,23 +598,23 @@ def swapped(images: torch.Tensor) -> torch.Tensor:
 def test_scores_of_hand_made_pairs(tmp_path: Path) -> None:
     summary, table = by_hand(tmp_path, KINDS, ReadOut(TokenRule("all")), swapped)
     assert summary["pairs"] == 7
-    plain, published = summary["plain"], summary["published"]
-    assert plain["statement_to_image"]["patterns"] == {"Color": 50.0, "Text": 100.0, "State": 50.0}
-    assert plain["image_to_statement"]["patterns"] == {"Color": 25.0, "Text": 100.0, "State": 50.0}
-    assert plain["statement_to_image"]["average"] == 66.667  # of the patterns, though they differ in size
-    assert plain["image_to_statement"]["average"] == 58.333
-    assert (plain["statement_to_image"]["ties"], plain["image_to_statement"]["ties"]) == (2, 0)
+    stock, published = summary["stock"], summary["published"]
+    assert stock["statement_to_image"]["patterns"] == {"Color": 50.0, "Text": 100.0, "State": 50.0}
+    assert stock["image_to_statement"]["patterns"] == {"Color": 25.0, "Text": 100.0, "State": 50.0}
+    assert stock["statement_to_image"]["average"] == 66.667  # of the patterns, though they differ in size
+    assert stock["image_to_statement"]["average"] == 58.333
+    assert (stock["statement_to_image"]["ties"], stock["image_to_statement"]["ties"]) == (2, 0)
     assert published["statement_to_image"]["patterns"] == {"Color": 25.0, "Text": 0.0, "State": 0.0}
     assert published["statement_to_image"]["average"] == 8.333
-    assert {(block["draws"], block["sd_over_draws"]) for r in (plain, published) for block in r.values()} == {(1, 0.0)}
-    rows = table[table.read_out == "plain"]
+    assert {(block["draws"], block["sd_over_draws"]) for r in (stock, published) for block in r.values()} == {(1, 0.0)}
+    rows = table[table.pooling == "stock"]
     assert rows.pattern.tolist() == ["Color"] * 4 + ["Text"] + ["State"] * 2
     assert rows.statement_to_image.tolist() == [1, 1, 0, 0, 1, 0, 1]
     assert rows.image_to_statement.tolist() == [1, 0, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("drawn_per", ["statement", "pair"])
-def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(
+def test_a_pooling_rule_that_draws_tokens_is_scored_over_its_draws(
     tmp_path: Path, drawn_per: Literal["statement", "pair"]
 ) -> None:
     def honest_or_swapped(images: torch.Tensor) -> torch.Tensor:
@@ -624,7 +624,7 @@ def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(
     read_out = ReadOut(TokenRule("random", 1), drawn_per=drawn_per)
     (first, table), (second, _) = (by_hand(tmp_path, kinds, read_out, honest_or_swapped) for _ in range(2))
     assert first == second
-    assert (first["plain"]["statement_to_image"]["average"], first["plain"]["statement_to_image"]["draws"]) == (100, 1)
+    assert (first["stock"]["statement_to_image"]["average"], first["stock"]["statement_to_image"]["draws"]) == (100, 1)
     result = first["published"]["statement_to_image"]
     assert result["draws"] == 6
 
@@ -636,7 +636,7 @@ def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(
         [all(honest(d, s, 2 * pair) or honest(d, s, 2 * pair + 1) for s in range(2)) for pair in range(11)]
         for d in range(6)
     ])  # fmt: skip
-    shares = table[table.read_out == "published"].statement_to_image.to_numpy()
+    shares = table[table.pooling == "published"].statement_to_image.to_numpy()
     assert shares == pytest.approx(right.mean(0))
     by_draw = 100 * (right[:, :6].mean(1) + right[:, 6:].mean(1)) / 2
     assert result["average"] == pytest.approx(by_draw.mean(), abs=1e-3)
@@ -645,7 +645,7 @@ def test_a_read_out_that_draws_tokens_is_scored_over_its_draws(
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_a_read_out_has_its_own_way_to_resize(
+def test_a_pooling_rule_has_its_own_way_to_resize(
     finished: Path, tmp_path: Path, resize_mode: Literal["shortest", "squash"]
 ) -> None:
     folder = tmp_path / "model"
@@ -669,7 +669,7 @@ def test_a_read_out_has_its_own_way_to_resize(
     torch.testing.assert_close(stock, squashed)  # whatever the published read-out is
     logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], read_out, 0, 0)
     right = score_pairs(logits).right_P.tolist()
-    assert table[table.read_out == "published"].statement_to_image.tolist() == right
+    assert table[table.pooling == "published"].statement_to_image.tolist() == right
 
 
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -918,7 +918,8 @@ def test_the_committed_denoiser_listens_to_its_caption() -> None:
 
 
 def test_the_committed_backbone_knows_objects_and_has_room_for_details() -> None:
-    pretrained = committed("report.json")["mini"]["pretrained"]
-    assert pretrained["zeroshot"] > 98
-    assert 30 <= pretrained["pairs_plain"] <= 45
-    assert committed("ceiling/mini.json")["pairs_plain"] > 75
+    sets = committed("zeroshot/mini-pretrained.json")
+    assert next(scores["average"] for scores in sets.values() if scores["kind"] == "classification") > 98
+    stock, _ = (block for block in committed("mmvp/mini-pretrained.json").values() if isinstance(block, dict))
+    assert 30 <= stock["statement_to_image"]["average"] <= 45
+    assert committed("ceiling/mini.json")["pairs_stock"] > 75

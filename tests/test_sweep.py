@@ -30,19 +30,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add(
-    seed: int, gain: float, names: tuple[str, ...] = ("gain", "gain_shuffled", "gain_drift"), **changes: Any
+    seed: int, gain: float, names: tuple[str, ...] = ("diva", "diva-shuffled", "diva-drift"), **changes: Any
 ) -> None:
     """Let a run end that found this gain everywhere, and add it to the table."""
     write_params(seed=seed, **changes)
     Path("metrics/mini").mkdir(parents=True, exist_ok=True)
-    write_json(Path("metrics/mini/report.json"), {"mini": {name: dict.fromkeys(COLUMNS, gain) for name in names}})
+    write_json(
+        Path("metrics/mini/report.json"), {"mini": {"gain": {name: dict.fromkeys(COLUMNS, gain) for name in names}}}
+    )
     sweep.add(params.load())
 
 
 def found(weights: str = "diva") -> list[tuple[str, int, float]]:
     table = seeds_table("mini")
     rows = table[table.weights == weights]
-    return list(zip(rows.recipe, rows.seed, rows.pairs_plain, strict=True))
+    return list(zip(rows.recipe, rows.seed, rows.pairs_stock, strict=True))
 
 
 @pytest.mark.usefixtures("folder")
@@ -55,8 +57,8 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
     assert found() == [("diva", 3, 2.0), ("diva", 42, 1.0)]
     table = pd.read_csv(TABLE, dtype={"run": str})
     assert list(table.columns) == ["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]
-    assert set(table.run) == {run(params.load(), "mini")}
-    assert [*table.weights] == ["diva", "diva", "shuffled", "shuffled", "drift", "drift"]
+    assert set(table.run) == {run(params.load(), "mini", "diva")}
+    assert [*table.weights] == [w for w in ("diva", "diva-shuffled", "diva-drift") for _ in range(2)]
     merged = written + "".join(line.replace("2.0", "2.5") for line in written.splitlines(True)[1:])  # by git, say
     TABLE.write_text(merged)
     assert found() == [("diva", 3, 2.0), ("diva", 42, 1.0)]
@@ -71,6 +73,7 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
         ("profiles.mini.recipes.two_stage.steps", 7, True),
         ("profiles.paper.mmvp.draws", 7, True),
         ("run.controls", [], True),
+        ("run.recipes", ["diva", "two_stage"], True),
         ("profiles.mini.recipes.diva.steps", 7, False),
         ("profiles.mini.mmvp.draws", 7, False),
         ("profiles.mini.images.count", 7, False),
@@ -92,18 +95,23 @@ def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[s
     add(1, 1.0)
     other = TABLE.read_text() + TABLE.read_text().splitlines()[1].replace("mini,", "openai_224,") + "\n"
     TABLE.write_text(other)
-    add(1, 2.0, **{"run.recipes": ["two_stage"]})
-    assert found() == [("diva", 1, 1.0), ("two_stage", 1, 2.0), ("diva", 1, 1.0)]
+    add(1, 2.0, ("two_stage", "two_stage-drift"), **{"run.recipes": ["two_stage"]})
+    assert found() == [("diva", 1, 1.0), ("diva", 1, 1.0)]
+    assert found("two_stage") == found("two_stage-drift") == [("two_stage", 1, 2.0)]
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("folder")
 def test_what_is_missing_is_what_no_row_of_this_run_has() -> None:
     add(1, 1.0)
-    add(2, 1.0, names=("gain", "gain_shuffled"))
+    add(2, 1.0, names=("diva", "diva-shuffled"))
     assert sweep.missing(params.load(), [3, 1, 2]) == [3, 2]
     write_params(**run_of(["diva", "diva-shuffled"]))
     assert sweep.missing(params.load(), [3, 1, 2]) == [3]
+    write_params(**run_of(["diva", "two_stage"]))
+    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
+    add(2, 1.0, names=("diva", "two_stage"), **run_of(["diva", "two_stage"]))
+    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1]
     write_params(**{"profiles.mini.recipes.diva.steps": 7})
     assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
 
@@ -133,7 +141,7 @@ import json, pathlib
 seed = json.load(open("metrics/mini/train/mini-diva/metrics.json"))["seed"]
 seeds = len(open("metrics/seeds/mini.csv").readlines())
 gain = dict.fromkeys({list(COLUMNS)}, seed / 10)
-pathlib.Path("metrics/mini/report.json").write_text(json.dumps({{"mini": {{"gain": gain}}}}))
+pathlib.Path("metrics/mini/report.json").write_text(json.dumps({{"mini": {{"gain": {{"diva": gain}}}}}}))
 pathlib.Path("metrics/mini/seen").write_text(str(seeds))
 """
 PIPELINE = """
@@ -190,10 +198,10 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     result = sweep.sweep(params.load(), [1, 2, 3])
     assert "1 are there, 2 to run" in capsys.readouterr().out
     assert result.seed.tolist() == [1, 2, 3, 42]
-    assert result.pairs_plain.tolist() == [0.1, 0.2, 0.3, 4.2]
+    assert result.pairs_stock.tolist() == [0.1, 0.2, 0.3, 4.2]
     assert Path("runs").read_text().split() == ["42", "1", "2", "3"]  # and the workspace's own came from DVC's memory
     assert Path("params.yaml").read_bytes() == parameters
-    assert json.loads(Path("metrics/mini/report.json").read_text())["mini"]["gain"]["probe"] == 4.2
+    assert json.loads(Path("metrics/mini/report.json").read_text())["mini"]["gain"]["diva"]["probe"] == 4.2
     assert Path("metrics/mini/seen").read_text() == "5"  # the report saw the new table
     written = TABLE.read_bytes()
     assert pd.read_csv(TABLE).seed.tolist() == [1, 2, 3, 42]

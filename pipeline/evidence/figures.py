@@ -2,49 +2,71 @@
 
 import base64
 import io
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from PIL import Image
 
 from pipeline.core.params import Published
-from pipeline.evidence.results import COLUMNS, PAIRS, READ_OUTS, Scores
+from pipeline.evidence.results import COLUMNS, CONTROLS, POOLINGS, Scores, label, recipe_and_control, without_controls
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
 
-COLOURS = {
-    "pretrained": "#9aa5b1", "diva": "#2f6f9f", "released": "#c98a2d", "shuffled": "#b0578d", "drift": "#5a9e6f"
-}  # fmt: skip
+PALETTE = ("#2f6f9f", "#c98a2d", "#5a9e6f", "#b0578d", "#7a68ad", "#a65d3f")
+
+
+def colours(scores: Iterable[str]) -> dict[str, str]:
+    """Grey for pretrained, a colour for each recipe and for released; a control has its recipe's, paler."""
+    names = list(dict.fromkeys(recipe_and_control(weights)[0] for weights in scores))
+    own = dict(zip([name for name in names if name != "pretrained"], itertools.cycle(PALETTE), strict=False))
+    own["pretrained"] = "#9aa5b1"
+    pale = dict(zip(("", *CONTROLS), (1.0, 0.65, 0.35), strict=True))
+    white = np.ones(3)
+    return {
+        weights: to_hex(pale[control] * np.array(to_rgb(own[recipe])) + (1 - pale[control]) * white)
+        for weights, (recipe, control) in ((weights, recipe_and_control(weights)) for weights in scores)
+    }
 
 
 def patterns(scores: dict[str, Scores], published: Published | None):
-    """Pairs right per pattern and read-out, a bar for each set of weights; diamonds: the paper's before and after."""
-    shown = {weights: found for weights, found in scores.items() if weights in ("pretrained", "diva", "released")}
+    """Pairs right per pattern and pooling rule, a bar for each set of weights; diamonds: the paper's."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axis, read_out in zip(axes, READ_OUTS, strict=True):
-        tables = {weights: found.mmvp[read_out]["statement_to_image"]["patterns"] for weights, found in shown.items()}
-        pd.DataFrame(tables).plot.barh(ax=axis, width=0.75, color=COLOURS)
-        values = published and (published.before_patterns if read_out == "plain" else published.after_patterns)
+    for axis, pooling in zip(axes, POOLINGS, strict=True):
+        tables = {w: scores[w].mmvp[pooling]["statement_to_image"]["patterns"] for w in without_controls(scores)}
+        pd.DataFrame(tables).plot.barh(ax=axis, width=0.75, color=colours(scores))
+        values = published and (published.before_patterns if pooling == "stock" else published.after_patterns)
         if values:
             axis.scatter(values, range(len(values)), marker="D", color="#1f2933", zorder=3, label="the paper's")
             axis.legend()
-        axis.set(title=f"{read_out} read-out", xlabel="pairs right, %", ylabel="", xlim=(0, 100))
-    axes[0].invert_yaxis()  # shared by both: patterns in their order, pretrained above diva
+        axis.set(title=COLUMNS[f"pairs_{pooling}"], xlabel="pairs right, %", ylabel="", xlim=(0, 100))
+    axes[0].invert_yaxis()  # shared by both: patterns in their order, pretrained on top
     return figure
 
 
-def gains(found: dict):
-    """Change of every column with its interval: the run and its controls side by side."""
-    weights, columns = found["weights"], list(COLUMNS)
-    columns = [column for column in columns if all(column in result["gain"] for result in weights.values())]
-    figure, axis = plt.subplots(figsize=(11, 0.9 + 0.5 * len(columns)), layout="constrained")
+def gains(weights: dict[str, dict]):
+    """Change of every column with its interval: recipes and controls side by side; weights: of evidence.json."""
+    columns = [column for column in COLUMNS if all(column in result["gain"] for result in weights.values())]
+    figure, axis = plt.subplots(figsize=(11, 0.9 + (0.2 + 0.1 * len(weights)) * len(columns)), layout="constrained")
     for i, (name, result) in enumerate(weights.items()):
         value, low, high = zip(*(result["gain"][column] for column in columns), strict=True)
-        places = [row + 0.18 * (i - (len(weights) - 1) / 2) for row in range(len(columns))]
+        places = [row + 0.7 / len(weights) * (i - (len(weights) - 1) / 2) for row in range(len(columns))]
         errors = [[v - b for v, b in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
-        axis.errorbar(value, places, xerr=errors, fmt="o", markersize=4, capsize=2, color=COLOURS[name], label=name)
+        axis.errorbar(
+            value,
+            places,
+            xerr=errors,
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            color=colours(weights)[name],
+            label=label(name),
+        )
     axis.axvline(0, color="#1f2933", linewidth=0.8)
     axis.set_yticks(range(len(columns)), [COLUMNS[column] for column in columns])
     axis.set(xlabel="points over pretrained, 95 % interval")
@@ -55,13 +77,13 @@ def gains(found: dict):
 
 def seeds(table: pd.DataFrame):
     """Gains of one backbone by training seed; a column a panel."""
-    columns = [column for column in COLUMNS if column in table and table[column].notna().all()]
-    figure, axes = plt.subplots(1, len(columns), figsize=(11, 3), layout="constrained", squeeze=False)
+    columns = [column for column in COLUMNS if table[column].notna().all()]
+    names = list(table.weights.unique())
+    figure, axes = plt.subplots(1, len(columns), figsize=(11, 3.4), layout="constrained", squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
         for i, (weights, group) in enumerate(table.groupby("weights", sort=False)):
-            axis.scatter([i] * len(group), group[column], s=14, color=COLOURS[str(weights)])
-            axis.plot([i - 0.25, i + 0.25], [group[column].mean()] * 2, color=COLOURS[str(weights)])
-        names = list(table.weights.unique())
+            axis.scatter([i] * len(group), group[column], s=14, color=colours(names)[str(weights)])
+            axis.plot([i - 0.25, i + 0.25], [group[column].mean()] * 2, color=colours(names)[str(weights)])
         axis.axhline(0, color="#1f2933", linewidth=0.8)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axis.set_xlim(-0.6, len(names) - 0.4)
@@ -71,7 +93,7 @@ def seeds(table: pd.DataFrame):
 
 
 def losses(curves: dict[str, Path]):
-    """The denoising loss of both phases, of the run and of the control that was trained; None where there is none."""
+    """The denoising loss of both phases, of all weights that were trained; None where there are none."""
     found = {
         (phase, weights): pd.read_csv(file, sep="\t")
         for phase in ("projection", "tower")
@@ -84,8 +106,13 @@ def losses(curves: dict[str, Path]):
     figure, axes = plt.subplots(1, len(phases), figsize=(11, 3.2), layout="constrained", squeeze=False)
     for (phase, weights), table in found.items():
         axis = axes[0][phases.index(phase)]
-        axis.plot(table.step, table.loss, color=COLOURS[weights], linewidth=0.6, alpha=0.4)
-        axis.plot(table.step, table.loss.rolling(20, min_periods=1).mean(), color=COLOURS[weights], label=weights)
+        axis.plot(table.step, table.loss, color=colours(curves)[weights], linewidth=0.6, alpha=0.4)
+        axis.plot(
+            table.step,
+            table.loss.rolling(20, min_periods=1).mean(),
+            color=colours(curves)[weights],
+            label=label(weights),
+        )
         axis.set(title=f"{phase}: denoising loss", xlabel="step")
         axis.legend()
     return figure
@@ -93,12 +120,13 @@ def losses(curves: dict[str, Path]):
 
 def probe(scores: dict[str, Scores]):
     """Accuracy of the linear probe per attribute; None where no set of that kind was scored."""
-    probes = {w: s for w, found in scores.items() for s in found.zeroshot.values() if s["kind"] == "probe"}
+    shown = without_controls(scores)
+    probes = {w: s for w in shown for s in scores[w].zeroshot.values() if s["kind"] == "probe"}
     if not probes:
         return None
     table = pd.DataFrame(probes).drop(["kind", "average"]).astype(float)
     figure, axis = plt.subplots(figsize=(11, 4.4), layout="constrained")
-    table.plot.barh(ax=axis, width=0.8, color=COLOURS)
+    table.plot.barh(ax=axis, width=0.8, color=colours(scores))
     axis.invert_yaxis()
     axis.set(title="what a linear probe reads off the embedding", xlabel="accuracy, %", xlim=(0, 100))
     return figure
@@ -112,17 +140,14 @@ def url(figure) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def picture_url(path: Path) -> str:
+def image_url(path: Path) -> str:
     with Image.open(path) as image:
         mime = Image.MIME[image.format or "PNG"]
     return f"data:{mime};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def by_pattern(scores: dict[str, Scores]) -> pd.DataFrame:
-    """Pairs right per pattern, plain read-out, for `dvc plots`."""
-    tables = []
-    for weights in (weights for weights in ("pretrained", "diva", "released") if weights in scores):
-        read_out, direction = PAIRS["pairs_plain"]
-        found = scores[weights].mmvp[read_out][direction]["patterns"]
-        tables.append(pd.DataFrame({"pattern": [f"{weights}: {name}" for name in found], "right": found.values()}))
-    return pd.concat(tables).round(2)
+    """Pairs right per pattern, stock embedding, for `dvc plots`."""
+    found = {w: scores[w].mmvp["stock"]["statement_to_image"]["patterns"] for w in without_controls(scores)}
+    rows = [(f"{weights}: {name}", right) for weights, own in found.items() for name, right in own.items()]
+    return pd.DataFrame(rows, columns=["pattern", "right"]).round(2)

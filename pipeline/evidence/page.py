@@ -1,79 +1,120 @@
-"""What the page and its Markdown twin show, as text, rows and pictures; their wording is in the two templates."""
+"""What the page and its twin in Markdown show, as text, rows and images; their wording is in the two templates."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from pipeline.core.params import Published
-from pipeline.evidence import figures, results, statistics
-from pipeline.evidence.results import COLUMNS, CONTROLS, Scores
+from pipeline.core.params import Params
+from pipeline.evidence import figures, provenance, results, statistics
+from pipeline.evidence.results import COLUMNS, CONTROLS, Scores, label, recipe_and_control, without_controls
 from pipeline.evidence.statistics import Interval
 
-LABELS = {"shuffled": "control: shuffled", "drift": "control: drift", "published": "the paper's"}
+FOUR_CELLS = [
+    "weights", "pattern", "stock embedding, before", "after", "gain", "published pooling, before", "after", "gain",
+]  # fmt: skip
+TESTS = [
+    "weights", "pooling rule", "won", "lost", "of", "exact McNemar p", "smallest gain shown (power 80 %)",
+    "cosine to the original [95 %]",
+]  # fmt: skip
+
+Pair = tuple[float, float]  # the paper's pairs before and after, in %
 
 
-def section(
-    profile: str, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, float], recipe: str,
-    seed: int, run: str, entry: Published | None,
-) -> dict:  # fmt: skip
-    """All that is shown of one backbone.
-
-    found: its part of evidence.json; gain: diva's, as report.json has it; run: what the seeds that count are of.
-    """
-    over_seeds = results.seeds_table(profile).query("backbone == @backbone and recipe == @recipe")
-    others = over_seeds.query("run != @run")
+def section(p: Params, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, dict]) -> dict:
+    """All that is shown of one backbone; found: its part of evidence.json; gain: of report.json."""
+    profile, entry = p.run.profile, p.backbones[backbone].published
     published = (entry.before, entry.after) if entry else None
-    curves: dict[str, Path] = {
-        weights: Path("metrics", profile, "train", f"{backbone}-{folder}", "plots", "metrics")
-        for weights, folder in (("diva", recipe), ("shuffled", f"{recipe}-shuffled"))
-        if weights in scores
-    }
-    drawn = [figures.patterns(scores, entry), *([figures.gains(found)] if found["weights"] else [])]
+    table = results.seeds_table(profile).query("backbone == @backbone")
+    runs = table.recipe.map({recipe: provenance.run(p, backbone, recipe) for recipe in p.run.recipes})
+    counting, others = table[table.run == runs], table[runs.notna() & (table.run != runs)]
+    groups = {str(w): group for w, group in counting.groupby("weights", sort=False) if len(group) > 1}
+    judged = {w: seeds_verdict(groups[w], found["pooling"][0], published) for w in p.run.recipes if w in groups}
+    curves = {w: Path("metrics", profile, "train", f"{backbone}-{w}", "plots", "metrics") for w in scores}
+    drawn = [figures.patterns(scores, entry), *([figures.gains(found["weights"])] if found["weights"] else [])]
     drawn += [figures.probe(scores), figures.losses(curves)]
     return {
         "backbone": backbone,
+        "controlled": bool(found["effect"]),
+        "overview": overview(scores, found, published),
+        "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found, published).items()],
         "headline": headline(scores, found),
+        "difference": [
+            [name, *cells(change, ("pairs_stock", "zeroshot"))] for name, change in found["difference"].items()
+        ],
         "four_cells": four_cells(scores),
-        "verdicts": verdicts(found, published),
         "published": entry,
         "figures": [figures.url(figure) for figure in drawn if figure],
-        "cosine": {weights: Interval(*result["cosine"]) for weights, result in found["weights"].items()},
-        "tests": {weights: result["pairs"] for weights, result in found["weights"].items()},
-        "seeds": seeds(over_seeds.query("run == @run"), gain, seed, found["read_out"][0], published),
+        "tests": [
+            [label(w), pooling, *test.values(), "{:.3f} [{:.3f}, {:.3f}]".format(*result["cosine"])]
+            for w, result in found["weights"].items()
+            for pooling, test in result["pairs"].items()
+        ],
+        "seeds": seeds(groups, gain, p.seed),
         "other_seeds": ", ".join(map(str, sorted(set(others.seed)))),
         "changed": pairs_changed(scores, Path("data", profile, "mmvp_vlm")),
         "weights": {weights: of_weights.mmvp["weights_sha256"] for weights, of_weights in scores.items()},
     }
 
 
-def headline(scores: dict[str, Scores], found: dict) -> list[list[str]]:
-    """Rows for people: every set of weights, every gain with its interval."""
-    rows = []
-    for weights, of_weights in scores.items():
-        values = of_weights.headline()
-        rows.append([LABELS.get(weights, weights), *(f"{values[c]:.1f}" if c in values else "" for c in COLUMNS)])
-    for weights, result in found["weights"].items():
-        rows.append([f"gain, {LABELS.get(weights, weights)}", *cells(result["gain"])])
-    for control, remains in found["remains"].items():
-        rows.append([f"diva less {control}", *cells(remains)])
+def cell(interval: list[float] | None) -> str:
+    return Interval(*interval).text() if interval else ""
+
+
+def cells(intervals: dict[str, list[float]], columns: Iterable[str] = COLUMNS) -> list[str]:
+    """A cell a column; empty where there is no such interval."""
+    return [cell(intervals.get(column)) for column in columns]
+
+
+def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> list[list[str]]:
+    """Recipes side by side, with their controls: what was gained and what it cost; the first row has the headings."""
+    shown = without_controls(scores)
+    rows = [["", *("original" if weights == "pretrained" else weights for weights in shown)]]
+    for name, column in (("pairs", "pairs_stock"), ("zeroshot", "zeroshot")):
+        values = [scores[weights].headline().get(column) for weights in shown]
+        if None in values:
+            continue
+        what = COLUMNS[column].partition(",")[0]
+        tuned = [found["weights"].get(weights, {}) for weights in shown]
+        gained = [
+            t.get("as_published") if published and name == "pairs" else t.get("gain", {}).get(column) for t in tuned
+        ]
+        rows += [
+            [f"{COLUMNS[column]}, %", *(f"{value:.1f}" for value in values)],
+            [f"{what}: gain, points", *map(cell, gained)],
+            [f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)],
+        ]
+        for control, words in CONTROLS.items():
+            effects = [found["effect"].get(f"{weights}-{control}", {}).get(column) for weights in shown]
+            if any(effects):
+                rows.append([f"{what}: effect over {words}", *map(cell, effects)])
     return rows
 
 
-def cells(intervals: dict[str, list[float]]) -> list[str]:
-    return [Interval(*intervals[column]).text() if column in intervals else "" for column in COLUMNS]
+def headline(scores: dict[str, Scores], found: dict) -> list[list[str]]:
+    """Every set of weights, every gain and every effect, each column."""
+    rows = []
+    for weights, of_weights in scores.items():
+        values = of_weights.headline()
+        rows.append([label(weights), *(f"{values[c]:.1f}" if c in values else "" for c in COLUMNS)])
+    rows += [[f"gain: {label(weights)}", *cells(result["gain"])] for weights, result in found["weights"].items()]
+    for weights, effect in found["effect"].items():
+        recipe, control = recipe_and_control(weights)
+        rows.append([f"effect: {recipe} over {CONTROLS[control]}", *cells(effect)])
+    return rows
 
 
 def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
-    """Average and patterns of pretrained and tuned weights under both read-outs, each gain within one read-out."""
+    """Average and patterns of pretrained and tuned weights by both pooling rules, each gain by one of them."""
     before, rows = scores["pretrained"], []
-    for weights, after in scores.items():
-        if weights == "pretrained" or weights in CONTROLS:
-            continue
-        for pattern in [None, *before.strata("pairs_plain")]:
+    for weights in without_controls(scores)[1:]:
+        after = scores[weights]
+        for pattern in [None, *before.strata("pairs_stock")]:
             row = [weights, pattern or "average"]
-            for column, (read_out, direction) in list(results.PAIRS.items())[:2]:
+            for column in ("pairs_stock", "pairs_published"):
+                pooling, direction = results.PAIRS[column]
                 for of_weights in (before, after):
-                    block = of_weights.mmvp[read_out][direction]
+                    block = of_weights.mmvp[pooling][direction]
                     value, sd = (
                         (block["patterns"][pattern], block["patterns_sd_over_draws"][pattern])
                         if pattern
@@ -87,98 +128,80 @@ def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
     return rows
 
 
-def verdicts(found: dict, published: tuple[float, float] | None) -> list[str]:
-    """What the figures say of each set of weights, and no more."""
-    texts = []
-    for weights, result in found["weights"].items():
-        if weights in CONTROLS:
-            continue
-        judged = result["verdict"]
-        said = (
-            "plain read-out before, published read-out after, as in the paper's table"
-            if published
-            else "plain read-out"
-        )
-        gain = Interval(*(result["as_published"] if published else result["gain"]["pairs_plain"]))
-        text = f"{weights}: pairs {judged['pairs']}, {gain.text()} points ({said}"
-        text += f"; published {published[1] - published[0]:+.1f})" if published else ")"
-        text += f". The read-out alone gives {Interval(*found['read_out']).text()}."
+def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
+    """What the figures say of each set of weights, controls aside, and no more."""
+    texts = {}
+    for weights in without_controls(found["weights"]):
+        result = found["weights"][weights]
+        judged, tests = result["verdict"], result["pairs"]["stock"]
+        gain = Interval(*(result["as_published"] if published else result["gain"]["pairs_stock"])).text()
+        said = f"{weights}: pairs {judged['pairs']}, {gain} points (stock embedding"
+        if published:
+            alone = Interval(*found["pooling"]).text()
+            said += " before, published pooling after, as in the paper's table; published "
+            said += f"{published[1] - published[0]:+.1f}; the published pooling alone gives {alone}"
+        said += ")."
         if "zeroshot" in judged:
             cost = Interval(*result["gain"]["zeroshot"]).text()
-            text += f" Zero-shot classification: {judged['zeroshot']}, {cost}."
+            said += f" Zero-shot classification {judged['zeroshot']}, {cost}."
             if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
-                text += " The gain is bought with zero-shot ability."
-        tests = result["pairs"]["plain"]
+                said += " The gain comes at the cost of zero-shot ability."
         shows, smallest = "so few pairs show no gain reliably", tests["smallest_gain"]
         if smallest is not None:
             shows = f"so many pairs show gains of {smallest:g} points and more in 80 of 100 experiments"
-        text += (
-            f" Of {tests['pairs']} pairs {tests['won']} were won and {tests['lost']} lost (plain read-out; exact "
-            f"McNemar p = {tests['p']:g}); {shows}. Mean cosine to the original embedding: {result['cosine'][0]:.3f}."
+        texts[weights] = (
+            f"{said} Of {tests['pairs']} pairs {tests['won']} were won and {tests['lost']} lost (stock embedding; "
+            f"exact McNemar p = {tests['p']:g}); {shows}."
         )
-        texts.append(text)
-    for control, remains in found["remains"].items():
-        left = ", ".join(
-            f"{COLUMNS[c]} {Interval(*remains[c]).text()}" for c in remains if c in ("pairs_plain", "zeroshot")
-        )
-        texts.append(f"What remains of diva's change after the control {control} is subtracted: {left}.")
     return texts
 
 
-def seeds_verdict(group: pd.DataFrame, read_out: float, published: tuple[float, float] | None) -> str:
-    """The rule, applied to the interval over seeds of diva's gains; read_out: what the read-out alone gives."""
-    judged = (group.pairs_published + read_out, published[1] - published[0]) if published else (group.pairs_plain, None)
+def seeds_verdict(group: pd.DataFrame, pooling: float, published: Pair | None) -> str:
+    """The rule, applied to the interval over seeds of a recipe's gains; pooling: what the pooling rule alone gives."""
+    judged = (group.pairs_published + pooling, published[1] - published[0]) if published else (group.pairs_stock, None)
     gain, zeroshot = statistics.over_seeds(judged[0]), group.zeroshot.dropna()
-    text = f"Over {len(group)} training seeds: pairs {statistics.gain_verdict(gain, judged[1])}, {gain.text()}"
+    said = f"Over {len(group)} training seeds: pairs {statistics.gain_verdict(gain, judged[1])}, {gain.text()}"
     if len(zeroshot) == len(group):
         cost = statistics.over_seeds(zeroshot)
-        text += f"; zero-shot classification {statistics.preserved_verdict(cost)}, {cost.text()}"
-    return f"{text} (t interval of the mean)."
+        said += f"; zero-shot classification {statistics.preserved_verdict(cost)}, {cost.text()}"
+    return f"{said} (t interval of the mean)."
 
 
-def seeds(
-    table: pd.DataFrame, gain: dict[str, float], seed: int, read_out: float, published: tuple[float, float] | None
-) -> dict | None:
+def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> dict | None:
     """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two.
 
-    table: of one backbone, recipe and run.
+    groups: the rows of the runs at hand, by weights; gain: this run's, by weights.
     """
-    groups = {str(weights): group for weights, group in table.groupby("weights", sort=False) if len(group) > 1}
     if not groups:
         return None
+    table = pd.concat(groups.values())
     columns = [column for column in COLUMNS if table[column].notna().all()]
     rows = [
-        [
-            LABELS.get(w, w),
-            str(len(g)),
-            *(f"{statistics.over_seeds(g[c]).text()} (s.d. {g[c].std():.1f})" for c in columns),
-        ]
+        [label(w), str(len(g)), *(f"{statistics.over_seeds(g[c]).text()} (s.d. {g[c].std():.1f})" for c in columns)]
         for w, g in groups.items()
     ]
-    own = table[(table.weights == "diva") & (table.seed == seed)]
-    same = own.empty or not gain or any(all(row[c] == gain.get(c) for c in columns) for _, row in own.iterrows())
+    own = table[(table.seed == seed) & table.weights.isin(gain)]
     return {
         "columns": [COLUMNS[column] for column in columns],
         "rows": rows,
         "seeds": ", ".join(map(str, sorted(set(table.seed)))),
-        "same": same,
-        "verdict": seeds_verdict(groups["diva"], read_out, published) if "diva" in groups else None,
+        "same": all(row[column] == gain[row.weights].get(column) for _, row in own.iterrows() for column in columns),
         "figure": figures.url(figures.seeds(table)),
     }
 
 
 def pairs_changed(scores: dict[str, Scores], folder: Path) -> list[dict]:
-    """The pairs that were won and those that were lost under the plain read-out, with statements and pictures."""
+    """The pairs that were won and those that were lost by the stock embedding, with statements and images."""
     questions = pd.read_csv(folder / "Questions.csv").set_index("Question ID")
     folders = {path.name.replace("_", " "): path for path in folder.glob("*/*") if path.is_dir()}
     lists = []
-    for weights in (weights for weights in scores if weights != "pretrained" and weights not in CONTROLS):
-        for how, numbers in results.changed_pairs(scores["pretrained"], scores[weights], "plain").items():
+    for weights in without_controls(scores)[1:]:
+        for how, numbers in results.changed_pairs(scores["pretrained"], scores[weights], "stock").items():
             pairs = []
             for number in numbers:
                 two = questions.loc[[2 * number - 1, 2 * number]]
                 kind = str(two.Type.iloc[0]).replace("_", " ")
-                pictures = [(folders[kind] / f"{i}.jpg", text) for i, text in two.Statement.items()]
-                pairs.append({"number": number, "pattern": kind, "pictures": pictures})
+                images = [(folders[kind] / f"{i}.jpg", statement) for i, statement in two.Statement.items()]
+                pairs.append({"number": number, "pattern": kind, "images": images})
             lists.append({"weights": weights, "how": how, "pairs": pairs})
     return lists

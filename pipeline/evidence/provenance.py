@@ -1,4 +1,4 @@
-"""Whence a report: hashes of parameters, code and data, seeds, versions, hardware, wall time.
+"""Provenance of a report: hashes of parameters, code and data, seeds, versions, hardware, wall time.
 
 The git revision is not among it: a file that is written before it is committed cannot know its commit. Git tells which
 commit a file came with, and the hashes tell what it was made of.
@@ -46,7 +46,7 @@ def provenance(p: Params) -> dict[str, dict[str, str]]:
             "profile": p.run.profile,
             "backbones": ", ".join(p.run.backbones),
             "weights": ", ".join(p.run.weights),
-            **{f"run of {backbone}": run(p, backbone) for backbone in p.run.backbones},
+            **{f"run of {b}, {recipe}": run(p, b, recipe) for b in p.run.backbones for recipe in p.run.recipes},
         },
         "Hardware": hardware(),
         "Versions": {"python": platform.python_version(), **versions},
@@ -55,11 +55,13 @@ def provenance(p: Params) -> dict[str, dict[str, str]]:
     }
 
 
-def run(p: Params, backbone: str) -> str:
-    """Names the run whose seeds count together: a hash of all code and parameters that decide gains, but the seed."""
+def run(p: Params, backbone: str, recipe: str) -> str:
+    """Names the run whose seeds count together: a hash of all code and parameters that decide a recipe's gains, but the
+    seed.
+    """
     train = p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     of_profile = p.profile.model_dump(mode="json", exclude={"train", "recipes"})
-    chosen = [p.profile.recipes[recipe].model_dump(mode="json") for recipe in p.run.recipes]
+    chosen = p.profile.recipes[recipe].model_dump(mode="json")
     own = p.backbones[backbone].model_dump(mode="json", include={"source", "condition", "published_read_out"})
     together = json.dumps([of_profile, train, chosen, own, program(*DECIDE)], sort_keys=True)
     return hashlib.sha256(together.encode()).hexdigest()[:12]

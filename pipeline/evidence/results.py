@@ -5,9 +5,10 @@ the sets of zero-shot ability; an answer is a share of right ones (in %) about o
 """
 
 import io
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,25 +19,24 @@ from pipeline.core.stages import UserError
 from pipeline.evidence import statistics
 from pipeline.evidence.statistics import Interval
 
+POOLINGS = ("stock", "published")
+PAIRS = {
+    f"{task}_{pooling}": (pooling, direction)
+    for task, direction in (("pairs", "statement_to_image"), ("image_to_statement", "image_to_statement"))
+    for pooling in POOLINGS
+}
+KINDS = {"zeroshot": "classification", "retrieval": "retrieval", "probe": "probe"}
 COLUMNS = {
-    "pairs_plain": "pairs, plain read-out",
-    "pairs_published": "pairs, published read-out",
-    "image_to_statement_plain": "image to statement, plain",
+    "pairs_stock": "pairs, stock embedding",
+    "pairs_published": "pairs, published pooling",
+    "image_to_statement_stock": "image to statement, stock",
     "image_to_statement_published": "image to statement, published",
     "zeroshot": "zero-shot classification",
     "retrieval": "retrieval, recall@k",
     "probe": "detail probe",
 }
-PAIRS = {
-    "pairs_plain": ("plain", "statement_to_image"),
-    "pairs_published": ("published", "statement_to_image"),
-    "image_to_statement_plain": ("plain", "image_to_statement"),
-    "image_to_statement_published": ("published", "image_to_statement"),
-}
-KINDS = {"zeroshot": "classification", "retrieval": "retrieval", "probe": "probe"}
-READ_OUTS = ("plain", "published")
-GAINS = {"diva": "gain", "released": "gain_released", "shuffled": "gain_shuffled", "drift": "gain_drift"}
-CONTROLS = ("shuffled", "drift")
+CHECKPOINTS = ("pretrained", "released")
+CONTROLS = {"shuffled": "mismatched images", "drift": "random perturbation"}
 
 Read = Callable[[Path], bytes]
 
@@ -68,8 +68,8 @@ class Scores:
     def strata(self, column: str) -> dict[str, np.ndarray]:
         """The answers of a column in %, by stratum; none where nothing of that kind was scored."""
         if column in PAIRS:
-            read_out, direction = PAIRS[column]
-            asked = self.pairs[self.pairs.read_out == read_out]
+            pooling, direction = PAIRS[column]
+            asked = self.pairs[self.pairs.pooling == pooling]
             return {name: 100 * group.to_numpy() for name, group in asked.groupby("pattern", sort=False)[direction]}
         sets = [name for name, scores in self.zeroshot.items() if scores["kind"] == KINDS[column]]
         asked = self.answers[self.answers.set.isin(sets)]
@@ -77,15 +77,15 @@ class Scores:
         by_image = by_measure.groupby(["set", "image"], sort=False).mean()  # an image with all its texts is one sample
         return {name: 100 * group.to_numpy() for name, group in by_image.groupby("set", sort=False)}
 
-    def right(self, read_out: str) -> pd.Series:
+    def right(self, pooling: str) -> pd.Series:
         """Whether a pair is right in most draws, statement to image, by the pair's number."""
-        asked = self.pairs[self.pairs.read_out == read_out].set_index("pair")
+        asked = self.pairs[self.pairs.pooling == pooling].set_index("pair")
         return asked.statement_to_image > 0.5
 
 
 def headline(mmvp: dict, zeroshot: dict) -> dict[str, float]:
     """The figures of COLUMNS that there are, in %, of the summaries that the scorings write."""
-    values = {column: mmvp[read_out][direction]["average"] for column, (read_out, direction) in PAIRS.items()}
+    values = {column: mmvp[pooling][direction]["average"] for column, (pooling, direction) in PAIRS.items()}
     for column, kind in KINDS.items():
         averages = [scores["average"] for scores in zeroshot.values() if scores["kind"] == kind]
         if averages:
@@ -101,21 +101,21 @@ def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Inter
     return statistics.stratified([after[name] - before[name] for name in before])
 
 
-def gains(before: Scores, after: Scores) -> dict[str, Interval]:
-    """The change of every column that both have."""
-    columns = [column for column in COLUMNS if column in before.headline().keys() & after.headline().keys()]
-    return {column: change(before.strata(column), after.strata(column)) for column in columns}
+def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> dict[str, Interval]:
+    """The change of every one of these columns that both have."""
+    there = before.headline().keys() & after.headline().keys()
+    return {column: change(before.strata(column), after.strata(column)) for column in columns if column in there}
 
 
-def changed_pairs(before: Scores, after: Scores, read_out: str) -> dict[str, list[int]]:
+def changed_pairs(before: Scores, after: Scores, pooling: str) -> dict[str, list[int]]:
     """Numbers of the pairs that were won and of those that were lost, statement to image."""
-    was, now = before.right(read_out), after.right(read_out)
+    was, now = before.right(pooling), after.right(pooling)
     return {"won": [int(pair) for pair in was.index[~was & now]], "lost": [int(pair) for pair in was.index[was & ~now]]}
 
 
-def won_and_lost(before: Scores, after: Scores, read_out: str) -> dict:
+def won_and_lost(before: Scores, after: Scores, pooling: str) -> dict:
     """Counts of those, the exact McNemar test, and the smallest gain that so many pairs can show, in points."""
-    changed, pairs = changed_pairs(before, after, read_out), len(before.right(read_out))
+    changed, pairs = changed_pairs(before, after, pooling), len(before.right(pooling))
     won, lost = len(changed["won"]), len(changed["lost"])
     smallest = 100 * statistics.smallest_gain(pairs, won + lost)  # NaN where so few pairs show nothing
     return {
@@ -127,41 +127,64 @@ def won_and_lost(before: Scores, after: Scores, read_out: str) -> dict:
     }
 
 
+def recipe_and_control(weights: str) -> tuple[str, str]:
+    """Of weights that were trained; the control is '' for a recipe's own weights."""
+    recipe, _, control = weights.partition("-")
+    return recipe, control
+
+
+def label(weights: str) -> str:
+    """E.g. 'diva, mismatched images' for a control."""
+    recipe, control = recipe_and_control(weights)
+    return f"{recipe}, {CONTROLS[control]}" if control else weights
+
+
+def without_controls(scores: Iterable[str]) -> list[str]:
+    return [weights for weights in scores if not recipe_and_control(weights)[1]]
+
+
 def evidence(
     scores: dict[str, Scores], embeddings: dict[str, np.ndarray], published: tuple[float, float] | None
 ) -> dict:
-    """Everything that follows from one backbone's scores, by weights; intervals as [value, low, high].
+    """Everything that follows from one backbone's scores; intervals as [value, low, high].
 
-    gain: over pretrained, each column. as_published: plain read-out before, published one after, as the paper's table
-    has it; read_out: the part of that which is owed to the read-out alone. remains: diva less a control. pairs: won,
-    lost, McNemar's p, smallest gain. cosine: of the pairs' pictures' stock embeddings to the original ones. verdict: by
-    the README's rule. published: the paper's pairs before and after, in %.
+    weights, by weights: gain: over pretrained, each column. as_published: stock embedding before, published pooling
+    after, as the paper's table has it. pairs: won, lost, McNemar's p, smallest gain. cosine: of the pairs' images'
+    stock embeddings to the original ones. verdict: by the README's rule.
+    pooling: the part of as_published that the pooling rule alone gives. effect, by control's weights: the recipe's gain
+    minus the control's (difference in differences). difference, by two recipes: the first's gain minus the second's.
+
+    published: the paper's pairs before and after, in %.
     """
     before, found = scores["pretrained"], {}
     for weights, after in scores.items():
         if weights == "pretrained":
             continue
         gain = gains(before, after)
-        as_published = change(before.strata("pairs_plain"), after.strata("pairs_published"))
-        judged = (as_published, published[1] - published[0]) if published else (gain["pairs_plain"], None)
+        as_published = change(before.strata("pairs_stock"), after.strata("pairs_published"))
+        judged = (as_published, published[1] - published[0]) if published else (gain["pairs_stock"], None)
         cosine = statistics.stratified([_cosine(embeddings["pretrained"], embeddings[weights])])
         found[weights] = {
-            "gain": {column: _rounded(interval) for column, interval in gain.items()},
-            "as_published": _rounded(as_published),
-            "pairs": {read_out: won_and_lost(before, after, read_out) for read_out in READ_OUTS},
-            "cosine": _rounded(cosine, 4),
+            "gain": _rounded(gain),
+            **_rounded({"as_published": as_published}),
+            "pairs": {pooling: won_and_lost(before, after, pooling) for pooling in POOLINGS},
+            **_rounded({"cosine": cosine}, 4),
             "verdict": {
                 "pairs": statistics.gain_verdict(*judged),
                 **({"zeroshot": statistics.preserved_verdict(gain["zeroshot"])} if "zeroshot" in gain else {}),
             },
         }
-    remains = {
-        control: {column: _rounded(interval) for column, interval in gains(scores[control], scores["diva"]).items()}
-        for control in CONTROLS
-        if control in scores and "diva" in scores
+    recipes = [weights for weights in without_controls(scores) if weights not in CHECKPOINTS]
+    controls = {weights: recipe_and_control(weights)[0] for weights in scores.keys() - {*recipes, *CHECKPOINTS}}
+    return {
+        "weights": found,
+        **_rounded({"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))}),
+        "effect": {w: _rounded(gains(scores[w], scores[controls[w]])) for w in scores if w in controls},
+        "difference": {
+            f"{second} minus {first}": _rounded(gains(scores[first], scores[second], ("pairs_stock", "zeroshot")))
+            for first, second in itertools.combinations(recipes, 2)
+        },
     }
-    read_out = change(before.strata("pairs_plain"), before.strata("pairs_published"))
-    return {"weights": found, "remains": remains, "read_out": _rounded(read_out)}
 
 
 def failures(evidence: dict) -> list[str]:
@@ -169,9 +192,8 @@ def failures(evidence: dict) -> list[str]:
     return [
         f"{backbone}, {weights}: {what} {verdict}"
         for backbone, found in evidence.items()
-        for weights, result in found["weights"].items()
-        if weights not in CONTROLS
-        for what, verdict in result["verdict"].items()
+        for weights in without_controls(found["weights"])
+        for what, verdict in found["weights"][weights]["verdict"].items()
         if verdict not in ("reproduced", "gained", "preserved")
     ]
 
@@ -181,8 +203,9 @@ def _cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (units[0] * units[1]).sum(1).astype(float)
 
 
-def _rounded(interval: Interval, digits: int = 2) -> list[float]:
-    return [round(float(value), digits) + 0.0 for value in interval]  # + 0.0: no minus zero
+def _rounded(intervals: dict[str, Interval], digits: int = 2) -> dict[str, list[float]]:
+    """+ 0.0: no minus zero."""
+    return {name: [round(float(value), digits) + 0.0 for value in interval] for name, interval in intervals.items()}
 
 
 SEEDS = ["backbone", "recipe", "weights", "seed"]
@@ -191,8 +214,8 @@ SEEDS = ["backbone", "recipe", "weights", "seed"]
 def seeds_table(profile: str) -> pd.DataFrame:
     """What tools/sweep.py found for several training seeds: gains in points, one row a backbone, weights and seed.
 
-    run: the hash that evidence/provenance.py gives to all that they depend on, but for the seed. Of a seed that two
-    machines ran, and git merged, the row that stands first counts.
+    run: the hash that evidence/provenance.py gives to all that a recipe's gains depend on, but for the seed. Of a seed
+    that two machines ran, and git merged, the row that stands first counts.
     """
     file = Path("metrics", "seeds", f"{profile}.csv")
     table = pd.read_csv(file, dtype={"run": str}) if file.exists() else pd.DataFrame()

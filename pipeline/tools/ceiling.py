@@ -1,4 +1,4 @@
-"""How much room a mini backbone has: its score if its image tower had been trained on captions with every detail.
+"""Oracle upper bound of a mini backbone: its score if its image tower had been trained on captions with every detail.
 
     python -m pipeline.tools.ceiling mini       after `dvc repro`; writes metrics/<profile>/ceiling/<backbone>.json
 
@@ -25,7 +25,7 @@ from pipeline.models.backbones import Backbone
 
 
 def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any]:
-    """The headline figures, and the pairs right under the plain read-out by pattern, %. Raises UserError for others."""
+    """The headline figures, and the pairs right by the stock embedding by pattern, %. Raises UserError for others."""
     profile, entry = p.run.profile, p.backbones[name]
     source = entry.source
     if not isinstance(source, MiniSource):
@@ -38,7 +38,7 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
     published = mmvp.read_out_of(entry.published_read_out)
     pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
     sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
-    return {**headline(pairs, sets), "patterns": pairs["plain"]["statement_to_image"]["patterns"]}
+    return {**headline(pairs, sets), "patterns": pairs["stock"]["statement_to_image"]["patterns"]}
 
 
 @stage
@@ -47,7 +47,7 @@ def main() -> None:
     with whole(Path("metrics", p.run.profile, "ceiling", f"{name}.json")) as (file,):
         result = measure(p, name, device())
         write_json(file, result)
-        print(f"ceiling of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+        print(f"oracle upper bound of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

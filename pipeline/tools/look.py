@@ -1,10 +1,11 @@
-"""Two pictures and two statements, before and after: the quickest way to see what changed.
+"""Two images and two statements, before and after: the quickest way to see what changed.
 
     python -m pipeline.tools.look mini a.jpg b.jpg "a cup on its left side" "a cup on its right side"
 
-Prints, for every set of weights of the run that is there, how well each statement fits each picture (the cosine,
-where a read-out makes unit vectors) under the plain and the published read-out, and whether the pair is right by MMVP's
-rule: the first statement prefers the first picture, the second the second. Saves the pictures with the plain scores.
+Prints, for every set of weights of the run that is there, how well each statement fits each image (the cosine,
+where a pooling rule makes unit vectors) by the stock embedding and by the published pooling, and whether the pair is
+right by MMVP's rule: the first statement prefers the first image, the second the second. Saves the images with the
+stock embedding's scores.
 """
 
 import argparse
@@ -29,19 +30,19 @@ from pipeline.models.backbones import Backbone
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
-    """[statement, picture] by read-out, the mean over `mmvp.draws` draws where it draws tokens."""
+    """[statement, image] by pooling rule, the mean over `mmvp.draws` draws where it draws tokens."""
     compute, found = next(backbone.parameters()).device, {}
-    for read_out, rule in (("plain", PLAIN), ("published", read_out_of(p.backbones[name].published_read_out))):
+    for pooling, rule in (("stock", PLAIN), ("published", read_out_of(p.backbones[name].published_read_out))):
         pooled, patches = tokens(backbone, questions, rule.resize_mode, len(questions), compute)
         draws = p.profile.mmvp.draws if rule.tokens.positions(patches.shape[1]) else 1
         asked = [logits(backbone, questions, pooled, patches, rule, p.profile.mmvp.seed, draw) for draw in range(draws)]
-        found[read_out] = (torch.stack(asked).mean(0)[0] / backbone.logit_scale).cpu()
+        found[pooling] = (torch.stack(asked).mean(0)[0] / backbone.logit_scale).cpu()
     return found
 
 
-def strip(questions: list[Question], plain: dict[str, torch.Tensor]) -> Figure:
-    """The two pictures, and a table of how well each statement fits them by weights, the preferred one in bold."""
-    rows = [(statement, weights) for statement in range(2) for weights in plain]
+def strip(questions: list[Question], stock: dict[str, torch.Tensor]) -> Figure:
+    """The two images, and a table of how well each statement fits them by weights, the preferred one in bold."""
+    rows = [(statement, weights) for statement in range(2) for weights in stock]
     figure = Figure(figsize=(9, 5 + 0.3 * len(rows)), layout="constrained")
     axes: dict[str, Axes] = figure.subplot_mosaic(
         [["first", "second"], ["table", "table"]], height_ratios=[5, 0.3 * (len(rows) + 1)]
@@ -51,22 +52,22 @@ def strip(questions: list[Question], plain: dict[str, torch.Tensor]) -> Figure:
     for axis in axes.values():
         axis.axis("off")
     cells = [
-        [questions[statement].statement if weights == next(iter(plain)) else "", weights]
-        + [f"{value:+.3f}" for value in plain[weights][statement]]
+        [questions[statement].statement if weights == next(iter(stock)) else "", weights]
+        + [f"{value:+.3f}" for value in stock[weights][statement]]
         for statement, weights in rows
     ]
-    headings = ["plain read-out", "", "first picture", "second picture"]
+    headings = ["stock embedding", "", "first image", "second image"]
     table = axes["table"].table(cells, colLabels=headings, colWidths=[0.46, 0.14, 0.2, 0.2], cellLoc="left", edges="B")
     table.scale(1, 1.4)
     for row, (statement, weights) in enumerate(rows, 1):
-        table[row, 2 + int(plain[weights][statement].argmax())].set_text_props(weight="bold")
+        table[row, 2 + int(stock[weights][statement].argmax())].set_text_props(weight="bold")
     return figure
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.look", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backbone")
-    parser.add_argument("pictures", nargs=2, type=Path, metavar="picture")
+    parser.add_argument("images", nargs=2, type=Path, metavar="image")
     parser.add_argument(
         "statements", nargs=2, metavar="statement", help=f"'{PROMPT}' is put before each, as in scoring"
     )
@@ -80,29 +81,29 @@ def main() -> None:
     if asked.backbone not in p.backbones:
         raise UserError(f"no backbone '{asked.backbone}' in params.yaml; there are: {', '.join(p.backbones)}")
     models = Path("models", p.backbones[asked.backbone].profile)
-    asking = zip(asked.statements, asked.pictures, strict=True)
+    asking = zip(asked.statements, asked.images, strict=True)
     questions = [Question(number, "", text, path, upright=True) for number, (text, path) in enumerate(asking, 1)]
     for question in questions:
         question.image()  # before models are loaded
     there = [weights for weights in p.run.weights if (models / weights / asked.backbone).is_dir()]
     if not there:
         raise UserError(f"{models}: no weights of {asked.backbone} ({', '.join(p.run.weights)}). Run `dvc repro`.")
-    table = Table("weights", "read-out", "statement", "first picture", "second picture", "pair")
-    plain: dict[str, torch.Tensor] = {}
+    table = Table("weights", "pooling rule", "statement", "first image", "second image", "pair")
+    stock: dict[str, torch.Tensor] = {}
     for weights in there:
         backbone = Backbone.load(models / weights / asked.backbone).to(compute)
-        for read_out, found in scores(backbone, questions, p, asked.backbone).items():
+        for pooling, found in scores(backbone, questions, p, asked.backbone).items():
             right = "right" if score_pairs(found[None]).right_P else "wrong"
             for question, values, words in zip(
-                questions, found, ((weights, read_out, right), ("", "", "")), strict=True
+                questions, found, ((weights, pooling, right), ("", "", "")), strict=True
             ):
                 table.add_row(*words[:2], question.statement, *(f"{value:+.3f}" for value in values), words[2])
-            if read_out == "plain":
-                plain[weights] = found
+            if pooling == "stock":
+                stock[weights] = found
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     with whole(asked.out) as (file,):
-        strip(questions, plain).savefig(file, format="png", dpi=110, metadata={"Software": None})
-    print(f"pictures with their plain scores: {asked.out}")
+        strip(questions, stock).savefig(file, format="png", dpi=110, metadata={"Software": None})
+    print(f"images with the stock embedding's scores: {asked.out}")
 
 
 if __name__ == "__main__":

@@ -30,17 +30,20 @@ from scipy.stats import t as students_t
 
 from pipeline.core.outputs import remove, whole, write_json
 from pipeline.core.stages import UserError, progress, stage
+from pipeline.evidence.results import POOLINGS, recipe_and_control, without_controls
 
 METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
 LEVEL = 0.99
-OTHER = {"plain": "published", "published": "plain"}
-HEADLINES = {  # rows of report.json, and the figures that are judged
-    "pretrained": ("pairs_plain", "pairs_published", "zeroshot", "retrieval", "probe"),
-    "gain": ("pairs_plain", "pairs_published", "zeroshot", "retrieval", "probe"),
-    "gain_shuffled": ("pairs_plain", "zeroshot"),
-    "gain_drift": ("pairs_plain", "zeroshot"),
-}
+OTHER = {"stock": "published", "published": "stock"}
+HEADLINES = (
+    "pairs_stock",
+    "pairs_published",
+    "zeroshot",
+    "retrieval",
+    "probe",
+)  # of pretrained and of each recipe's gain
+OF_CONTROLS = ("pairs_stock", "zeroshot")  # of each control's gain
 ROUNDINGS: dict[int, dict[str, str]] = {  # of the reference runs, by training seed
     1: {"OMP_NUM_THREADS": "1"},
     2: {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"},
@@ -54,7 +57,7 @@ ROUNDINGS: dict[int, dict[str, str]] = {  # of the reference runs, by training s
 class Run(NamedTuple):
     """figures: what chance moves; counts: what it does not; verdicts: words.
 
-    right: which pairs the pretrained backbone has right (0 or 1), a row a pair, a column a read-out.
+    right: which pairs the pretrained backbone has right (0 or 1), a row a pair, a column a pooling rule.
     """
 
     figures: dict[str, float]
@@ -65,50 +68,62 @@ class Run(NamedTuple):
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Of a folder such as metrics/mini. Raises UserError."""
+
+        def content(name: str) -> Any:
+            return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
         try:
-            files = {
-                name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-                for name in (
-                    "report", "evidence", "denoiser", "images", "backbone/mini", "train/mini-diva/metrics",
-                    "mmvp/mini-pretrained", "mmvp/mini-diva",
-                )
-            }  # fmt: skip
+            report, weights = content("report")["mini"], content("evidence")["mini"]["weights"]
+            recipes = without_controls(weights)
+            denoiser, images, backbone = content("denoiser"), content("images"), content("backbone/mini")
+            training = {recipe: content(f"train/mini-{recipe}/metrics") for recipe in recipes}
+            mmvp = {name: content(f"mmvp/mini-{name}") for name in ("pretrained", *recipes)}
             pairs = pd.read_csv(folder / "mmvp/mini-pretrained.csv", keep_default_na=False)
-        except (OSError, ValueError) as error:
+            right = pairs.pivot(index=["pair", "pattern"], columns="pooling", values="statement_to_image")
+            scored = {"pretrained": report["score"]["pretrained"], "gain": report["gain"]}
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{folder}: not the metrics of a run of profile mini with the committed `run`: {error}. "
                 "Run `dvc repro`."
             ) from None
-        weights = files["evidence"]["mini"]["weights"]
-        report, training = files["report"]["mini"], files["train/mini-diva/metrics"]
-        told = files["denoiser"]["held_out_loss"]
+        loss = denoiser["held_out_loss"]
         figures = {
-            **{row: {key: report.get(row, {}).get(key, np.nan) for key in keys} for row, keys in HEADLINES.items()},
-            "denoiser": {"right": told["right"]}
-            | {f"{k}_less_right": told[k] - told["right"] for k in ("empty", "wrong")},
-            "training": {"held_out_loss_fell_by": training["held_out_loss_first"] - training["held_out_loss_last"]},
+            "pretrained": headline(scored["pretrained"]),
+            "gain": {name: headline(gain, name) for name, gain in scored["gain"].items()},
+            "denoiser": {"right": loss["right"]}
+            | {f"{k}_less_right": loss[k] - loss["right"] for k in ("empty", "wrong")},
+            "training": {
+                recipe: {"held_out_loss_fell_by": found["held_out_loss_first"] - found["held_out_loss_last"]}
+                for recipe, found in training.items()
+            },
         }
         counts = {
-            "images": files["images"],
-            "training": {key: value for key, value in training.items() if "loss" not in key and key != "seed"},
-            "parameters": {
-                "backbone": files["backbone/mini"]["parameters"],
-                "unet": files["denoiser"]["unet_parameters"],
+            "images": images,
+            "training": {
+                recipe: {key: value for key, value in found.items() if "loss" not in key and key != "seed"}
+                for recipe, found in training.items()
             },
-            **{
-                f"{name} {rule}": {direction: files[name][rule][direction]["draws"] for direction in files[name][rule]}
-                for name in ("mmvp/mini-pretrained", "mmvp/mini-diva")
-                for rule in ("plain", "published")
+            "parameters": {"backbone": backbone["parameters"], "unet": denoiser["unet_parameters"]},
+            "draws": {
+                name: {
+                    pooling: {direction: found[pooling][direction]["draws"] for direction in found[pooling]}
+                    for pooling in POOLINGS
+                }
+                for name, found in mmvp.items()
             },
         }
-        right = pairs.pivot(index=["pair", "pattern"], columns="read_out", values="statement_to_image")
         return cls(
             flat(figures), flat(counts), flat({name: found["verdict"] for name, found in weights.items()}), right
         )
 
 
+def headline(row: dict[str, float], weights: str = "pretrained") -> dict[str, float]:
+    """The figures of a row of report.json that are judged; NaN where it lacks one."""
+    return {key: row.get(key, np.nan) for key in (OF_CONTROLS if recipe_and_control(weights)[1] else HEADLINES)}
+
+
 def flat(nested: Any, key: str = "") -> dict[str, Any]:
-    """The numbers and words of nested dictionaries, under names such as gain.pairs_plain."""
+    """The numbers and words of nested dictionaries, under names such as gain.diva.pairs_stock."""
     if isinstance(nested, dict):
         return {
             name: value for part in nested for name, value in flat(nested[part], f"{key}.{part}".strip(".")).items()
@@ -119,13 +134,13 @@ def flat(nested: Any, key: str = "") -> dict[str, Any]:
 def agreement(right: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
     """How well a run has the same pairs right as other runs do: `others` says how many of them, in the same form.
 
-    smallest_pattern: the smallest correlation in a pattern, plain read-out. It tells a pattern whose pairs are
-    mislabelled, whose average may hardly change. read_out: how much better each read-out correlates with itself than
-    with the other one. It tells read-outs that were swapped.
+    smallest_pattern: the smallest correlation in a pattern, stock embedding. It tells a pattern whose pairs are
+    mislabelled, whose average may hardly change. pooling: how much better each pooling rule correlates with itself than
+    with the other one. It tells pooling rules that were swapped.
     """
-    by_pattern = [right.plain[own.index].corr(own) for _, own in others.plain.groupby("pattern")]
+    by_pattern = [right.stock[own.index].corr(own) for _, own in others.stock.groupby("pattern")]
     same, swapped = (right.corrwith(columns).mean() for columns in (others, others.rename(columns=OTHER)))
-    found = {"agreement.smallest_pattern": min(by_pattern), "agreement.read_out": same - swapped}
+    found = {"agreement.smallest_pattern": min(by_pattern), "agreement.pooling": same - swapped}
     return {name: round(float(value), 6) for name, value in found.items()}
 
 

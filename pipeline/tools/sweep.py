@@ -2,11 +2,11 @@
 
     python -m pipeline.tools.sweep --seeds 1..5         also 1,2,7 or 42,1..4
 
-A plain loop over `dvc exp run -S seed=N`. Each seed that ends is added to metrics/seeds/<profile>.csv, gains in points,
-and is not run again: the same command goes on after an interruption, and seeds of another machine count once git has
-merged its table. At the end the report is made anew.
+A plain loop over `dvc exp run -S seed=N`, which trains every recipe of run.recipes with its controls. Each seed that
+ends is added to metrics/seeds/<profile>.csv, gains in points, and is not run again: the same command goes on after an
+interruption, and seeds of another machine count once git has merged its table. At the end the report is made anew.
 
-A row names its run: the hash of all parameters and code that decide its figures, but for the seed (`run` of
+A row names its run: the hash of all parameters and code that decide its recipe's figures, but for the seed (`run` of
 evidence/provenance.py). Rows of the run at hand are never taken away. Rows of the same backbone and recipe, but of
 another run, make room for the first new row, and the command says so.
 """
@@ -28,43 +28,48 @@ from rich.table import Table
 from pipeline.core import params
 from pipeline.core.outputs import whole
 from pipeline.core.stages import UserError, stage
-from pipeline.evidence.provenance import run
-from pipeline.evidence.results import COLUMNS, GAINS, SEEDS, seeds_table
+from pipeline.evidence import provenance
+from pipeline.evidence.results import CHECKPOINTS, COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
 from pipeline.evidence.statistics import over_seeds
 
 DVC = [sys.executable, "-m", "dvc"]
-WEIGHTS = ("diva", "shuffled", "drift")  # what depends on the training seed
+
+
+Runs = dict[tuple[str, str], str]  # by backbone and recipe
+
+
+def runs(p: params.Params) -> Runs:
+    return {(b, recipe): provenance.run(p, b, recipe) for b in p.run.backbones for recipe in p.run.recipes}
 
 
 def missing(p: params.Params, seeds: list[int]) -> list[int]:
-    """The seeds that some backbone and weights have no row of, of the run at hand."""
-    table = seeds_table(p.run.profile)
-    there = set(table[["backbone", "run", "weights", "seed"]].itertuples(index=False, name=None))
-    wanted = [(b, run(p, b), w) for b in p.run.backbones for w in WEIGHTS if w == "diva" or w in p.run.controls]
+    """The seeds that some backbone and weights have no row of, of the runs at hand."""
+    there = set(seeds_table(p.run.profile)[["run", "weights", "seed"]].itertuples(index=False, name=None))
+    trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.weights if weights not in CHECKPOINTS]
+    wanted = [(run, weights) for (_, own), run in runs(p).items() for weights, recipe in trained if recipe == own]
     return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 
 
 def add(p: params.Params) -> None:
     """Add what the last run here found to the table, unless it has that seed of that run already."""
-    profile, recipe = p.run.profile, p.run.recipes[0]
+    profile = p.run.profile
     report = json.loads(Path("metrics", profile, "report.json").read_text(encoding="utf-8"))
     table, rows = seeds_table(profile), []
-    for backbone in p.run.backbones:
-        own = run(p, backbone)
+    for (backbone, recipe), own in runs(p).items():
         rows += [
-            dict(zip(SEEDS, (backbone, recipe, weights, p.seed), strict=True))
-            | report[backbone][GAINS[weights]]
-            | {"run": own}
-            for weights in WEIGHTS
-            if GAINS[weights] in report[backbone]
+            dict(zip(SEEDS, (backbone, recipe, weights, p.seed), strict=True)) | gain | {"run": own}
+            for weights, gain in report[backbone]["gain"].items()
+            if recipe_and_control(weights)[0] == recipe
         ]
         stale = (table.backbone == backbone) & (table.recipe == recipe) & (table.run != own)
         if stale.any():
             print(f"{stale.sum()} rows of {backbone}, {recipe}, of other code or parameters, leave the table")
             table = table[~stale]
     table = pd.DataFrame([*table.to_dict("records"), *rows], columns=table.columns)
+    order = ["", *CONTROLS]
     table = table.drop_duplicates([*SEEDS, "run"]).sort_values(
-        SEEDS, key=lambda column: column.map(WEIGHTS.index) if column.name == "weights" else column
+        SEEDS,
+        key=lambda key: key.map(lambda w: order.index(recipe_and_control(w)[1])) if key.name == "weights" else key,
     )
     with whole(Path("metrics", "seeds", f"{profile}.csv")) as (file,):
         table.to_csv(file, index=False)
@@ -98,7 +103,7 @@ def restored(file: Path) -> Iterator[int]:
 
 def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
     """Run what is missing, and leave the workspace with its own seed and a new report; returns the rows of this run."""
-    ahead, runs = missing(p, seeds), {backbone: run(p, backbone) for backbone in p.run.backbones}
+    ahead, own = missing(p, seeds), runs(p)
     print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
     start = time.monotonic()
     with restored(params.PARAMS_FILE) as group:
@@ -111,7 +116,7 @@ def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
                     f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
                 )
             now = params.load()
-            if {backbone: run(now, backbone) for backbone in now.run.backbones} != runs:
+            if runs(now) != own:
                 raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
             add(now)
     if ahead:
@@ -119,7 +124,7 @@ def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
         add(p)
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the report with the new table
     table = seeds_table(p.run.profile)
-    return table[table.run.isin(runs.values())]
+    return table[table.run.isin(own.values())]
 
 
 def show(result: pd.DataFrame) -> None:
