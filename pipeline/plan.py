@@ -219,7 +219,7 @@ def _only_pins(value: Any) -> Any:
         hashed = value.files and all(value.files.values())
         return {"files": value.files} if hashed else {"at": value.at[0], "files": value.files, "match": value.match}
     if isinstance(value, BaseModel):
-        fields = type(value).model_fields.keys() - NOT_PINS
+        fields = value.__class__.model_fields.keys() - NOT_PINS
         return {name: _only_pins(getattr(value, name)) for name in sorted(fields)}
     return value
 

@@ -54,12 +54,16 @@ def _attributes(scene: np.ndarray) -> dict[str, bytes]:
     return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 
-def bring(root: Path, section: PublishedZeroshotSets) -> dict[str, Any]:
-    """Fetch clip-benchmark's sets; returns whence they came, by set, and null for those that are not there."""
+def bring(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str, Any]:
+    """Fetch clip-benchmark's sets; returns whence they came, by set, and null for those that are not there.
+
+    earlier: what an earlier run fetched, of which nothing is fetched again.
+    """
     absent = [name for name, revision in section.sets.items() if revision is None]
     if absent:
         print(f"not among clip-benchmark's sets, so left out of {len(section.sets)}: {', '.join(absent)}")
-    records = downloads.fetch_all({root / "wds" / name: wanted for name, wanted in section.downloads().items()})
+    wanted = {root / "wds" / name: download for name, download in section.downloads().items()}
+    records = downloads.fetch_all(wanted, {folder: earlier / folder.relative_to(root) for folder in wanted})
     return {name: records.get(root / "wds" / name) for name in section.sets}
 
 
@@ -73,7 +77,7 @@ def main() -> None:
             origin = None
             render(folder, section)
         else:
-            origin = bring(folder, section)
+            origin = bring(folder, section, outputs[0])
         check(folder)
         write_json(report, {"sets": kinds(folder), "origin": origin})
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 from clones import Clone, stages_run
 from hub import COMMIT, Hub, Request
-from noting import DECLARED, idle
+from noting import idle, taken
 from safetensors.torch import load_file, save_file
 from shrunk import run, run_of
 from torch.nn import functional as F
@@ -378,7 +378,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
 
     hub.requests.clear()
     for name in names:
-        run(train, name)
+        run(train, name, "diva")
     for stage, name, tuned in itertools.product((mmvp, zeroshot), names, ["pretrained", *weights]):
         run(stage, name, tuned)
     run(report)
@@ -406,24 +406,38 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     assert "Licence of the base weights: MIT" in card
     assert "hf://datasets/pixparse/cc3m-wds@" in card
 
-    content["profiles"]["paper"]["train"]["recipe"] = "text_anchored"  # captions, gap, head
-    write(content, names, ["pretrained", "diva"])
+    write(content, names, ["text_anchored"])  # captions, gap, head
     for name in names:
         for stage in (train, mmvp, export):
-            run(stage, name, "diva")
-        assert read(f"models/paper/diva/{name}/diva.json")["recipe"]["fit"]["steps"] == 2
-        assert Path(f"models/paper/export/{name}-diva/residual_head.py").is_file()
+            run(stage, name, "text_anchored")
+        assert read(f"models/paper/text_anchored/{name}/diva.json")["recipe"]["fit"]["steps"] == 2
+        assert Path(f"models/paper/export/{name}-text_anchored/residual_head.py").is_file()
     for recipe in ("two_stage", "contrastive"):
-        content["profiles"]["paper"]["train"]["recipe"] = recipe
-        write(content, names, ["pretrained", "diva"])
-        run(train, "siglip_224", "diva")
-        made = read("models/paper/diva/siglip_224/diva.json")
+        write(content, names, [recipe])
+        run(train, "siglip_224", recipe)
+        made = read(f"models/paper/{recipe}/siglip_224/diva.json")
         assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
         assert made["result"]["steps"] == 2
     for control in (shuffled, drift):
-        run(control, "siglip_224")
+        run(control, "siglip_224", "contrastive")
     assert hub.requests == []  # once all was fetched, nobody is asked
-    assert not {name: idle(name) for name in DECLARED.keys() - {"plan"} if idle(name)}  # no stage declares in vain
+    declared = taken.keys() - {"plan", "drift"}  # drift is one of two that stage control runs
+    assert not {name: idle(name) for name in declared if idle(name)}  # no stage declares in vain
+
+
+@pytest.mark.usefixtures("folder")
+def test_another_set_fetches_no_set_again(hub: Hub) -> None:
+    content = smaller(committed(), hub.endpoint)
+    sets = content["profiles"]["paper"]["zeroshot_sets"]["sets"]
+    for names in (["dots"], ["dots", "captions"]):
+        content["profiles"]["paper"]["zeroshot_sets"]["sets"] = {name: sets[name] for name in names}
+        write(content, ["siglip_224"], [])
+        hub.requests.clear()
+        run(zeroshot_sets)
+    asked = {path for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert asked
+    assert all("captions" in path for path in asked)
+    assert read("metrics/paper/zeroshot_sets.json")["sets"].keys() == {"dots", "captions"}
 
 
 @pytest.mark.exhaustive

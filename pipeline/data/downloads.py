@@ -112,8 +112,12 @@ def fetch(download: Download, folder: Path) -> dict[str, Any]:
     return fetch_all({folder: download})[folder]
 
 
-def fetch_all(downloads: dict[Path, Download]) -> dict[Path, dict[str, Any]]:
-    """Bring the files into their folders, each checked against the sha256 of params.yaml or else the hub's hashes.
+def fetch_all(
+    downloads: dict[Path, Download], earlier: dict[Path, Path] | None = None
+) -> dict[Path, dict[str, Any]]:  # fmt: skip
+    """Fetch the files into their folders, each checked against the sha256 of params.yaml or else the hub's hashes.
+
+    earlier: by folder, where an earlier fetch left its files: those that have the stated bytes are not fetched again.
 
     Returns for each folder where its files came from: `address`, `revision`, `licence`, and `files`: name -> `bytes`,
     `sha256` (as found) and `verified` (by "params", "hub" or "nothing"). Where patterns found more than 50 files,
@@ -122,7 +126,7 @@ def fetch_all(downloads: dict[Path, Download]) -> dict[Path, dict[str, Any]]:
     Raises UserError for files that cannot be located or fetched, that came with other bytes than stated, and for a
     lack of disk space. Nothing is moved before all is there: files that came well are kept in scratch for the next run.
     """
-    gathered = {folder: _gather(download) for folder, download in downloads.items()}
+    gathered = {folder: _gather(download, (earlier or {}).get(folder)) for folder, download in downloads.items()}
     for folder, (listing, scratch, _) in gathered.items():
         for remote in listing.files:
             target = folder / remote.name
@@ -133,10 +137,13 @@ def fetch_all(downloads: dict[Path, Download]) -> dict[Path, dict[str, Any]]:
     return {folder: record for folder, (_, _, record) in gathered.items()}
 
 
-def _gather(download: Download) -> tuple[Listing, Path, dict[str, Any]]:
+def _gather(download: Download, earlier: Path | None = None) -> tuple[Listing, Path, dict[str, Any]]:
     """The listing, the folder of scratch that holds all its files now, and the record of where they came from."""
     listing = locate(download)
     scratch = SCRATCH / hashlib.blake2b(repr(listing).encode(), digest_size=8).hexdigest()
+    if earlier:
+        for remote in listing.files:
+            _reuse(remote, earlier / remote.name, scratch / remote.name)
     here = sum(_held(scratch / remote.name) for remote in listing.files)
     origin = f"{listing.address}, commit {listing.revision}" if listing.revision else listing.address
     print(f"fetching {len(listing.files)} files, {_gb(listing.size)}, from {origin}", flush=True)
@@ -163,6 +170,19 @@ def _gather(download: Download) -> tuple[Listing, Path, dict[str, Any]]:
         "files": _record(download, listing, found),
     }
     return listing, scratch, record
+
+
+def _reuse(remote: Remote, file: Path, path: Path) -> None:
+    """Link a file of an earlier fetch into scratch if it is the one that is stated by its hash."""
+    if path.exists() or not file.is_file() or file.stat().st_size != remote.size or not (remote.sha256 or remote.blob):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.hardlink_to(file.resolve())
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, path)
+    if _differences(remote, path):
+        path.unlink()
 
 
 # Listing
@@ -409,6 +429,17 @@ def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> N
 
 def _check(remote: Remote, path: Path) -> None:
     """Compare with all that is stated. Raises UserError where the bytes are others; the file is removed then."""
+    for fact, expected, found in _differences(remote, path)[:1]:
+        _clear(path)
+        raise UserError(
+            f"{remote.url} came with other bytes than stated: expected {fact} {expected}, found {found}. They were "
+            f"removed from {path}. Run again; if that does not help, correct the sha256 under `files` in "
+            "params.yaml or give another address under `at`."
+        )
+
+
+def _differences(remote: Remote, path: Path) -> list[tuple[str, str, str]]:
+    """What a file differs in from what is stated: (fact, expected, found)."""
     size = path.stat().st_size
     facts = [("size", str(remote.size), str(size))]
     if remote.sha256:
@@ -416,14 +447,7 @@ def _check(remote: Remote, path: Path) -> None:
     elif remote.blob:
         begun = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         facts.append(("git blob id", remote.blob, _digest(path, begun)))
-    for fact, expected, found in facts:
-        if found != expected:
-            _clear(path)
-            raise UserError(
-                f"{remote.url} came with other bytes than stated: expected {fact} {expected}, found {found}. They were "
-                f"removed from {path}. Run again; if that does not help, correct the sha256 under `files` in "
-                "params.yaml or give another address under `at`."
-            )
+    return [fact for fact in facts if fact[1] != fact[2]]
 
 
 def _digest(path: Path, begun: "hashlib._Hash") -> str:
