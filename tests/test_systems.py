@@ -24,7 +24,7 @@ class Bytes:
     def __init__(self, who):
         self.ru_maxrss = 1024 * counted(who).ru_maxrss
 resource.getrusage = Bytes
-sys.argv = ["train", "mini"]
+sys.argv = ["train", "mini", "diva"]
 runpy.run_module("pipeline.train", run_name="__main__")
 """
 
