@@ -7,9 +7,13 @@ A variable that the user has set stays as it is; `core.compute.device` says so.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import yaml
+
+if sys.platform == "win32":  # no locks of files, no `exec`, no groups of processes that end together
+    sys.exit("error: this pipeline runs on Linux and macOS; on Windows, run it inside WSL, which is a Linux.")
 
 
 def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("params.yaml")) -> dict[str, str]:

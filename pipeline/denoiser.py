@@ -17,7 +17,7 @@ from pipeline.core import params
 from pipeline.core.compute import device, generator
 from pipeline.core.outputs import whole, write_json
 from pipeline.core.params import MiniDenoiser
-from pipeline.core.stages import stage
+from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads
 from pipeline.diva import diffusion
 from pipeline.mini import pretrain, world
@@ -80,6 +80,11 @@ def main() -> None:
         else:
             metrics = {"origin": downloads.fetch(section.download, folder)}
         denoiser = Denoiser.load(folder)  # what later stages will load can be loaded
+        if (tokens := denoiser.text_encoder.config.max_position_embeddings) != section.text_tokens:
+            raise UserError(
+                f"the denoiser's text has {tokens} tokens, but profiles.{p.run.profile}.denoiser.text_tokens is "
+                f"{section.text_tokens}, which conditions are held against. Set it to {tokens} in params.yaml."
+            )
         write_json(metrics_file, {"unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()), **metrics})
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import resource
 import shutil
@@ -285,11 +286,13 @@ def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.execv", lambda path, arguments: called.append(arguments))
     monkeypatch.setattr(sys, "argv", ["train.py", "openai_224"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("STARTED_BY", "DVC")
     for gpus in (0, 1, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assemble.start_on_every_gpu("pipeline.train")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224"]]
+    assert os.environ["STARTED_BY"] == str(os.getpid())  # the other processes end with torchrun
     monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
     assemble.start_on_every_gpu("pipeline.train")
     assert len(called) == 1

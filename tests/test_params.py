@@ -203,3 +203,30 @@ def test_the_shuffled_control_needs_two_images(file: Path) -> None:
     assert re.search(r"run: run\.controls names 'shuffled'.*recipes\.diva\.batch is 1\. Raise it", message(file))
     change(file, "run.controls", ["drift"])
     assert params.load(file).run.weights == ["pretrained", "diva", "diva-drift"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "fits"),
+    [
+        ({"kind": "random", "number": 27}, "sequence", True),
+        ({"kind": "random", "number": 76}, "sequence", False),
+        ({"kind": "none"}, "sequence", False),
+        ({"kind": "all"}, "sequence", False),  # as many as the tower has patches
+        ({"kind": "random", "number": 76}, "mean", True),
+    ],
+)
+@pytest.mark.parametrize("key", [f"{DIVA}.condition", f"{MINI}.condition"])
+def test_a_condition_that_does_not_fit_the_text_is_refused(
+    key: str, tokens: dict[str, Any], text: str, fits: bool, file: Path
+) -> None:
+    """By whatever stage comes first, that is before anything is fetched."""
+    change(file, key, {"tokens": tokens, "text": text})
+    if fits:
+        params.load(file)
+        return
+    said = message(file)
+    assert f"{key} adds its tokens (kind {tokens['kind']}, number " in said
+    assert "profiles.mini.denoiser.text_tokens is 28. Set tokens {kind: random, number: 27}" in said
+    for axis in ("recipes", "inputs", "controls"):
+        change(file, f"run.{axis}", [])
+    params.load(file)  # nothing is trained

@@ -172,6 +172,16 @@ def test_24_components_keep_a_picture() -> None:
     assert latent.std((0, 2, 3)).sub(1).abs().max() < 0.2  # whitened: noise of one size drowns no component first
 
 
+def test_a_denoiser_of_another_text_length_than_declared_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the declared one, conditions were held before anything was fetched."""
+    write_params(**{"profiles.mini.denoiser.text_tokens": 27})
+    with pytest.raises(SystemExit):
+        run(denoiser_stage)
+    assert "the denoiser's text has 28 tokens, but profiles.mini.denoiser.text_tokens is 27" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
 def test_a_denoiser_without_a_part_is_refused(here: Path, part: str) -> None:
     shutil.rmtree(DATA / "denoiser" / part)

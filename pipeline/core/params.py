@@ -171,6 +171,7 @@ class MiniDenoiser(Section):
     kind: Literal["mini"]
     pictures: Count
     held_out: Count
+    text_tokens: Count
     autoencoder: Autoencoder
     unet: dict[str, Any]
     text_encoder: dict[str, Any]
@@ -182,7 +183,10 @@ class MiniDenoiser(Section):
 
 
 class PublishedDenoiser(Section):
+    """text_tokens: what its text encoder makes of any prompt, against which stage `denoiser` holds what it fetched."""
+
     kind: Literal["hub"]
+    text_tokens: Count
     download: Download
 
 
@@ -246,6 +250,11 @@ class Tokens(Section):
 class Condition(Section):
     tokens: Tokens
     text: Literal["sequence", "mean"]
+
+    def fits(self, text_tokens: int) -> bool:
+        """Can it be added to a text of so many tokens? Not `sequence` where the number depends on a tower's patches."""
+        known = {"none": 1, "random": 1 + int(self.tokens.number)}  # the pooled token is one of them
+        return self.text == "mean" or known.get(self.tokens.kind) == text_tokens
 
 
 class Fit(Section):
@@ -523,6 +532,17 @@ class Params(Section):
             raise ValueError(
                 f"run.controls names 'shuffled', which exchanges the images of a step, but {key}.batch is 1. Raise it"
             )
+        for backbone in self.run.backbones:
+            own = f"backbones.{backbone}", self.backbones[backbone].condition
+            where, condition = (key, recipe.condition) if recipe.condition else own
+            tokens, wanted = condition.tokens, self.profile.denoiser.text_tokens
+            if not condition.fits(wanted):
+                raise ValueError(
+                    f"{where}.condition adds its tokens (kind {tokens.kind}, number {tokens.number:g}) to the text's "
+                    f"one by one (text: sequence), and profiles.{self.run.profile}.denoiser.text_tokens is {wanted}. "
+                    f"Set tokens {{kind: random, number: {wanted - 1}}}, which are as many with the pooled one, or "
+                    "text: mean"
+                )
 
 
 def load(path: Path = PARAMS_FILE) -> Params:

@@ -3,14 +3,12 @@
 Every text file is UTF-8, whatever the locale.
 """
 
-import ctypes
 import functools
 import json
 import locale
 import os
 import platform
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +17,8 @@ from typing import Any, TypeVar
 
 import psutil
 from tqdm import tqdm
+
+from pipeline.core.processes import cpus, end_with_parent
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         if main.__module__ == "__main__":
             _start_in_utf8_mode()
-        _die_with_parent()
+        end_with_parent()
         try:
             main()
         except UserError as error:
@@ -59,23 +59,14 @@ def _start_in_utf8_mode() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when DVC dies: a killed `dvc repro` must leave no second writer behind."""
-    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() == 1:
-            sys.exit("DVC died while this stage was starting")
-
-
 def _note_timing() -> None:
     seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {
         "stage": os.environ.get("DVC_STAGE", " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]])).rpartition(":")[2],
         "seconds": round(seconds, 1),
-        "peak_memory_mb": max(u.ru_maxrss for u in usage) // 1024,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "peak_memory_mb": max(u.ru_maxrss for u in usage) // (2**20 if sys.platform == "darwin" else 2**10),
+        "cores": cpus(),
         "machine": platform.machine(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

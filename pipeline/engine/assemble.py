@@ -28,6 +28,7 @@ from pipeline.core.code import program
 from pipeline.core.compute import device, seeded
 from pipeline.core.outputs import remove, whole, write_json
 from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Train
+from pipeline.core.processes import STARTED_BY
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import lora, training
@@ -48,6 +49,7 @@ def start_on_every_gpu(module: str) -> None:
     """Become torchrun with a process of `module` for each GPU, unless there is one at most, or torchrun started us."""
     gpus = torch.cuda.device_count()
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ[STARTED_BY] = str(os.getpid())  # torchrun, which takes this process's place, starts the others
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
 

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline.core.compute import generator
 from pipeline.core.params import Recipe, Train
+from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, pixels
@@ -179,7 +180,7 @@ class Batches:
         )
         gpu = compute.type == "cuda"
         if workers is None:
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cores = cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             workers = max(1, min(cores, len(streams))) if gpu else 0
         self.loader = iter(DataLoader(self.chunks, batch_size=None, num_workers=workers, pin_memory=gpu))
 

@@ -12,7 +12,6 @@ go to metrics/bench/.
 import argparse
 import io
 import json
-import os
 import statistics
 import tarfile
 import time
@@ -35,6 +34,7 @@ from pipeline.core import params
 from pipeline.core.compute import device, seeded
 from pipeline.core.outputs import remove, whole, write_json
 from pipeline.core.params import Condition, MiniDenoiser, Params, Recipe, Train
+from pipeline.core.processes import cpus
 from pipeline.core.stages import progress, stage
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import training
@@ -315,7 +315,7 @@ def _jpeg(size: int, number: int) -> bytes:
 def loader(p: Params, images: int) -> dict[str, Any]:
     """Speed and memory of the loader that feeds openai_224, with one worker and with one for each core."""
     section, recipe, rule = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"], TokenRule("random", 76)
-    folder, cores = pictures(section.size, images), len(os.sched_getaffinity(0))
+    folder, cores = pictures(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
     for workers, number in ((1, min(images, 4000)), (cores, images)):
@@ -380,7 +380,7 @@ def main() -> None:
     arguments = parser.parse_args()
     p, compute = params.load(), device()
     gpu = compute.type == "cuda"
-    machine = torch.cuda.get_device_name() if gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
+    machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
     try:
         if arguments.subjects == ["loader"]:
             with whole(OUTPUT / "loader.json") as (file,):

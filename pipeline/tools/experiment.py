@@ -38,6 +38,7 @@ from pipeline.core import params
 from pipeline.core.compute import device
 from pipeline.core.outputs import remove, whole
 from pipeline.core.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
+from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva import training
@@ -268,7 +269,7 @@ def _score(runs: list[Run]) -> list[dict]:
 @contextmanager
 def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
     """A process a core, each on one thread: small models use no more, and the numbers are the same on any of them."""
-    context, cores = multiprocessing.get_context("forkserver"), len(os.sched_getaffinity(0))
+    context, cores = multiprocessing.get_context("forkserver"), cpus()
     context.set_forkserver_preload(["pipeline.tools.experiment"])  # its imports are done once, not in each of them
     with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
         try:

@@ -1,0 +1,39 @@
+"""A stage ends with the process that started it, however that ends: a killed `dvc repro` leaves no second writer."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+STARTED_BY = "STARTED_BY"  # the id of the process that started this one, as dvc.yaml's commands set it
+
+
+def end_with_parent() -> None:
+    """Tie this process to the one that started it, where DVC or STARTED_BY says that there is one to be tied to.
+
+    Who is process 1, or adopts orphans, does not matter. Exits where the parent ended while this process was starting.
+    """
+    if STARTED_BY not in os.environ and "DVC_STAGE" not in os.environ:
+        return  # started by hand: it ends when its user says so
+    parent = os.environ.get(STARTED_BY, str(os.getppid()))  # a shell such as fish knows no $PPID
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if str(os.getppid()) != parent:  # asked after the tie, so that no moment is unwatched
+        sys.exit(f"error: process {parent}, which started this stage, ended while the stage was starting")
+
+
+def _watch(parent: str) -> None:
+    """For systems without a signal at the parent's death: kill this process within a second of it."""
+    while str(os.getppid()) == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cpus() -> int:
+    """The number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
