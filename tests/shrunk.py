@@ -42,9 +42,8 @@ SHRUNK = {
     "profiles.mini.denoiser.steps": 2,
     "profiles.mini.denoiser.batch": 8,
     "profiles.mini.recipes.diva.batch": 4,
-    "profiles.mini.train.streams": 2,
     "profiles.mini.train.micro_batch": 2,
-    "profiles.mini.train.held_out": {"images": 3, "every": 2},
+    "profiles.mini.train.validation": {"images": 3, "every": 2},
     "profiles.mini.recipes.diva.steps": 4,
     "profiles.mini.recipes.diva.fit.steps": 3,
     "profiles.mini.recipes.diva.optimizer.lr": 0.5,  # so that the tower's four steps are seen in the loss curve

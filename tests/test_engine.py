@@ -14,6 +14,7 @@ from pathlib import Path
 
 import launch
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -34,14 +35,14 @@ from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
 from pipeline.diva.training import MicroBatch
 from pipeline.engine import assemble, checkpoints
-from pipeline.engine.feed import Batches
+from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.tools import bench
 
 EXHAUSTIVE = pytest.mark.exhaustive
 RULE = TokenRule("random", 5)
-CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
+CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
 
 
 # -------------------------------------------------------------------------------------------------- what steps are fed
@@ -67,7 +68,7 @@ def models(here: Path) -> tuple[Backbone, Denoiser]:
 
 def section(**changes: object) -> Train:
     found = params.load().profile.train.model_dump()
-    return Train(**(found | {"streams": 4, "micro_batch": 3, "max_undecodable": 0.5} | changes))
+    return Train(**(found | {"micro_batch": 3, "max_undecodable": 0.5} | changes))
 
 
 def recipe(**changes: object) -> params.Recipe:
@@ -79,9 +80,9 @@ STEPS = [("projection", 0), ("projection", 1), ("tower", 0), ("tower", 1), ("tow
 
 def feed(
     models: tuple[Backbone, Denoiser], p: Train, steps: list[tuple[str, int]] = STEPS, batch: int = 8, **options
-) -> Batches:
-    shards = Shards(Path("data/mini/images"), p.max_undecodable, held_out=2)
-    return Batches(shards, *models, RULE, p, recipe(batch=batch), 42, torch.device("cpu"), steps, **options)
+) -> Feed:
+    shards = Shards(Path("data/mini/images"), p.max_undecodable, 2)
+    return Feed(shards, *models, RULE, p, recipe(batch=batch), 42, torch.device("cpu"), steps, **options)
 
 
 def whole(parts: list[MicroBatch]) -> list[torch.Tensor]:
@@ -102,14 +103,14 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers", "micro_batch"), [(1, 0, 8), (1, 2, 3), (1, 2, 5), (2, 0, 3), (3, 1, 2), (4, 0, 1)]
+    ("processes", "threads", "micro_batch"), [(1, 1, 8), (1, 4, 3), (1, 2, 5), (2, 1, 3), (3, 2, 2), (8, 1, 1)]
 )
 def test_a_step_is_the_same_however_it_is_shared(
-    models: tuple[Backbone, Denoiser], processes: int, workers: int, micro_batch: int
+    models: tuple[Backbone, Denoiser], processes: int, threads: int, micro_batch: int
 ) -> None:
     expected = feed(models, section())
     parts = [
-        feed(models, section(micro_batch=micro_batch), process=i, processes=processes, workers=workers)
+        feed(models, section(micro_batch=micro_batch), process=i, processes=processes, threads=threads)
         for i in range(processes)
     ]
     for _, step in STEPS:
@@ -117,8 +118,37 @@ def test_a_step_is_the_same_however_it_is_shared(
         assert all([micro.last for micro in own] == [False] * (len(own) - 1) + [True] for own in cut)
         assert all(len(micro.pixels_BCHW) <= micro_batch for own in cut for micro in own)
         assert same(whole(list(expected(step))), whole([micro for own in cut for micro in own]))
-    assert dict(position for part in parts for position in part.after.items()) == expected.after
-    assert set().union(*(part.undecodable for part in parts)) == expected.undecodable != set()
+    assert together(parts) == expected.shards.undecodable == {"1/00000.tar": {"0000000", "0000001"}}
+
+
+def together(parts: list[Feed]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for part in parts:
+        for shard, keys in part.shards.undecodable.items():
+            found.setdefault(shard, set()).update(keys)
+    return found
+
+
+def test_threads_read_ahead_so_far_and_no_further(models: tuple[Backbone, Denoiser]) -> None:
+    """Three micro-batches of two: the one that is given, and two more."""
+    batches = feed(models, section(micro_batch=2), threads=1)
+    batches.ahead = 2
+    started: list[range] = []
+    start = batches._start
+    batches._start = lambda phase, step, samples: started.append(samples) or start(phase, step, samples)
+    next(iter(batches(0)))
+    assert started == [range(2), range(2, 4), range(4, 6)]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="what a container makes small is Linux's")
+def test_the_feed_needs_no_shared_memory_and_no_other_process(models: tuple[Backbone, Denoiser]) -> None:
+    """A container's /dev/shm is 64 MB by default, and whoever waits for a process has to notice that it is gone."""
+    before, children = set(Path("/dev/shm").iterdir()), psutil.Process().children()
+    batches = feed(models, section(), threads=3)
+    for _, step in STEPS:
+        for _ in batches(step):
+            assert set(Path("/dev/shm").iterdir()) <= before
+            assert psutil.Process().children() == children
 
 
 @pytest.mark.parametrize(("micro_batch", "processes", "left"), [(3, 1, 2), (8, 1, None), (8, 4, 2)])
@@ -128,52 +158,51 @@ def test_a_contrast_without_enough_others_is_refused_before_the_first_step(
     contrast, shards = {"temperature": 0.1, "negatives": 2, "view": 0.8}, Shards(Path("data/mini/images"), 0.5, 2)
     p, chosen = section(micro_batch=micro_batch), recipe(contrast=contrast)
     with nullcontext() if left is None else pytest.raises(UserError, match=f"leave one of {left}, too few for 2 neg"):
-        Batches(shards, *models, RULE, p, chosen, 42, torch.device("cpu"), STEPS, processes=processes)
+        Feed(shards, *models, RULE, p, chosen, 42, CPU, STEPS, processes=processes)
 
 
 def test_the_two_views_of_a_contrast_are_drawn_apart(models: tuple[Backbone, Denoiser]) -> None:
     """Though they are crops of one kind."""
     own = section(micro_batch=4, crop={"scale": [0.5, 1.0], "ratio": [0.75, 1.25]})
     chosen = recipe(contrast={"temperature": 0.1, "negatives": 1, "view": 0.5})
-    batches = Batches(Shards(Path("data/mini/images"), 0.5), *models, RULE, own, chosen, 42, CPU, [("tower", 0)])
+    batches = Feed(Shards(Path("data/mini/images"), 0.5), *models, RULE, own, chosen, 42, CPU, [("tower", 0)])
     pairs = [pair for micro in batches(0) for pair in zip(micro.pixels_BCHW, micro.view_BCHW, strict=True)]
     assert len(pairs) == 8
     assert not any(first.equal(second) for first, second in pairs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_feed_goes_on_where_it_was(models: tuple[Backbone, Denoiser], workers: int) -> None:
-    """However far ahead its workers have read."""
-    expected, first = feed(models, section()), feed(models, section(), workers=workers)
-    for _, step in STEPS[:2]:
-        list(expected(step)), list(first(step))
-    rest = feed(models, section(), STEPS[2:], after=first.after, undecodable=first.undecodable, workers=workers)
-    for _, step in STEPS[2:]:
-        assert same(whole(list(expected(step))), whole(list(rest(step))))
-    assert (rest.after, rest.undecodable) == (expected.after, expected.undecodable)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_feed_goes_on_at_any_step(models: tuple[Backbone, Denoiser], threads: int) -> None:
+    """However far another one has come: a step's number is all that it needs."""
+    expected = feed(models, section())
+    given = [whole(list(expected(step))) for _, step in STEPS]
+    for first in range(len(STEPS)):
+        rest = feed(models, section(), STEPS[first:], threads=threads)
+        for tensors, (_, step) in zip(given[first:], STEPS[first:], strict=True):
+            assert same(tensors, whole(list(rest(step))))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_shard_is_told_in_its_own_words(models: tuple[Backbone, Denoiser], workers: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_damaged_shard_is_told_in_its_own_words(models: tuple[Backbone, Denoiser], threads: int) -> None:
     Path("data/mini/images/2/00000.tar").write_bytes(b"")
-    batches = feed(models, section(), workers=workers)
+    batches = feed(models, section(), threads=threads)
     with pytest.raises(UserError, match=r"^data/mini/images/2/00000\.tar cannot be read"):
         [list(batches(step)) for _, step in STEPS]
 
 
-def test_more_processes_than_streams_are_refused(models: tuple[Backbone, Denoiser]) -> None:
-    with pytest.raises(UserError, match="5 processes share 4 streams of images"):
-        feed(models, section(), process=0, processes=5)
+def test_more_processes_than_images_are_refused(models: tuple[Backbone, Denoiser]) -> None:
+    with pytest.raises(UserError, match="9 processes share a batch of 8 images"):
+        feed(models, section(), process=0, processes=9)
 
 
-def test_held_out_images_and_their_draws_never_change(models: tuple[Backbone, Denoiser]) -> None:
-    (alone,), number = feed(models, section()).held_out()
+def test_validation_images_and_their_draws_never_change(models: tuple[Backbone, Denoiser]) -> None:
+    (alone,), number = feed(models, section()).validation()
     assert number == len(alone.pixels_BCHW) == 2
     assert [len(draw.timestep_B) for draw in alone.draws] == [2]
     assert alone.draws[0].timestep_B.tolist() == [250, 750]
-    parts = [feed(models, section(), process=i, processes=2).held_out()[0] for i in range(2)]
+    parts = [feed(models, section(), process=i, processes=2).validation()[0] for i in range(2)]
     assert same(whole([alone]), whole([micro for part in parts for micro in part]))
-    assert feed(models, section(), process=0, processes=4).held_out()[0] == []  # two images for four processes
+    assert feed(models, section(), process=0, processes=4).validation()[0] == []  # two images for four processes
 
 
 # ----------------------------------------------------------------------------------------------------- the same numbers
@@ -203,7 +232,7 @@ def test_the_engine_s_gradient_is_that_of_the_released_schedule(
     found, expected = {}, {}
     for denoiser, gradient in ((Denoiser.load(DATA / "denoiser"), expected), (frozen, found)):
         feedback = Feedback(backbone.tower, projection, denoiser, text, rule, "mean")
-        batches = Batches(
+        batches = Feed(
             Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
         )  # fmt: skip
         _, phase = training.phases(feedback, assemble.training_recipe(wanted))
@@ -443,15 +472,15 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
     assert assemble.differences(before, mark()) == [what]
 
 
-def test_a_checkpoint_is_of_the_streams_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_tells_what_all_processes_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the first of two: what the other would send is added here."""
-    monkeypatch.setattr(assemble, "gather_object", lambda own: [*own, "b" if isinstance(own[0], str) else (1, (0, 4))])
+    monkeypatch.setattr(assemble, "gather_object", lambda own: [*own, ("0.tar", {"b"}), ("1.tar", {"a"})])
     feedback, checkpoint = build(), assemble.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
     record = training.Record("projection", 0, 1.0, 0.1, 1.0, 1.0, 1.0, None)
-    checkpoint.save_if_due(feedback, both(feedback)[0], assemble.RunState([record], {0: (0, 2)}, {"a"}))
+    checkpoint.save_if_due(feedback, both(feedback)[0], assemble.RunState([record], {"0.tar": {"a"}}))
     found = checkpoint.resume(feedback)
     assert found is not None
-    assert (found.after, found.undecodable) == ({0: (0, 2), 1: (0, 4)}, {"a", "b"})
+    assert found.undecodable == {"0.tar": {"a", "b"}, "1.tar": {"a"}}
 
 
 @contextmanager
@@ -503,10 +532,10 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) ->
 # ------------------------------------------------------------------------------------------------------------ to watch
 
 
-def test_norms_and_the_held_out_loss_are_recorded(here: Path) -> None:
-    """Of seven steps; every second step and the last of each phase measure the images that are held out."""
+def test_norms_and_the_validation_loss_are_recorded(here: Path) -> None:
+    """Of seven steps; every second step and the last of each phase measure the validation images."""
     backbone, _, records = trained()
-    measured = [(record.phase, record.step) for record in records if record.held_out_loss is not None]
+    measured = [(record.phase, record.step) for record in records if record.validation_loss is not None]
     assert measured == [("projection", 0), ("projection", 2), ("tower", 0), ("tower", 2), ("tower", 3)]
     first, *_, last = [record for record in records if record.phase == "tower"]
     assert first.lr == first.update_norm == 0  # the warm-up's
@@ -547,5 +576,5 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     write_params(**{"profiles.paper.recipes.diva.batch": 80})
     run(bench, "loader", "--images", "80")
     figures = json.loads(Path("metrics/bench/loader.json").read_text())
-    assert figures["workers_1"]["images"] == 160
+    assert figures["threads_1"]["images"] == 160
     assert not bench.SCRATCH.exists()

@@ -80,25 +80,27 @@ def spoil(folder: Path, *keys: str) -> None:
     write_tar(path, members)
 
 
+def samples_of(reader: Shards, seed: int, numbers: Iterable[int]) -> list[Sample]:
+    return [reader.read(*reader.place(seed, number)) for number in numbers]
+
+
 def epoch(reader: Shards, seed: int, number: int = 0) -> list[Sample]:
     """Every sample of an epoch, in its order."""
-    start = (number * len(reader.counts), 0)
-    return list(itertools.islice(reader.stream(seed, start=start), len(reader)))
+    return samples_of(reader, seed, range(number * len(reader), (number + 1) * len(reader)))
 
 
 def keys(samples: Iterable[Sample], count: int | None = None) -> list[str]:
     return [sample.key for sample in itertools.islice(samples, count)]
 
 
-# The stream
+# The order
 
-HELD = {"0000200", "0000201", "0000202"}
+VALIDATION = {"0000200", "0000201", "0000202"}
 
 
-def test_every_epoch_holds_every_sample_once_in_an_order_of_its_own(folder: Path) -> None:
+def test_every_epoch_holds_every_image_once_in_an_order_of_its_own(folder: Path) -> None:
     reader = Shards(folder)
-    seen = keys(reader.stream(seed=7), 3 * len(reader))
-    epochs = [seen[:40], seen[40:80], seen[80:]]
+    epochs = [keys(epoch(reader, 7, number)) for number in range(3)]
     everything = sorted(epochs[0])
     assert len(set(everything)) == len(reader) == 40
     assert all(sorted(epoch) == everything for epoch in epochs)
@@ -106,54 +108,64 @@ def test_every_epoch_holds_every_sample_once_in_an_order_of_its_own(folder: Path
     assert epochs[0] != everything
 
 
-def test_stream_is_a_pure_function_of_the_seed(folder: Path) -> None:
-    reader, other = Shards(folder), Shards(folder)
-    first = list(itertools.islice(reader.stream(7), 60))
-    second = list(itertools.islice(other.stream(7), 60))
+def test_a_sample_is_a_pure_function_of_the_seed_and_its_number(folder: Path) -> None:
+    """Whoever reads it, and in whatever order."""
+    spoil(folder, "0000003")
+    numbers = list(range(90))
+    first = samples_of(Shards(folder, 0.1), 7, numbers)
+    second = samples_of(Shards(folder, 0.1), 7, numbers[::-1])[::-1]
     assert keys(first) == keys(second)
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, second, strict=True))
-    assert keys(reader.stream(8), 60) != keys(first)
-    assert keys(epoch(reader, 7, 1)) == keys(reader.stream(7), 80)[40:]
+    assert keys(samples_of(Shards(folder, 0.1), 8, numbers)) != keys(first)
 
 
-@pytest.mark.parametrize("of", [2, 3, 5])
-def test_streams_share_the_shards_of_an_epoch(folder: Path, of: int) -> None:
-    """Two epochs' worth of samples, each shard read by one stream in each."""
+def test_the_images_of_a_window_are_mixed_and_windows_are_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is read for a while lies in few files."""
+    monkeypatch.setattr(shards, "WINDOW", 2)
     reader = Shards(folder)
-    read = [(sample.key, sample.after[0]) for n in range(of) for sample in stream_until(reader, n, of, 6)]
-    assert sorted(read) == sorted((sample.key, sample.after[0]) for sample in stream_until(reader, 0, 1, 6))
-    assert len(read) == len(set(read)) == 2 * len(reader)
+    first = set()
+    for number in range(8):
+        order = [key[:5] for key in keys(epoch(reader, 7, number))]
+        cut = next(i for i in range(1, 40) if not {*order[:i]} & {*order[i:]})
+        windows = order[:cut], order[cut:]
+        assert [len(set(window)) for window in windows] == [2, 1]
+        assert len(list(itertools.groupby(windows[0]))) > 5
+        first.add(windows[1][0])
+    assert len(first) > 1  # the shards, too, have an order of their own
 
 
-def stream_until(reader: Shards, number: int, of: int, end: int) -> Iterator[Sample]:
-    """The samples of a stream that lie in the first `end` shards of the endless row."""
-    return itertools.takewhile(lambda sample: sample.after[0] < end, reader.stream(7, number, of))
+def test_a_window_is_opened_before_its_images_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, read = Shards(folder), list[str]()
+    monkeypatch.setattr(shards, "_members", lambda tar, own=shards._members: read.append(tar.name) or own(tar))
+    window, _ = reader.place(7, 0)
+    reader.open(window)
+    assert sorted(read) == sorted(window.shards) == list(COUNTS)
+    epoch(reader, 7)
+    assert len(read) == 3
 
 
-def test_a_stream_goes_on_after_any_sample(folder: Path) -> None:
-    reader = Shards(folder)
-    samples = list(itertools.islice(reader.stream(7, 1, 2), 50))
-    for i in range(0, 40, 3):
-        assert keys(reader.stream(7, 1, 2, samples[i].after), 9) == keys(samples[i + 1 : i + 10])
+def test_what_cannot_be_decoded_is_replaced_by_an_image_of_its_window(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "WINDOW", 1)
+    whole = keys(epoch(Shards(folder), 7))
+    spoil(folder, "0000003", "0000004")
+    reader = Shards(folder, 0.2)
+    found = keys(epoch(reader, 7))
+    changed = {old: new for old, new in zip(whole, found, strict=True) if old != new}
+    assert changed.keys() == {"0000003", "0000004"}
+    assert all(new[:5] == "00000" for new in changed.values())
+    assert reader.undecodable == {"00000.tar": {"0000003", "0000004"}}
 
 
-def test_what_is_held_out_is_in_no_stream(folder: Path) -> None:
-    reader = Shards(folder, held_out=3)
-    held = [Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (200, 201, 202)]
-    assert [image.tobytes() for image in reader.held_out()] == held
-    seen = keys(reader.stream(7), 2 * 37)
-    assert sorted(seen) == sorted(2 * [key for key in keys(epoch(Shards(folder), 7)) if key not in HELD])
-    with pytest.raises(UserError, match=r"00002\.tar has 8 images, of which 8 are to be held out"):
-        Shards(folder, held_out=8)
-
-
-def test_shards_and_their_images_are_shuffled_by_seed_and_by_epoch(folder: Path) -> None:
-    reader = Shards(folder)
-    for draws in ([(seed, 0) for seed in range(8)], [(0, epoch) for epoch in range(8)]):
-        orders = [keys(epoch(reader, *draw)) for draw in draws]
-        assert len({tuple(dict.fromkeys(key[:5] for key in order)) for order in orders}) > 1  # of the shards
-        for shard in ("00000", "00001", "00002"):
-            assert len({tuple(key for key in order if key[:5] == shard) for order in orders}) == 8
+def test_validation_images_are_outside_the_order(folder: Path) -> None:
+    reader = Shards(folder, validation=3)
+    kept = [Image.open(io.BytesIO(jpeg(i))).convert("RGB").tobytes() for i in (200, 201, 202)]
+    assert [image.tobytes() for image in reader.validation()] == kept
+    seen = [key for number in range(2) for key in keys(epoch(reader, 7, number))]
+    assert sorted(seen) == sorted(2 * [key for key in keys(epoch(Shards(folder), 7)) if key not in VALIDATION])
+    with pytest.raises(UserError, match=r"00002\.tar has 8 images, of which 8 are kept for validation"):
+        Shards(folder, validation=8)
 
 
 def test_key_and_image_belong_together_and_grey_becomes_rgb(folder: Path) -> None:
@@ -200,13 +212,20 @@ def test_damaged_header_and_missing_tar(folder: Path) -> None:
         epoch(Shards(folder), 0)
 
 
-def test_undecodable_images_are_skipped_and_counted_up_to_the_share(folder: Path) -> None:
+def test_undecodable_images_are_counted_once_up_to_the_share(folder: Path) -> None:
     spoil(folder, "0000003", "0000004")
     reader = Shards(folder, max_undecodable=2 / 16)
-    samples = [*epoch(reader, 0), *epoch(reader, 0, 1)]
-    assert sorted(sample.key for sample in samples if sample.image is None) == 2 * ["0000003"] + 2 * ["0000004"]
-    with pytest.raises(UserError, match=r"00000\.tar: 2 of its 16 images.*the last is 000000[34]"):
+    assert len([*epoch(reader, 0), *epoch(reader, 0, 1)]) == 80
+    assert reader.undecodable == {"00000.tar": {"0000003", "0000004"}}
+    with pytest.raises(UserError, match=r"00000\.tar: 2 of its 16 images cannot be decoded.*one is 000000[34]"):
         epoch(Shards(folder, max_undecodable=1 / 16), 0)
+
+
+def test_a_folder_of_which_nothing_can_be_decoded_is_told_whatever_is_allowed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.jpg", b"none"), ("1.jpg", b"none")])
+    shards.index(tmp_path, 512)
+    with pytest.raises(UserError, match=r"no image of 0\.tar can be decoded"):
+        epoch(Shards(tmp_path, max_undecodable=1.0), 0)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +551,7 @@ def index_of(folder: Path, members: list[tuple[str, bytes]]) -> tuple[dict, list
     write_tar(folder / "0.tar", members)
     counts = shards.index(folder, 512)
     assert counts.pop("shards") == 1
-    return counts, sorted(epoch(Shards(folder), 0))
+    return counts, sorted(epoch(Shards(folder), 0), key=lambda sample: sample.key)
 
 
 @pytest.mark.parametrize(
@@ -593,7 +612,7 @@ def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[
     assert shards.index(tmp_path, 512) == counts
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "more", "shards.json"]
     assert (tmp_path / "0.tar").read_bytes() == plain
-    assert sum(sample.image is not None for sample in epoch(Shards(tmp_path), 0)) == 9
+    assert len(epoch(Shards(tmp_path), 0)) == 9
 
 
 def test_compressed_tars_that_cannot_be_unpacked_are_told(tmp_path: Path) -> None:
@@ -615,14 +634,16 @@ def test_a_recipe_that_reads_captions_needs_some(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("0.jpg", jpeg(0)), ("1.jpg", jpeg(1))])
     assert shards.index(tmp_path, 512)["captioned"] == 0
     assert [sample.caption for sample in epoch(Shards(tmp_path), 0)] == ["", ""]
-    with pytest.raises(UserError, match=r"none of its 1 shards has an image with a caption.*train\.recipe"):
+    with pytest.raises(UserError, match=r"none of its 1 shards has an image with a caption.*run\.recipes"):
         Shards(tmp_path, captioned=True)
 
 
 def test_a_picture_that_claims_ten_thousand_million_pixels_is_passed_over(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", b"P6 100000 100000 255\n" if i == 5 else jpeg(i)) for i in range(100)]
-    _, samples = index_of(tmp_path / "shards", members)
-    assert [sample.key for sample in samples if sample.image is None] == ["5"]
+    index_of(tmp_path / "shards", members)
+    reader = Shards(tmp_path / "shards")
+    assert "5" not in keys(epoch(reader, 0))
+    assert reader.undecodable == {"0.tar": {"5"}}
 
 
 def test_pictures_on_their_side_are_put_upright(tmp_path: Path) -> None:

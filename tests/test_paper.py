@@ -279,7 +279,7 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
         "at": ["hf://gone/sd@main", "hf://sd2-community/sd@main"],
         "files": dict.fromkeys(paper["denoiser"]["download"]["files"]),
     }
-    paper["train"] |= {"size": 64, "streams": 2, "micro_batch": 2, "precision": "float32"}
+    paper["train"] |= {"size": 64, "micro_batch": 2, "precision": "float32"}
     paper["recipes"]["diva"] |= {"batch": 4, "steps": 2}
     anchored = paper["recipes"]["text_anchored"]
     anchored |= {
@@ -296,7 +296,7 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
     paper["recipes"] |= {"two_stage": two_stage, "contrastive": contrastive}
     for recipe in (anchored, two_stage, contrastive):
         recipe["fit"]["steps"] = 2
-    paper["train"] |= {"compile": False, "held_out": {"images": 2, "every": 1}}
+    paper["train"] |= {"compile": False, "validation": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
     sources = {
@@ -609,9 +609,9 @@ def test_one_step_and_one_scoring_at_true_size(
     try:
         checkpoints.openai_archive(served / "ViT-L-14.pt", 1, shape)
         checkpoints.stable_diffusion(served / "sd", shapes)
-        paper["train"] |= {"streams": 1, "micro_batch": 1}
+        paper["train"] |= {"micro_batch": 1}
         paper["recipes"]["diva"] |= {"steps": 1, "batch": 1, "warmup_ratio": 0.0}
-        paper["train"] |= {"compile": False, "held_out": {"images": 1, "every": 1}}
+        paper["train"] |= {"compile": False, "validation": {"images": 1, "every": 1}}
         paper["mmvp"] |= {"draws": 2, "batch": 1}
         paper["mmvp_vlm"]["pairs_per_pattern"] = 1
         for download in (paper["images"]["shards"], paper["mmvp_vlm"]["download"]):

@@ -134,7 +134,6 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({f"{TRAIN}.streams": 7}, "train.streams is 7, which does not divide profiles.mini.recipes.diva.batch 32"),
         ({"run.recipes": ["divs"]}, "run.recipes names 'divs'; recipes here: "),
         ({"run.recipes": ["contrastive"], f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
         ({"run.recipes": []}, "run.recipes is [], which train nothing. Set run.inputs=[]"),
@@ -198,7 +197,6 @@ def test_content_without_sections_is_refused(file: Path, content: str, found: st
 
 
 def test_the_shuffled_control_needs_two_images(file: Path) -> None:
-    change(file, f"{TRAIN}.streams", 1)
     change(file, "profiles.mini.recipes.diva.batch", 1)
     assert re.search(r"run: run\.controls names 'shuffled'.*recipes\.diva\.batch is 1\. Raise it", message(file))
     change(file, "run.controls", ["drift"])

@@ -21,7 +21,7 @@ def shrink(recipe: str, **train: object) -> None:
     own = {"batch": 8, "steps": 3, "optimizer.lr": 0.01, "fit.steps": 2, **SMALL.get(recipe, {})}
     write_params(
         **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
-        **{f"profiles.mini.train.{key}": value for key, value in {"streams": 4, **train}.items()},
+        **{f"profiles.mini.train.{key}": value for key, value in train.items()},
         **{"run.recipes": [recipe]},
     )
 
@@ -45,7 +45,7 @@ def made(folder: Path, recipe: str) -> dict[str, list[float] | torch.Tensor]:
     ],
 )
 def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path, recipe: str) -> None:
-    """Also where they have unequal parts: four streams among three processes."""
+    """Also where they have unequal parts: eight images among three processes."""
     shrink(recipe, micro_batch=2 if recipe == "contrastive" else 3)  # whose negatives are others of the micro-batch
     found = {}
     for world in (1, 2, 3):

@@ -254,7 +254,7 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     p, processes = params.load(), processes or Accelerator(cpu=True)
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
     section, recipe, own = p.profile.train, p.profile.recipes[p.run.recipes[0]], p.backbones["mini"].condition
-    shards = Shards(Path("data/mini/images"), held_out=section.held_out.images)
+    shards = Shards(Path("data/mini/images"), validation=section.validation.images)
     feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
     checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
     curves = Path("curves")
@@ -378,6 +378,10 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
     last_good = Backbone.load(kept)
     assert all(torch.isfinite(p).all() for p in last_good.parameters())
     assert equal(last_good, Backbone.load(MODELS / "pretrained/mini")) == (spoil is poison_the_denoiser)
+    drawn = {str(path.relative_to(kept / "curves")) for path in (kept / "curves").rglob("loss.tsv")}
+    tower = {f"plots/metrics/{phase}/loss.tsv" for phase in ("projection", "tower")}
+    assert drawn == (set() if spoil is poison_the_denoiser else tower)  # of every step before that one
+    assert f"{kept}/curves" in message
     assert {path.name for path in (MODELS / "diva").iterdir()} == {".mini.lock", "mini.last-good"}
     assert list((METRICS / "train").iterdir()) == []
 

@@ -215,7 +215,7 @@ class Pixels(Section):
     generator_statistics: Literal["imagenet", "own"]
 
 
-class HeldOut(Section):
+class Validation(Section):
     images: Count
     every: Count
 
@@ -225,12 +225,11 @@ class Train(Section):
     crop: Crop
     pixels: Pixels
     prompt: str
-    streams: Count
     micro_batch: Count
     precision: Literal["float32", "bfloat16"]
     compile: bool
     max_undecodable: Share
-    held_out: HeldOut
+    validation: Validation
     checkpoint_minutes: NonNegativeFloat
 
 
@@ -521,8 +520,6 @@ class Params(Section):
 
     def _recipe_fits(self, key: str, recipe: Recipe) -> None:
         train = self.profile.train
-        if recipe.batch % train.streams:
-            raise ValueError(f"train.streams is {train.streams}, which does not divide {key}.batch {recipe.batch}")
         if recipe.contrast and recipe.contrast.negatives >= train.micro_batch:
             raise ValueError(
                 f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "

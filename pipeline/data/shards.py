@@ -21,12 +21,15 @@ import signal
 import tarfile
 import threading
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute
 import pyarrow.parquet
@@ -44,6 +47,7 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
+WINDOW = 16  # shards whose images are mixed with each other
 REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
 MEND = "Run `dvc repro --force pipeline/dvc.yaml:images`."
 OPTIONS = {
@@ -420,30 +424,48 @@ def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
     return sorted(samples, key=lambda member: member.image), +others
 
 
-class Sample(NamedTuple):
-    """image: None where it cannot be decoded; after: where its stream goes on, for `Shards.stream(start=...)`.
+@dataclass(frozen=True)
+class Window:
+    """Some shards of an epoch, whose images are mixed: `order`, and `spare` for those that cannot be decoded."""
 
-    The key is one of its tar's; an image without a caption has an empty one.
-    """
+    shards: list[str]
+    ends: list[int]  # of each shard among the images of all of them
+    order: list[int]
+    spare: list[int]
+
+    def candidates(self, place: int) -> Iterator[tuple[str, int]]:
+        """(shard, number of the image in it) at a place of the order, then each of the spares from this place on."""
+        after = (self.spare[(place + i) % len(self.spare)] for i in range(len(self.spare)))
+        for image in (self.order[place], *after):
+            shard = bisect_right(self.ends, image)
+            yield self.shards[shard], image - (self.ends[shard - 1] if shard else 0)
+
+
+class Sample(NamedTuple):
+    """An image, and what its tar calls it. One without a caption has an empty one."""
 
     key: str
-    image: Image.Image | None
+    image: Image.Image
     caption: str
-    after: tuple[int, int]
     tar: str
 
 
 class Shards:
-    """The images of a folder of shards; `len()` is their number, those that cannot be decoded included.
+    """The images of a folder of shards; `len()` is how many an epoch has, those that cannot be decoded included.
 
-    Images are read one by one where they lie, so that memory does not grow with the size of a shard.
+    Sample n of a seed is a pure function of both. An epoch has its shards in an order of its own, cut into windows of
+    WINDOW shards, and in a window all images are in random order: what is read for a while lies in few files. An image
+    that cannot be decoded is replaced by the next in another order of the window. Images are read one by one where
+    they lie, so that memory does not grow with the size of a shard; several threads may read at once.
     """
 
-    def __init__(self, folder: Path, max_undecodable: float = 0.01, held_out: int = 0, captioned: bool = False) -> None:
-        """Bear with a share `max_undecodable` of each shard; keep the last shard's first `held_out` from the streams.
+    def __init__(
+        self, folder: Path, max_undecodable: float = 0.01, validation: int = 0, captioned: bool = False
+    ) -> None:
+        """Bear with a share `max_undecodable` of each shard; keep the last shard's first `validation` from the order.
 
         captioned: pass over the images without a caption. Raises UserError where the index is missing or wrong, no
-        image is left, or the last shard has no more than `held_out`.
+        image is left, or the last shard has no more than `validation`.
         """
         self.folder, self.max_undecodable, self.captioned = folder, max_undecodable, captioned
         path = folder / INDEX
@@ -467,75 +489,99 @@ class Shards:
                 f"{folder}: none of its {len(self.found)} shards has an image with a caption (KEY.jpg, KEY.txt), but "
                 "this recipe reads captions. Choose another recipe (run.recipes), or images with captions."
             )
-        self.names = list(self.counts)
-        last = self.names[-1]
-        self.reserved = {last: held_out}
-        if held_out and self.counts[last] <= held_out:
+        last = list(self.counts)[-1]
+        if validation and self.counts[last] <= validation:
             raise UserError(
-                f"{folder / last} has {self.counts[last]} images, of which {held_out} are to be held out of training: "
-                "none would be left. Lower train.held_out.images in params.yaml."
+                f"{folder / last} has {self.counts[last]} images, of which {validation} are kept for validation: "
+                "none would be left. Lower train.validation.images in params.yaml."
             )
+        self.reserved = {last: validation}
+        self.trained = {name: count - self.reserved.get(name, 0) for name, count in self.counts.items()}
+        self.undecodable: dict[str, set[str]] = {}  # keys of what was found not to be decodable, by shard
+        self.tables, self.reading = dict[str, list[_Member]](), threading.Lock()
+        self.window = lru_cache(4)(self._window)
+        self.layout = lru_cache(4)(self._layout)
 
     def __len__(self) -> int:
-        return sum(self.counts.values())
+        return sum(self.trained.values())
 
-    def stream(self, seed: int, number: int = 0, of: int = 1, start: tuple[int, int] | None = None) -> Iterator[Sample]:
-        """Samples without end: stream `number` of `of`, which share the shards, a pure function of these and the seed.
+    def place(self, seed: int, number: int) -> tuple[Window, int]:
+        """Where sample `number` of a seed, counted through all epochs, stands: a window, and a place in its order."""
+        epoch, image = divmod(number, len(self))
+        _, ends = self.layout(seed, epoch)
+        window = bisect_right(ends, image)
+        return self.window(seed, epoch, window), image - (ends[window - 1] if window else 0)
 
-        The shards of all epochs, each epoch in an order of its own, make one endless row, of which a stream takes every
-        `of`-th: in an epoch no shard is read by two streams. `start` is the `after` of an earlier sample.
+    def open(self, window: Window) -> None:
+        """Read the tables of a window's shards, which takes a second or two each, before its images are wanted."""
+        for name in window.shards:
+            self.members(name)
+
+    def read(self, window: Window, place: int) -> Sample:
+        """The sample at a place of a window.
+
         Raises UserError for a shard that is missing, truncated or damaged, or that has too many undecodable images.
         """
-        first, image = start or (number, 0)
-        for shard in itertools.count(first, of):
-            yield from self._shuffled(shard, seed, image)
-            image = 0
+        for name, number in window.candidates(place):
+            members = self.members(name)
+            member = members[number + self.reserved.get(name, 0)]
+            try:
+                image = self._decode(name, member)
+            except UndecodableError as error:
+                failed = self.undecodable.setdefault(name, set())
+                failed.add(member.key)
+                if len(failed) > self.max_undecodable * len(members):
+                    raise UserError(
+                        f"{self.folder / name}: {len(failed)} of its {len(members)} images cannot be decoded, more "
+                        f"than the share {self.max_undecodable:g} allowed; one is {member.key} ({error}). If they came "
+                        f"like this, raise train.max_undecodable in params.yaml or choose other images; else {MEND}"
+                    ) from error
+                continue
+            where = member.caption
+            caption = self._read(name, where).decode(errors="replace") if where else ""
+            return Sample(member.key, image, caption, name)
+        raise UserError(f"{self.folder}: no image of {', '.join(window.shards)} can be decoded. {MEND}")
 
-    def held_out(self) -> list[Image.Image]:
-        """The images that are kept from the streams, those that cannot be decoded left out."""
+    def validation(self) -> list[Image.Image]:
+        """The images that are kept from the order, those that cannot be decoded left out."""
         ((name, count),) = self.reserved.items()
+        found = []
+        for member in self.members(name)[:count]:
+            with suppress(UndecodableError):
+                found.append(self._decode(name, member))
+        return found
+
+    def _layout(self, seed: int, epoch: int) -> tuple[list[str], list[int]]:
+        """The shards of an epoch in its order, and where each of its windows ends among its images."""
+        names = [list(self.trained)[i] for i in _permutation(len(self.trained), seed, "shards", epoch)]
+        windows = (names[first : first + WINDOW] for first in range(0, len(names), WINDOW))
+        return names, list(itertools.accumulate(sum(self.trained[name] for name in window) for window in windows))
+
+    def _window(self, seed: int, epoch: int, number: int) -> Window:
+        names = self.layout(seed, epoch)[0][number * WINDOW : (number + 1) * WINDOW]
+        ends = list(itertools.accumulate(self.trained[name] for name in names))
+        order, spare = (_permutation(ends[-1], seed, purpose, epoch, number) for purpose in ("images", "spare images"))
+        return Window(names, ends, order, spare)
+
+    def _read(self, name: str, where: tuple[int, int]) -> bytes:
         with (self.folder / name).open("rb") as file:
-            found = [self._decode(file, member.image)[0] for member in self._members(name)[:count]]
-        return [image for image in found if image]
+            file.seek(where[0])
+            return file.read(where[1])
 
-    def _shuffled(self, shard: int, seed: int, first: int) -> Iterator[Sample]:
-        """The images of a shard of the endless row in random order, from the `first` on."""
-        epoch, i = divmod(shard, len(self.names))
-        name = self.names[_permutation(len(self.names), seed, "order", epoch)[i]]
-        members = self._members(name)
-        failed = 0
-        with (self.folder / name).open("rb") as file:
-            for after, j in enumerate(_permutation(len(members), seed, "order", epoch, name)[first:], first + 1):
-                if j < self.reserved.get(name, 0):
-                    continue
-                key = members[j].key
-                image, error = self._decode(file, members[j].image)
-                if error:
-                    failed += 1
-                    if failed > self.max_undecodable * len(members):
-                        raise UserError(
-                            f"{self.folder / name}: {failed} of its {len(members)} images cannot be decoded, more than "
-                            f"the share {self.max_undecodable:g} allowed; the last is {key} ({error}). If they came "
-                            f"like this, raise train.max_undecodable in params.yaml or choose other images; else {MEND}"
-                        )
-                where = members[j].caption
-                caption = self._read(file, where).decode(errors="replace") if where else ""
-                yield Sample(key, image, caption, (shard, after), name)
+    def _decode(self, name: str, member: _Member) -> Image.Image:
+        return decode(self._read(name, member.image), upright=True)
 
-    @staticmethod
-    def _read(file: BinaryIO, where: tuple[int, int]) -> bytes:
-        file.seek(where[0])
-        return file.read(where[1])
-
-    @classmethod
-    def _decode(cls, file: BinaryIO, where: tuple[int, int]) -> tuple[Image.Image | None, Exception | None]:
-        try:
-            return decode(cls._read(file, where), upright=True), None
-        except UndecodableError as error:
-            return None, error
+    def members(self, name: str) -> list[_Member]:
+        """One shard's images, in the order of the tar. Read once, and kept for longer than its window."""
+        found = self.tables.get(name)
+        if found is None:
+            with self.reading:
+                found = self.tables[name] = self.tables.get(name) or self._members(name)
+                if len(self.tables) > 3 * WINDOW:
+                    del self.tables[next(iter(self.tables))]
+        return found
 
     def _members(self, name: str) -> list[_Member]:
-        """One shard's images, in the order of the tar."""
         members, _ = _members(self.folder / name)
         captioned = [member for member in members if member.caption]
         # A tar cut between two members, or in a header, reads like a shorter tar: only the counts tell.

@@ -21,13 +21,8 @@ class Draw(NamedTuple):
         """Asynchronously, where the tensors lie in pinned memory."""
         return Draw(*(None if part is None else part.to(device, non_blocking=True) for part in self))
 
-    def images(self, chosen: slice) -> "Draw":
-        return Draw(*(None if part is None else part[chosen] for part in self))
-
-    @staticmethod
-    def cat(draws: Sequence["Draw"]) -> "Draw":
-        """The draws of several lots of images as one."""
-        return Draw(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*draws, strict=True)))
+    def pinned(self) -> "Draw":
+        return Draw(*(None if part is None else part.pin_memory() for part in self))
 
 
 def draw(

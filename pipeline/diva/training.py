@@ -78,7 +78,7 @@ class Record:
     """One finished step.
 
     loss: mean over images and draws, without the anchor's part; gradient_norm: before clipping; parameter_norm: after
-    the step; update_norm: of what the step changed; held_out_loss: after the step, None where it was not measured.
+    the step; update_norm: of what the step changed; validation_loss: after the step, None where it was not measured.
     """
 
     phase: str
@@ -88,7 +88,7 @@ class Record:
     gradient_norm: float
     parameter_norm: float
     update_norm: float
-    held_out_loss: float | None
+    validation_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ def run(
     precision: torch.dtype,
     processes: Processes,
     start: int = 0,
-    held_out: Callable[[int], float | None] = lambda step: None,
+    validation: Callable[[int], float | None] = lambda step: None,
 ) -> Iterator[Record]:
     """Train one phase from step `start` on, yielding a record after every step.
 
-    `batch(step)` gives the micro-batches of this process, one at a time; `held_out(step)` measures after the step.
+    `batch(step)` gives the micro-batches of this process, one at a time; `validation(step)` measures after the step.
     Raises NotFiniteError, in all processes alike, before the parameters are touched.
     """
     feedback.requires_grad_(False)
@@ -210,7 +210,7 @@ def run(
         updates = torch._foreach_sub([parameter.detach() for parameter in phase.parameters], before)
         parameter_norm, update_norm = (norm(tensors) for tensors in (phase.parameters, updates))
         yield Record(
-            phase.name, step, mean_loss, lr, gradient_norm, parameter_norm, update_norm, held_out(step)
+            phase.name, step, mean_loss, lr, gradient_norm, parameter_norm, update_norm, validation(step)
         )  # fmt: skip
     processes.free_memory()  # the wrapper of this phase's parameters
 

@@ -7,7 +7,6 @@ it.
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import sys
@@ -21,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from dvclive import Live
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from pipeline.core.code import program
 from pipeline.core.compute import device, seeded
@@ -36,13 +35,13 @@ from pipeline.diva.condition import TokenRule
 from pipeline.diva.gap import GapRemoved
 from pipeline.diva.objective import Anchor, Contrast, Feedback
 from pipeline.engine import checkpoints
-from pipeline.engine.feed import Batches, Position
+from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
 
 FITTED = "fitted.safetensors"
-CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "held_out_loss")
+CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
 
 
 def start_on_every_gpu(module: str) -> None:
@@ -57,14 +56,14 @@ def start_on_every_gpu(module: str) -> None:
 def measure_gap(
     shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
 ) -> GapRemoved:
-    """The gap between the embeddings of the stream's first pictures and of their captions, alike in every process."""
+    """The gap between the embeddings of the first images and of their captions, alike in every process."""
     assert recipe.gap
     steps = [("gap", step) for step in range(math.ceil(recipe.gap.pictures / recipe.batch))]
-    batches = Batches(shards, backbone, denoiser, TokenRule("none"), p, recipe, seed, compute, steps)
+    feed = Feed(shards, backbone, denoiser, TokenRule("none"), p, recipe, seed, compute, steps)
     found = [
         (backbone.image_tokens(micro.pixels_BCHW)[0], micro.caption_BD)
         for _, step in progress(steps, "gap between pictures and captions")
-        for micro in batches(step)
+        for micro in feed(step)
     ]
     images, captions = (torch.cat(parts)[: recipe.gap.pictures].cpu() for parts in zip(*found, strict=True))
     try:
@@ -124,23 +123,19 @@ def training_recipe(recipe: Recipe) -> training.Recipe:
     )  # fmt: skip
 
 
-@dataclasses.dataclass
-class TowerStart:
-    """What the tower phase found: the projection, and where the streams of all processes went on."""
-
-    projection: dict[str, torch.Tensor]
-    after: dict[int, Position]
+Undecodable = dict[str, set[str]]  # keys of images by shard
+Projection = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass
 class RunState:
-    """How far a run has come, in every process alike but for `after`, which tells of the process's own streams."""
+    """How far a run has come. undecodable: what its processes passed over; start: the projection that the tower
+    phase found; optimizer: of the phase that the checkpoint was written in."""
 
     records: list[training.Record]
-    after: dict[int, Position]
-    undecodable: set[str]
-    start: TowerStart | None = None
-    optimizer: tuple[str, dict[str, torch.Tensor]] | None = None  # of the phase that the checkpoint was written in
+    undecodable: Undecodable
+    start: Projection | None = None
+    optimizer: tuple[str, dict[str, torch.Tensor]] | None = None
 
 
 class Checkpoint:
@@ -167,27 +162,23 @@ class Checkpoint:
             print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
         start = None
         if last.phase == "tower":
-            projection = {name: tensors[f"start.{name}"] for name in feedback.projection.state_dict()}
-            start = TowerStart(projection, positions(state["start"]))
-        optimizer = last.phase, tensors
-        return RunState(records, positions(state["after"]), set(state["undecodable"]), start, optimizer)
+            start = {name: tensors[f"start.{name}"] for name in feedback.projection.state_dict()}
+        undecodable = {shard: set(keys) for shard, keys in state["undecodable"].items()}
+        return RunState(records, undecodable, start, (last.phase, tensors))
 
     def save_if_due(self, feedback: Feedback, phase: training.Phase, so_far: RunState) -> None:
         """A full disk costs the checkpoint, not the run: the one before it stays."""
         due = self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
         if not self.processes.reduce(torch.tensor(float(due), device=self.processes.device), "sum").item():
             return
-        after = dict(gather_object(list(so_far.after.items())))
-        undecodable = gather_object(sorted(so_far.undecodable))
-        tensors, start = training.state(feedback, phase), so_far.start
-        tensors |= {f"start.{name}": tensor for name, tensor in (start.projection if start else {}).items()}
+        passed_over = of_all(so_far.undecodable)
+        tensors = training.state(feedback, phase)
+        tensors |= {f"start.{name}": tensor for name, tensor in (so_far.start or {}).items()}
         if self.processes.is_main_process:
             state = {
                 "fingerprint": self.fingerprint,
                 "records": [dataclasses.asdict(record) for record in so_far.records],
-                "after": after,
-                "start": start.after if start else {},
-                "undecodable": sorted(set(undecodable)),
+                "undecodable": {shard: sorted(keys) for shard, keys in sorted(passed_over.items())},
             }
             try:
                 checkpoints.save(self.path, tensors, state)
@@ -196,29 +187,29 @@ class Checkpoint:
         self.saved = time.monotonic()
 
 
-def positions(saved: dict[str, list[int]]) -> dict[int, Position]:
-    """Positions of streams as JSON holds them."""
-    return {int(stream): (shard, image) for stream, (shard, image) in saved.items()}
+def of_all(undecodable: Undecodable) -> Undecodable:
+    """What all processes found."""
+    together: Undecodable = {}
+    for shard, keys in gather_object([(shard, set(keys)) for shard, keys in list(undecodable.items())]):
+        together.setdefault(shard, set()).update(keys)
+    return together
 
 
-def save_fitted(feedback: Feedback, start: TowerStart, path: Path) -> None:
-    """Write what the tower phase started from: the projection, the denoiser where it was fitted, and the streams."""
-    tensors = {f"projection.{name}": tensor for name, tensor in start.projection.items()}
+def save_fitted(feedback: Feedback, start: Projection, path: Path) -> None:
+    """Write what the tower phase started from: the projection, and the denoiser where it was fitted."""
+    tensors = {f"projection.{name}": tensor for name, tensor in start.items()}
     if feedback.fits_denoiser:
         fitted = feedback.denoiser.unet.named_parameters()
         tensors |= {f"denoiser.unet.{name}": tensor.detach() for name, tensor in fitted}
-    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, path, metadata={"after": json.dumps(dict(sorted(start.after.items())))})
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 @torch.no_grad()
-def put_fitted(feedback: Feedback, path: Path) -> dict[int, Position]:
-    """Put back what `save_fitted` wrote; returns where the streams go on."""
+def put_fitted(feedback: Feedback, path: Path) -> None:
+    """Put back what `save_fitted` wrote."""
     own = dict(feedback.named_parameters())
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            own[name].copy_(file.get_tensor(name))
-        return positions(json.loads(file.metadata()["after"]))
+    for name, tensor in load_file(path).items():
+        own[name].copy_(tensor)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -270,28 +261,27 @@ def train(
 
     fitted: for the control, which is the tower phase alone: what `save_fitted` wrote of the run it is compared with.
     """
-    after: dict[int, Position] = {}
     if fitted:
-        recipe, after = without_fit(recipe), put_fitted(feedback, fitted)
-    phases, precision = training.phases(feedback, training_recipe(recipe)), getattr(torch, p.precision)
-    so_far = checkpoint.resume(feedback) or RunState([], after, set())
+        put_fitted(feedback, fitted)
+    phases = training.phases(feedback, training_recipe(without_fit(recipe) if fitted else recipe))
+    precision = getattr(torch, p.precision)
+    so_far = checkpoint.resume(feedback) or RunState([], shards.undecodable)
+    shards.undecodable = so_far.undecodable
     done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
-    batches = Batches(
+    feed = Feed(
         shards, backbone, denoiser, feedback.tokens, p, recipe, seed, processes.device,
         [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
-        process=processes.process_index, processes=processes.num_processes,
-        after=so_far.after, undecodable=so_far.undecodable, mismatched=processes.gather if fitted else None,
+        process=processes.process_index, processes=processes.num_processes, mismatched=fitted is not None,
     )  # fmt: skip
-    so_far.after, so_far.undecodable = batches.after, batches.undecodable
-    held_out = batches.held_out()
+    validation = feed.validation()
 
     def measure(steps: int) -> Callable[[int], float | None]:
-        def held_out_loss(step: int) -> float | None:
-            if step % p.held_out.every and step != steps - 1:
+        def validation_loss(step: int) -> float | None:
+            if step % p.validation.every and step != steps - 1:
                 return None
-            return training.denoising_loss(feedback, *held_out, precision, processes)
+            return training.denoising_loss(feedback, *validation, precision, processes)
 
-        return held_out_loss
+        return validation_loss
 
     main = processes.is_main_process
     options = {"dvcyaml": None, "save_dvc_exp": False, "report": None, "monitor_system": False}
@@ -305,16 +295,15 @@ def train(
             if phase.name == "tower":
                 denoiser.for_feedback(precision)  # now frozen, if it was fitted
             if phase.name == "tower" and not first:
-                projection = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
-                so_far.start = TowerStart(projection, dict(gather_object(list(batches.after.items()))))
-            steps = training.run(feedback, phase, batches, precision, processes, first, measure(phase.steps))
+                so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
+            steps = training.run(feedback, phase, feed, precision, processes, first, measure(phase.steps))
             bar = {"initial": first, "unit": " images", "unit_scale": recipe.batch, "disable": not main}
             for record in progress(steps, phase.name, phase.steps, **bar):
                 so_far.records.append(record)
                 draw(live, record)
                 checkpoint.save_if_due(feedback, phase, so_far)
             phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
-    so_far.undecodable = set(gather_object(sorted(so_far.undecodable)))
+    so_far.undecodable = of_all(so_far.undecodable)
     return so_far
 
 
@@ -339,7 +328,7 @@ def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodab
     """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
     tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
-    held_out = [record.held_out_loss for record in tower if record.held_out_loss is not None]
+    validation = [record.validation_loss for record in tower if record.validation_loss is not None]
     return {
         "seed": seed,
         "steps": recipe.steps,
@@ -347,8 +336,8 @@ def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodab
         "undecodable_images": undecodable,
         "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
         "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
-        "held_out_loss_first": round(held_out[0], 5),
-        "held_out_loss_last": round(held_out[-1], 5),
+        "held_out_loss_first": round(validation[0], 5),
+        "held_out_loss_last": round(validation[-1], 5),
     }
 
 
@@ -376,7 +365,7 @@ def post_train(
                 f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
-        shards = Shards(images, section.max_undecodable, section.held_out.images, recipe.reads_captions)
+        shards = Shards(images, section.max_undecodable, section.validation.images, recipe.reads_captions)
         models = Path("data", profile, "denoiser")
         mark = fingerprint(section, recipe, own, seed, backbone, models, images, fitted)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
@@ -393,14 +382,16 @@ def post_train(
             kept = outputs[0].with_name(f"{name}.last-good")
             remove(kept)
             save_like(original, tensors, kept)
+            curves.rename(kept / "curves")
             raise UserError(
-                f"{error}. Training stopped; the weights before that step are in {kept}. "
+                f"{error}. Training stopped; the weights before that step are in {kept}, the curves up to it in "
+                f"{kept / 'curves'}. "
                 f"Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
                 "precision float32."
             ) from None
         tensors = tuned(backbone)
         if processes.is_main_process:
-            result = summary(end.records, recipe, seed, len(end.undecodable))
+            result = summary(end.records, recipe, seed, sum(map(len, end.undecodable.values())))
             save_like(original, tensors, folder)
             if not fitted:
                 assert end.start

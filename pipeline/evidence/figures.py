@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -16,22 +15,17 @@ from pipeline.evidence.results import COLUMNS, CONTROLS, POOLINGS, Scores, label
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex, to_rgb
 
 PALETTE = ("#2f6f9f", "#c98a2d", "#5a9e6f", "#b0578d", "#7a68ad", "#a65d3f")
 
 
-def colours(scores: Iterable[str]) -> dict[str, str]:
+def colours(scores: Iterable[str]) -> dict[str, str | tuple[str, float]]:
     """Grey for pretrained, a colour for each recipe and for released; a control has its recipe's, paler."""
-    names = list(dict.fromkeys(recipe_and_control(weights)[0] for weights in scores))
-    own = dict(zip([name for name in names if name != "pretrained"], itertools.cycle(PALETTE), strict=False))
-    own["pretrained"] = "#9aa5b1"
-    pale = dict(zip(("", *CONTROLS), (1.0, 0.65, 0.35), strict=True))
-    white = np.ones(3)
-    return {
-        weights: to_hex(pale[control] * np.array(to_rgb(own[recipe])) + (1 - pale[control]) * white)
-        for weights, (recipe, control) in ((weights, recipe_and_control(weights)) for weights in scores)
-    }
+    split = {weights: recipe_and_control(weights) for weights in scores}
+    names = dict.fromkeys(recipe for recipe, _ in split.values() if recipe != "pretrained")
+    own = {"pretrained": "#9aa5b1"} | dict(zip(names, itertools.cycle(PALETTE), strict=False))
+    pale = dict(zip(CONTROLS, (0.6, 0.3), strict=True))
+    return {w: (own[recipe], pale[control]) if control else own[recipe] for w, (recipe, control) in split.items()}
 
 
 def patterns(scores: dict[str, Scores], published: Published | None):
@@ -148,6 +142,9 @@ def image_url(path: Path) -> str:
 
 def by_pattern(scores: dict[str, Scores]) -> pd.DataFrame:
     """Pairs right per pattern, stock embedding, for `dvc plots`."""
-    found = {w: scores[w].mmvp["stock"]["statement_to_image"]["patterns"] for w in without_controls(scores)}
-    rows = [(f"{weights}: {name}", right) for weights, own in found.items() for name, right in own.items()]
+    rows = [
+        (f"{weights}: {name}", right)
+        for weights in without_controls(scores)
+        for name, right in scores[weights].mmvp["stock"]["statement_to_image"]["patterns"].items()
+    ]
     return pd.DataFrame(rows, columns=["pattern", "right"]).round(2)

@@ -68,7 +68,7 @@ def cells(intervals: dict[str, list[float]], columns: Iterable[str] = COLUMNS) -
 
 def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> list[list[str]]:
     """Recipes side by side, with their controls: what was gained and what it cost; the first row has the headings."""
-    shown = without_controls(scores)
+    shown, as_published = without_controls(scores), " as the paper's table counts it" if published else ""
     rows = [["", *("original" if weights == "pretrained" else weights for weights in shown)]]
     for name, column in (("pairs", "pairs_stock"), ("zeroshot", "zeroshot")):
         values = [scores[weights].headline().get(column) for weights in shown]
@@ -77,11 +77,11 @@ def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> 
         what = COLUMNS[column].partition(",")[0]
         tuned = [found["weights"].get(weights, {}) for weights in shown]
         gained = [
-            t.get("as_published") if published and name == "pairs" else t.get("gain", {}).get(column) for t in tuned
+            t.get("as_published") if as_published and name == "pairs" else t.get("gain", {}).get(column) for t in tuned
         ]
         rows += [
             [f"{COLUMNS[column]}, %", *(f"{value:.1f}" for value in values)],
-            [f"{what}: gain, points", *map(cell, gained)],
+            [f"{what}: gain{as_published if name == 'pairs' else ''}, points", *map(cell, gained)],
             [f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)],
         ]
         for control, words in CONTROLS.items():

@@ -16,8 +16,10 @@ import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.core import params
@@ -41,7 +42,7 @@ from pipeline.diva import training
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.objective import Feedback
 from pipeline.engine.assemble import training_recipe
-from pipeline.engine.feed import Batches, Chunk, Chunks
+from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 
@@ -97,7 +98,7 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
     section = p.profiles[entry.profile].train
     size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
     on_gpu = compute.type == "cuda"
-    changes = {"streams": 2, "micro_batch": size, "compile": section.compile and on_gpu}
+    changes = {"micro_batch": size, "compile": section.compile and on_gpu}
     precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
     architecture = entry.source.architecture
     config = dict(open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture)
@@ -157,16 +158,14 @@ def published_gradient(
     return mean
 
 
-def published_steps(
-    phase: training.Phase, feedback: Feedback, batches: Batches, precision: torch.dtype
-) -> Iterator[float]:
+def published_steps(phase: training.Phase, feedback: Feedback, feed: Feed, precision: torch.dtype) -> Iterator[float]:
     """The released schedule, a loss a step."""
     optimizer = torch.optim.SGD(phase.parameters, lr=phase.lr(1), momentum=0.9)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
     for step in range(phase.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = published_gradient(feedback, batches(step), phase.batch, phase.draw_weights, precision)
+        loss = published_gradient(feedback, feed(step), phase.batch, phase.draw_weights, precision)
         torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)
         optimizer.step()
         yield loss
@@ -178,7 +177,7 @@ def published_steps(
 def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute: torch.device) -> dict[str, Any]:
     """Time both schedules step by step in turns; the figures of one subject."""
     steps: dict[str, Iterator[Any]] = {}
-    fed: dict[str, Batches] = {}
+    fed: dict[str, Feed] = {}
     compiled: list[Callable[[], None]] = []
     for schedule in ("engine", "published"):
         s = subject(name, p, micro_batch, compute)
@@ -196,12 +195,12 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
         _, phase = training.phases(feedback, training_recipe(recipe))
         schedule_of = [(phase.name, step) for step in range(phase.steps)]
         shards = Shards(pictures(s.train.size, 64))
-        batches = Batches(shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, 0, compute, schedule_of)
-        fed[schedule] = batches
+        feed = Feed(shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, 0, compute, schedule_of)
+        fed[schedule] = feed
         steps[schedule] = (
-            training.run(feedback, phase, batches, precision, Accelerator(cpu=compute.type == "cpu"))
+            training.run(feedback, phase, feed, precision, Accelerator(cpu=compute.type == "cpu"))
             if schedule == "engine"
-            else published_steps(phase, feedback, batches, precision)
+            else published_steps(phase, feedback, feed, precision)
         )
 
     seconds: dict[str, list[float]] = {"engine": [], "published": []}
@@ -313,36 +312,38 @@ def _jpeg(size: int, number: int) -> bytes:
 
 
 def loader(p: Params, images: int) -> dict[str, Any]:
+<<<<<<< HEAD
     """Speed and memory of the loader that feeds openai_224, with one worker and with one for each core."""
     section, recipe, rule = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"], TokenRule("random", 76)
     folder, cores = pictures(section.size, images), cpus()
+=======
+    """Speed and memory of what feeds openai_224, with one thread and with one for each core."""
+    section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
+    folder, cores = pictures(section.size, images), len(os.sched_getaffinity(0))
+>>>>>>> ffc7b4b47063b76177190138817067f7254fcb07
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    clip: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, patches=256)  # what is read of the models
+    denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
     result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
-    for workers, number in ((1, min(images, 4000)), (cores, images)):
+    for threads, number in ((1, min(images, 4000)), (cores, images)):
         steps = [("tower", step) for step in range(max(2, number // recipe.batch))]
-        chunks = Chunks(
-            Shards(folder), section, recipe, 0, range(section.streams), {}, steps, torch.Size([4, 64, 64]), 256, rule
-        )
+        feed = Feed(
+            Shards(folder), clip, denoiser, TokenRule("random", 76), section, recipe, 0, torch.device("cpu"), steps,
+            threads=threads,
+        )  # fmt: skip
         done, memory, times = 0, [], []
-        total = len(steps) * section.streams
-        for chunk in progress(DataLoader(chunks, batch_size=None, num_workers=workers), f"{workers} workers", total):
-            if isinstance(chunk, Chunk):
-                done += len(chunk.pixels_BCHW)
-                if done % recipe.batch == 0:
-                    times.append(time.perf_counter())
-                    memory.append(_memory())
-        result[f"workers_{workers}"] = {
-            "images": done,  # of which those of the first step, for which every stream opens a shard, are not timed
+        for coming in progress(feed.coming, f"{threads} threads", len(steps) * recipe.batch // section.micro_batch):
+            wait(coming.filling)
+            done += len(coming.samples)
+            if done % recipe.batch == 0:
+                times.append(time.perf_counter())
+                memory.append(psutil.Process().memory_full_info().uss // 10**6)
+        result[f"threads_{threads}"] = {
+            "images": done,  # of which those of the first step, for which shards are opened, are not timed
             "images_per_second": round((done - recipe.batch) / (times[-1] - times[0]), 1),
             "most_memory_mb_by_quarter": [max(part.tolist()) for part in np.array_split(memory, 4) if len(part)],
         }
     return result
-
-
-def _memory() -> int:
-    """MB that this process and its workers have for themselves."""
-    here = psutil.Process()
-    return sum(process.memory_full_info().uss for process in (here, *here.children())) // 10**6
 
 
 # ------------------------------------------------------------------------------------------------------- the tables

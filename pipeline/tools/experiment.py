@@ -158,7 +158,7 @@ class Tunnel:
         if not folder.exists():
             with whole(folder) as (new,):
                 images_stage.mini(self.images.model_copy(update={"detail_share": share}), new)
-        return Shards(folder, section.max_undecodable, section.held_out.images)
+        return Shards(folder, section.max_undecodable, section.validation.images)
 
     def benchmark(self, name: str) -> tuple[Path, Path]:
         """The folders of the pairs and of the sets of zero-shot ability."""

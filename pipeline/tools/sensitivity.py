@@ -44,7 +44,7 @@ from pipeline.diva import diffusion, pixels, training
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.objective import Feedback
 from pipeline.engine.assemble import build_feedback, training_recipe
-from pipeline.engine.feed import Batches
+from pipeline.engine.feed import Feed
 from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
@@ -79,14 +79,14 @@ def fitted(
 ) -> Feedback:
     """The feedback with its projection fitted, as the first phase of stage train does."""
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
-    shards = Shards(folder, section.max_undecodable, section.held_out.images, recipe.reads_captions)
+    shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
     own = p.backbones[name].condition
     feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, compute)
     phase = training.phases(feedback, training_recipe(recipe))[0]
     steps = [(phase.name, step) for step in range(phase.steps)]
-    batches = Batches(shards, backbone, denoiser, feedback.tokens, section, recipe, p.seed, compute, steps)
+    feed = Feed(shards, backbone, denoiser, feedback.tokens, section, recipe, p.seed, compute, steps)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
-    for _ in progress(training.run(feedback, phase, batches, precision, processes), "projection", phase.steps):
+    for _ in progress(training.run(feedback, phase, feed, precision, processes), "projection", phase.steps):
         pass
     return feedback.requires_grad_(False)
 
