@@ -99,34 +99,14 @@ class Feed:
                 f"leave one of {smallest}, too few for {recipe.contrast.negatives} negatives. Choose another "
                 "train.micro_batch, fewer processes, or lower contrast.negatives."
             )
-<<<<<<< HEAD
-        self.chunks = Chunks(
-            shards,
-            p,
-            recipe,
-            seed,
-            streams,
-            dict(self.after),
-            steps,
-            denoiser.latent_shape(p.size),
-            backbone.patches,
-            rule,
-        )
-        gpu = compute.type == "cuda"
-        if workers is None:
-            cores = cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = max(1, min(cores, len(streams))) if gpu else 0
-        self.loader = iter(DataLoader(self.chunks, batch_size=None, num_workers=workers, pin_memory=gpu))
-=======
         self.gpu = compute.type == "cuda"
         if threads is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = cpus()
             threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if self.gpu else 1
         self.ahead = 2 + 2 * threads // min(p.micro_batch, len(self.own))
         self.pool = ThreadPoolExecutor(threads, "images")
         self.coming = self._coming()
         self.following: Window | None = None
->>>>>>> ffc7b4b47063b76177190138817067f7254fcb07
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
         for _ in range(0, len(self.own), self.p.micro_batch):

@@ -312,15 +312,9 @@ def _jpeg(size: int, number: int) -> bytes:
 
 
 def loader(p: Params, images: int) -> dict[str, Any]:
-<<<<<<< HEAD
-    """Speed and memory of the loader that feeds openai_224, with one worker and with one for each core."""
-    section, recipe, rule = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"], TokenRule("random", 76)
-    folder, cores = pictures(section.size, images), cpus()
-=======
     """Speed and memory of what feeds openai_224, with one thread and with one for each core."""
     section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
-    folder, cores = pictures(section.size, images), len(os.sched_getaffinity(0))
->>>>>>> ffc7b4b47063b76177190138817067f7254fcb07
+    folder, cores = pictures(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     clip: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, patches=256)  # what is read of the models
     denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
