@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import lzma
+import multiprocessing
 import os
 import re
 import shutil
@@ -838,6 +839,21 @@ def download(output_folder, **options):
     Path(output_folder, "made").rename(Path(output_folder, "started"))
     worker.wait()
 """
+
+
+def test_an_img2dataset_that_writes_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a worker of its pool was killed or stopped, for which it waits for ever."""
+    monkeypatch.setattr(shards, "STUCK", 0.5)
+    (tmp_path / "00000_stats.json").touch()
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+    try:
+        appearing = shards._appearing(process, tmp_path)
+        assert next(appearing).name == "00000_stats.json"
+        with pytest.raises(UserError, match=r"written nothing.*fewer images\.links\.processes"):
+            next(appearing)
+    finally:
+        process.kill()
 
 
 def test_a_killed_stage_takes_img2dataset_and_its_workers_along(server: Server, tmp_path: Path) -> None:

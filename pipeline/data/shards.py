@@ -20,6 +20,7 @@ import shutil
 import signal
 import tarfile
 import threading
+import time
 import zlib
 from bisect import bisect_right
 from collections import Counter
@@ -48,8 +49,9 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
     b"\xfd7zXZ": lzma.open,
 }
 WINDOW = 16  # shards whose images are mixed with each other
+STUCK = 1800  # seconds without a byte written: longer than any link may take
 REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
-MEND = "Run `dvc repro --force pipeline/dvc.yaml:images`."
+MEND = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
 OPTIONS = {
     "input_format": "parquet",
     "url_col": "url",
@@ -215,15 +217,35 @@ def _end(process: BaseProcess) -> None:
 
 
 def _appearing(process: BaseProcess, shards: Path) -> Iterator[Path]:
-    """Yield each shard's statistics file as it appears, until the process ends."""
+    """Yield each shard's statistics file as it appears, until the process ends.
+
+    img2dataset waits for ever for a worker that was killed or stopped. Raises UserError where it has written nothing
+    for STUCK seconds.
+    """
     seen: set[Path] = set()
-    running = True
+    running, written, since = True, set[tuple[str, int]](), time.monotonic()
     while running:
         process.join(0.2)
+        if (now := {(path.name, _size(path)) for path in shards.iterdir()}) != written:
+            written, since = now, time.monotonic()
+        elif time.monotonic() - since > STUCK:
+            raise UserError(
+                f"img2dataset has written nothing into {shards} for {STUCK:.0f} s: one of its workers was killed, for "
+                "want of memory maybe, or stopped. What came is kept there. Run the same command again, with fewer "
+                f"images.links.processes or threads if memory was short. img2dataset's own words: {shards.parent}/log."
+            )
         running = process.is_alive()  # asked before looking, so that the last files are seen
         new = set(shards.glob("*_stats.json")) - seen
         seen |= new
         yield from new
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where img2dataset has just renamed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _statistics(scratch: Path, name: str) -> dict[str, Any] | None:
