@@ -183,7 +183,7 @@ def test_key_and_image_belong_together_and_grey_becomes_rgb(folder: Path) -> Non
 def test_truncated_inside_a_member(folder: Path) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[: 512 + 700])
-    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:images"):
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:input@images"):
         epoch(Shards(folder), 0)
 
 
@@ -194,7 +194,7 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(
-        UserError, match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:images"
+        UserError, match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images"
     ):
         epoch(Shards(folder), 0)
 
@@ -206,10 +206,10 @@ def test_damaged_header_and_missing_tar(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + 512] = b"\xff" * 512
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
+    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:input@images"):
         epoch(Shards(folder), 0)
     path.unlink()
-    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:images"):
+    with pytest.raises(UserError, match=r"00001\.tar.*--force \S+:input@images"):
         epoch(Shards(folder), 0)
 
 
