@@ -53,8 +53,7 @@ def card(
     rows, found = table(p.run.profile, name, weights)
     source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipes.get(weights)
     recipe = chosen and {
-        "seed": p.seed, "train": p.profile.train.model_dump(),
-        "recipe": chosen.model_dump() | {"condition": (chosen.condition or p.backbones[name].condition).model_dump()},
+        "seed": p.seed, "train": p.profile.train.model_dump(), "recipe": chosen.model_dump(exclude_none=True),
     }  # fmt: skip
     values = {
         "profile": p.run.profile, "backbone": name, "weights": weights,

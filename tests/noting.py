@@ -32,6 +32,7 @@ DECLARED |= {name: [section] for name, section in FETCHED.items()}
 DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {
     "profiles.${run.profile}.threads",  # taken by pipeline/__init__.py
+    "profiles.${run.profile}.base_recipe",  # params.load puts it into the recipes
     "run.profile",  # in the paths of every stage, so DVC sees it
 }
 taken: dict[str, set[str]] = defaultdict(set)  # by stage, what it took in this process

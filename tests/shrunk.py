@@ -45,7 +45,7 @@ SHRUNK = {
     "profiles.mini.train.micro_batch": 2,
     "profiles.mini.train.validation": {"images": 3, "every": 2},
     "profiles.mini.recipes.diva.steps": 4,
-    "profiles.mini.recipes.diva.fit.steps": 3,
+    "profiles.mini.recipes.diva.warmup.steps": 3,
     "profiles.mini.recipes.diva.optimizer.lr": 0.5,  # so that the tower's four steps are seen in the loss curve
     "profiles.mini.mmvp.draws": 3,
     "backbones.mini.source.architecture": {

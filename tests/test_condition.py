@@ -9,7 +9,7 @@ from pipeline.core.compute import generator
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, condition, draw_positions, read_out, recap
 
 NONE, ALL = TokenRule("none"), TokenRule("all")
-CLS_AND_76, HALF = TokenRule("random", 76), TokenRule("random_share", 0.5)
+CLS_AND_76, HALF = TokenRule("random", 76), TokenRule("random_fraction", 0.5)
 
 
 @dataclass(frozen=True)

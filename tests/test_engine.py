@@ -30,10 +30,11 @@ from pipeline.core.outputs import write_json
 from pipeline.core.params import Train
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
-from pipeline.diva import training
+from pipeline.diva import step as step_
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.objective import Feedback
-from pipeline.diva.training import MicroBatch
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Denoise, InfoNCE
+from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine import assemble, checkpoints
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
@@ -82,7 +83,7 @@ def feed(
     models: tuple[Backbone, Denoiser], p: Train, steps: list[tuple[str, int]] = STEPS, batch: int = 8, **options
 ) -> Feed:
     shards = Shards(Path("data/mini/images"), p.max_undecodable, 2)
-    return Feed(shards, *models, RULE, p, recipe(batch=batch), 42, torch.device("cpu"), steps, **options)
+    return Feed(shards, *models, RULE, p, recipe(batch=batch), [Denoise(1.0)], 42, CPU, steps, **options)
 
 
 def whole(parts: list[MicroBatch]) -> list[torch.Tensor]:
@@ -90,8 +91,8 @@ def whole(parts: list[MicroBatch]) -> list[torch.Tensor]:
     draws = [draw for micro in parts for draw in micro.draws]
     each = [draws[k :: len(parts[0].draws)] for k in range(len(parts[0].draws))]
     return [
-        torch.cat([micro.pixels_BCHW for micro in parts]),
-        torch.cat([micro.latent_BChw for micro in parts]),
+        torch.cat([micro.images_BCHW if micro.shown_BCHW is None else micro.shown_BCHW for micro in parts]).float(),
+        torch.cat([micro.images_BCHW for micro in parts]).float(),
         *(torch.cat(tensors) for same in each for tensors in zip(*same, strict=True)),
     ]
 
@@ -115,8 +116,7 @@ def test_a_step_is_the_same_however_it_is_shared(
     ]
     for _, step in STEPS:
         cut = [list(part(step)) for part in parts]
-        assert all([micro.last for micro in own] == [False] * (len(own) - 1) + [True] for own in cut)
-        assert all(len(micro.pixels_BCHW) <= micro_batch for own in cut for micro in own)
+        assert all(len(micro.images_BCHW) <= micro_batch for own in cut for micro in own)
         assert same(whole(list(expected(step))), whole([micro for own in cut for micro in own]))
     assert together(parts) == expected.shards.undecodable == {"1/00000.tar": {"0000000", "0000001"}}
 
@@ -152,21 +152,22 @@ def test_the_feed_needs_no_shared_memory_and_no_other_process(models: tuple[Back
 
 
 @pytest.mark.parametrize(("micro_batch", "processes", "left"), [(3, 1, 2), (8, 1, None), (8, 4, 2)])
-def test_a_contrast_without_enough_others_is_refused_before_the_first_step(
+def test_a_loss_without_enough_images_is_refused_before_the_first_step(
     models: tuple[Backbone, Denoiser], micro_batch: int, processes: int, left: int | None
 ) -> None:
-    contrast, shards = {"temperature": 0.1, "negatives": 2, "view": 0.8}, Shards(Path("data/mini/images"), 0.5, 2)
-    p, chosen = section(micro_batch=micro_batch), recipe(contrast=contrast)
-    with nullcontext() if left is None else pytest.raises(UserError, match=f"leave one of {left}, too few for 2 neg"):
-        Feed(shards, *models, RULE, p, chosen, 42, CPU, STEPS, processes=processes)
+    losses, shards = [InfoNCE(1.0, 0.1, negatives=2, view=0.8)], Shards(Path("data/mini/images"), 0.5, 2)
+    said = rf"leave one of {left}, too few for losses\.info_nce, which needs 3"
+    with nullcontext() if left is None else pytest.raises(UserError, match=said):
+        Feed(shards, *models, RULE, section(micro_batch=micro_batch), recipe(), losses, 42, CPU, STEPS,
+             processes=processes)  # fmt: skip
 
 
-def test_the_two_views_of_a_contrast_are_drawn_apart(models: tuple[Backbone, Denoiser]) -> None:
+def test_the_two_views_of_info_nce_are_drawn_apart(models: tuple[Backbone, Denoiser]) -> None:
     """Though they are crops of one kind."""
     own = section(micro_batch=4, crop={"scale": [0.5, 1.0], "ratio": [0.75, 1.25]})
-    chosen = recipe(contrast={"temperature": 0.1, "negatives": 1, "view": 0.5})
-    batches = Feed(Shards(Path("data/mini/images"), 0.5), *models, RULE, own, chosen, 42, CPU, [("tower", 0)])
-    pairs = [pair for micro in batches(0) for pair in zip(micro.pixels_BCHW, micro.view_BCHW, strict=True)]
+    losses, shards = [InfoNCE(1.0, 0.1, negatives=1, view=0.5)], Shards(Path("data/mini/images"), 0.5)
+    batches = Feed(shards, *models, RULE, own, recipe(), losses, 42, CPU, [("tower", 0)])
+    pairs = [pair for micro in batches(0) for pair in zip(micro.images_BCHW, micro.view_BCHW, strict=True)]
     assert len(pairs) == 8
     assert not any(first.equal(second) for first, second in pairs)
 
@@ -197,7 +198,7 @@ def test_more_processes_than_images_are_refused(models: tuple[Backbone, Denoiser
 
 def test_validation_images_and_their_draws_never_change(models: tuple[Backbone, Denoiser]) -> None:
     (alone,), number = feed(models, section()).validation()
-    assert number == len(alone.pixels_BCHW) == 2
+    assert number == len(alone.images_BCHW) == 2
     assert [len(draw.timestep_B) for draw in alone.draws] == [2]
     assert alone.draws[0].timestep_B.tolist() == [250, 750]
     parts = [feed(models, section(), process=i, processes=2).validation()[0] for i in range(2)]
@@ -208,7 +209,8 @@ def test_validation_images_and_their_draws_never_change(models: tuple[Backbone, 
 # ----------------------------------------------------------------------------------------------------- the same numbers
 
 RULES = [
-    TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_share", 0.3), TokenRule("windows", 3)
+    TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_fraction", 0.3),
+    TokenRule("windows", 3),
 ]  # fmt: skip
 
 
@@ -220,24 +222,30 @@ def gradients(feedback: Feedback) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in feedback.named_parameters() if parameter.grad is not None}
 
 
+def parts(
+    backbone: Backbone, denoiser: Denoiser, projection: torch.nn.Linear, text: torch.Tensor, rule: TokenRule
+) -> Feedback:
+    pixels = assemble.pixel_rule(backbone, section())
+    return Feedback(backbone.tower, projection, denoiser, text, rule, "mean", pixels)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_the_engine_s_gradient_is_that_of_the_released_schedule(
     models: tuple[Backbone, Denoiser], rule: TokenRule
 ) -> None:
     """Real tower, UNet and data path, in float32; the reference has its frozen parts as they come from disk."""
     backbone, frozen = models
-    p, wanted = section(), recipe(steps=1, fit=None, clip_norm=1e9, draw_weights=[5.0, 1.0])
+    p, wanted = section(), recipe(steps=1, warmup=None, clip_norm=1e9, draw_weights=[5.0, 1.0])
     projection = torch.nn.Linear(backbone.width, frozen.unet.config.cross_attention_dim)
     text = torch.randn(1, 9, projection.out_features)
     found, expected = {}, {}
     for denoiser, gradient in ((Denoiser.load(DATA / "denoiser"), expected), (frozen, found)):
-        feedback = Feedback(backbone.tower, projection, denoiser, text, rule, "mean")
-        batches = Feed(
-            Shards(Path("data/mini/images"), 0.5), backbone, denoiser, rule, p, wanted, 42, CPU, [("tower", 0)]
-        )  # fmt: skip
-        _, phase = training.phases(feedback, assemble.training_recipe(wanted))
+        feedback = parts(backbone, denoiser, projection, text, rule)
+        shards = Shards(Path("data/mini/images"), 0.5)
+        batches = Feed(shards, backbone, denoiser, rule, p, wanted, [Denoise(1.0)], 42, CPU, [("tower", 0)])
+        (phase,) = assemble.phases(feedback, wanted, [Denoise(1.0)])
         if gradient is found:
-            (record,) = training.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
+            ((record, _),) = step_.run(feedback, phase, batches, torch.float32, Accelerator(cpu=True))
         else:
             loss = bench.published_gradient(feedback, batches(0), wanted.batch, wanted.draw_weights, torch.float32)
         gradient |= {name: tensor.clone() for name, tensor in gradients(feedback).items()}
@@ -259,10 +267,10 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
-        feedback = assemble.build_feedback(backbone, denoiser, own, p, recipe(batch=4), 42, shards, CPU)
+        feedback = assemble.build_feedback(backbone, denoiser, own, p, recipe(batch=4), [], 42, shards, CPU)
         (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)
-        losses = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
+        losses = terms(feedback, [Denoise(1.0)], micro, torch.float32)["denoise"]
         (losses * torch.tensor([5.0, 1.0])).sum().backward()
         found.append((losses.detach(), gradients(feedback)))
     (losses, plain), (others, compiled_gradients) = found
@@ -279,12 +287,10 @@ def test_in_bfloat16_the_frozen_parts_are_bfloat16_and_the_trained_are_not(model
     projection = torch.nn.Linear(backbone.width, exact.unet.config.cross_attention_dim)
     text, losses = torch.randn(1, 9, projection.out_features), []
     for denoiser, precision in ((exact, torch.float32), (rough, torch.bfloat16)):
-        feedback = Feedback(backbone.tower, projection, denoiser, text, RULE, "mean").requires_grad_(False)
+        feedback = parts(backbone, denoiser, projection, text, RULE).requires_grad_(False)
         feedback.tower.requires_grad_(True)
         (micro, *_) = feed((backbone, denoiser), section())(0)
-        assert micro.latent_BChw.dtype == torch.float32
-        with training.autocast(CPU, precision):
-            losses.append(feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws))
+        losses.append(terms(feedback, [Denoise(1.0)], micro, precision)["denoise"])
         losses[-1].sum().backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in feedback.tower.parameters())
     assert close(losses[1], losses[0], 1e-2)
@@ -331,7 +337,7 @@ def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPat
 
 LONGER = {
     "profiles.mini.recipes.diva.steps": 25,
-    "profiles.mini.recipes.diva.fit.steps": 10,
+    "profiles.mini.recipes.diva.warmup.steps": 10,
     "profiles.mini.train.checkpoint_minutes": 0.0,
     "profiles.mini.recipes.diva.optimizer.lr": 0.05,
 }
@@ -476,8 +482,8 @@ def test_a_checkpoint_tells_what_all_processes_passed_over(tmp_path: Path, monke
     """Written by the first of two: what the other would send is added here."""
     monkeypatch.setattr(assemble, "gather_object", lambda own: [*own, ("0.tar", {"b"}), ("1.tar", {"a"})])
     feedback, checkpoint = build(), assemble.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
-    record = training.Record("projection", 0, 1.0, 0.1, 1.0, 1.0, 1.0, None)
-    checkpoint.save_if_due(feedback, both(feedback)[0], assemble.RunState([record], {"0.tar": {"a"}}))
+    record = step_.Record("projection", 0, 1.0, {"denoise": 1.0}, 0.1, 1.0, 1.0, 1.0, None)
+    checkpoint.save(feedback, both(feedback)[0], assemble.RunState([record], {"0.tar": {"a"}}))
     found = checkpoint.resume(feedback)
     assert found is not None
     assert found.undecodable == {"0.tar": {"a", "b"}, "1.tar": {"a"}}
@@ -542,19 +548,20 @@ def test_norms_and_the_validation_loss_are_recorded(here: Path) -> None:
     assert last.update_norm > 0
     moved = next(record for record in records if record.phase == "projection")
     assert 0 < moved.update_norm < moved.parameter_norm
-    assert dataclasses.asdict(first).keys() == {"phase", "step", *CURVES}
+    assert dataclasses.asdict(first).keys() == {"phase", "step", "terms", *CURVES}
     squares = sum(parameter.square().sum().item() for parameter in backbone.tower.parameters())
     assert squares**0.5 < last.parameter_norm < squares**0.5 + 10  # the projection's part is small
 
 
 def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
-    def record(phase: str, step: int) -> training.Record:
+    def record(phase: str, step: int) -> step_.Record:
         measured = None if step % 10 else float(step)
-        return training.Record(phase, step, float(step), 0.0, 0.0, 0.0, 0.0, measured)
+        return step_.Record(phase, step, float(step), {"denoise": 2.0 * step}, 0.0, 0.0, 0.0, 0.0, measured)
 
     records = [*(record("projection", step) for step in range(5)), *(record("tower", step) for step in range(31))]
     found = assemble.summary(records, recipe(), 42, 0)
     assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (1, 29)  # of 0 1 2 and of 28 29 30
+    assert found["terms_last_tenth"] == {"denoise": 58}
     assert (found["held_out_loss_first"], found["held_out_loss_last"]) == (0, 30)
     assert found["images"] == 36 * 8
 

@@ -1,4 +1,4 @@
-"""The exports: both formats against the backbone they came from, the card, the README's snippets, `look`."""
+"""The exports: both formats against the backbone they came from, the card, the pages' snippets, `look`."""
 
 import json
 import re
@@ -36,7 +36,7 @@ from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import Interval
 from pipeline.models import backbones, exports
 from pipeline.models.backbones import Backbone
-from pipeline.tools import look
+from pipeline.tools import look, pages
 
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
 TEXTS = ["a photo of a Red cup, with two_dots!", "a photo of 12 dots", "it's  one's café", "dots " * 100]
@@ -265,7 +265,7 @@ def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None
     assert max(distances["transformers"][kind] for kind in ("image", "text")) <= exports.TOLERANCE
 
 
-# The stage, the card and the README
+# The stage, the card and the pages
 
 
 @pytest.fixture
@@ -391,25 +391,27 @@ def test_a_card_names_code_and_data_and_needs_no_git(
     assert "git" not in capsys.readouterr().err
 
 
-def section(title: str) -> str:
-    text = (ROOT / "README.md").read_text()
-    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+PAGES = {page: (ROOT / page).read_text() for page in pages.PAGES}
+SNIPPETS = [snippet for page in PAGES.values() for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
 @pytest.mark.usefixtures("handed_over")
-def test_the_readme_s_snippets_run() -> None:
+def test_the_pages_snippets_run() -> None:
     checkpoints.picture(1, 64).save("picture.jpg")
-    snippets = re.findall(r"```python\n(.*?)```", section("Use the weights"), re.DOTALL)
-    assert len(snippets) == 3
-    for snippet in snippets:
+    found = []
+    for snippet in SNIPPETS:
         names: dict = {}
         exec(snippet, names)
-        assert torch.isfinite(names["scores" if "scores" in names else "features"]).all()
+        found += [names[name] for name in ("scores", "features") if name in names]
+    assert len(SNIPPETS) == 4
+    assert [value.shape[0] for value in found] == [1, 1, 1]
+    assert all(torch.isfinite(value).all() for value in found)
 
 
 @pytest.mark.usefixtures("handed_over")
-def test_look_as_the_readme_has_it(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = re.findall(r"^python -m pipeline.tools.look .*$", section("Use the weights"), re.MULTILINE)
+def test_look_as_the_pages_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    line, *again = re.findall(r"^python -m pipeline.tools.look .*$", "\n".join(PAGES.values()), re.MULTILINE)
+    assert again == [line]
     _, _, _, *arguments = shlex.split(line)
     for i, name in enumerate(arguments[1:3]):
         checkpoints.picture(i, 64).save(name)

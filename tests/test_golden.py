@@ -21,9 +21,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, read_out, recap
 from pipeline.diva.diffusion import Draw, add_noise
-from pipeline.diva.objective import Feedback
-from pipeline.diva.pixels import IMAGENET, OPENAI, generator_pixels, tower_pixels
-from pipeline.diva.training import MicroBatch, Phase, learning_rate, run
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Denoise
+from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule, generator_pixels, tower_pixels
+from pipeline.diva.schedule import Phase, learning_rate
+from pipeline.diva.step import MicroBatch, run, terms
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 
@@ -92,6 +94,7 @@ VARIANTS = {
     ),
     "siglip224": Variant("siglip", siglip, TokenRule("windows", 6), "mean", PLAIN),
 }
+PIXELS = PixelRule(OPENAI, IMAGENET, 56, antialias=False)
 SGD = {"sgd": (1e-4, math.inf), "sgdclip": (1e-4, 1.0), "sgdbig": (1.0, 0.25)}  # rate and clip of each golden pair
 
 
@@ -165,11 +168,10 @@ class Case:
     def micro_batch(self) -> MicroBatch:
         times, noises = self.golden["train_t"].long(), self.golden["train_noise"]
         draws = [Draw(*parts) for parts in zip(times, noises, self.drawn("train_idx"), strict=True)]
-        return MicroBatch(arrays("common")["discrimi_image"], arrays("common")["latent"], draws, last=True)
+        return MicroBatch(arrays("common")["image_u8"].permute(0, 3, 1, 2), draws)
 
     def losses(self) -> torch.Tensor:
-        micro = self.micro_batch()
-        return self.feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws)
+        return terms(self.feedback, [Denoise(1.0)], self.micro_batch(), torch.float32)["denoise"]
 
     def parameters(self, feedback: Feedback | None = None) -> dict[str, nn.Parameter]:
         """CLIP's and the projection's parameters, named as upstream names them."""
@@ -188,7 +190,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     projection.load_state_dict(state(request.param, "w.visual_proj."))
     text = arrays("common")["sd_text_embedding"]
     clip.requires_grad_(False)
-    feedback = Feedback(backbone.tower, projection, denoiser(), text, variant.tokens, variant.text)
+    feedback = Feedback(backbone.tower, projection, denoiser(), text, variant.tokens, variant.text, PIXELS)
     feedback.requires_grad_(False)
     for module in (backbone.tower, projection):
         module.requires_grad_(True)
@@ -236,7 +238,7 @@ def test_learning_rate() -> None:
 
 def test_condition(case: Case) -> None:
     golden, micro = case.golden, case.micro_batch()
-    pooled, patches = case.backbone.image_tokens(micro.pixels_BCHW)
+    pooled, patches = case.backbone.image_tokens(PIXELS.tower(micro.images_BCHW))
     positions = golden["cond_idx"].long() if "cond_idx" in golden else None
     close(recap(pooled, patches, case.variant.tokens, positions), golden["cond_tokens"], absolute=1e-5)
     for k, draw in enumerate(micro.draws):
@@ -246,9 +248,9 @@ def test_condition(case: Case) -> None:
 
 
 def test_noising_and_prediction(case: Case) -> None:
-    golden, micro = case.golden, case.micro_batch()
+    golden, micro, latent = case.golden, case.micro_batch(), arrays("common")["latent"]
     for k, draw in enumerate(micro.draws):
-        noised = add_noise(micro.latent_BChw, draw.noise_BChw, draw.timestep_B, denoiser().alphas_cumprod)
+        noised = add_noise(latent, draw.noise_BChw, draw.timestep_B, denoiser().alphas_cumprod)
         close(noised, golden["train_noised_latent"][k], absolute=1e-5)
         predicted = denoiser()(noised, draw.timestep_B, golden["train_context"][k])
         close(predicted, golden["train_pred_noise"][k], absolute=1e-5)
@@ -294,9 +296,9 @@ def test_sgd_steps(case: Case, prefix: str) -> None:
     feedback = copy.deepcopy(case.feedback)
     parameters = case.parameters(feedback)
     trained = [*feedback.tower.parameters(), *feedback.projection.parameters()]
-    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9)
-    phase = Phase("tower", 1, 2, trained, optimizer, lambda step: lr, [1.0, 1.0], clip_norm)
-    (record,) = run(feedback, phase, lambda step: [case.micro_batch()], torch.float32, Accelerator(cpu=True))
+    optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, fused=True)
+    phase = Phase("tower", 1, 2, trained, optimizer, lambda step: lr, [1.0, 1.0], clip_norm, [Denoise(1.0)])
+    ((record, _),) = run(feedback, phase, lambda step: [case.micro_batch()], torch.float32, Accelerator(cpu=True))
     assert record.gradient_norm == pytest.approx(float(case.golden["grad_global_norm_total"]), rel=1e-5)
     assert record.loss == pytest.approx(float(case.golden["train_loss"].mean()), rel=1e-5)
     for step in ("step1", "step2"):

@@ -53,7 +53,7 @@ from pipeline.models.stable_diffusion import Denoiser
 
 ROOT = Path(__file__).parents[1]
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
-CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_share", 0.5), TokenRule("all")
+CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_fraction", 0.5), TokenRule("all")
 RULES = {  # patches, tokens of the condition, its rule, its text, the read-out of the published scores
     "openai_224": (256, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
     "openai_336": (576, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
@@ -285,17 +285,17 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
     anchored |= {
         "batch": 4,
         "steps": 2,
-        "gap": {"components": 3, "pictures": 6},
+        "gap_correction": {"components": 3, "images": 6},
         "trained": {"kind": "head", "heads": 2},
     }
     two_stage, contrastive = (
         paper["recipes"][name] | {"batch": 4, "steps": 2, "trained": {"kind": "lora", "rank": 2, "alpha": 2.0}}
         for name in ("two_stage", "contrastive")
     )
-    contrastive["contrast"]["negatives"] = 1
+    contrastive["losses"] = {"info_nce": contrastive["losses"]["info_nce"] | {"negatives": 1}}
     paper["recipes"] |= {"two_stage": two_stage, "contrastive": contrastive}
     for recipe in (anchored, two_stage, contrastive):
-        recipe["fit"]["steps"] = 2
+        recipe["warmup"]["steps"] = 2
     paper["train"] |= {"compile": False, "validation": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
@@ -410,13 +410,14 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     for name in names:
         for stage in (train, mmvp, export):
             run(stage, name, "text_anchored")
-        assert read(f"models/paper/text_anchored/{name}/diva.json")["recipe"]["fit"]["steps"] == 2
+        assert read(f"models/paper/text_anchored/{name}/diva.json")["recipe"]["warmup"]["steps"] == 2
         assert Path(f"models/paper/export/{name}-text_anchored/residual_head.py").is_file()
+    profile = content["profiles"]["paper"]
     for recipe in ("two_stage", "contrastive"):
         write(content, names, [recipe])
         run(train, "siglip_224", recipe)
         made = read(f"models/paper/{recipe}/siglip_224/diva.json")
-        assert made["recipe"]["contrast"] == content["profiles"]["paper"]["recipes"][recipe]["contrast"]
+        assert made["recipe"]["losses"] == (profile["base_recipe"] | profile["recipes"][recipe])["losses"]
         assert made["result"]["steps"] == 2
     for control in (shuffled, drift):
         run(control, "siglip_224", "contrastive")
@@ -655,8 +656,8 @@ def test_one_step_and_one_scoring_at_true_size(
 
         paper["train"]["recipe"] = "text_anchored"  # captions, gap, projection and head: each at least one step
         anchored = paper["recipes"]["text_anchored"]
-        anchored |= {"steps": 1, "batch": 1, "gap": {"components": 1, "pictures": 2}}
-        anchored["fit"]["steps"] = 1
+        anchored |= {"steps": 1, "batch": 1, "gap_correction": {"components": 1, "images": 2}}
+        anchored["warmup"]["steps"] = 1
         write(content, ["openai_224"], ["pretrained", "diva"])
         do(train, "openai_224", "diva")
         tower, head = (

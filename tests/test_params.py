@@ -13,7 +13,8 @@ from pipeline.core import params
 from pipeline.core.stages import UserError
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
-TRAIN, DIVA, MINI, OPENAI = (
+BASE, TRAIN, DIVA, MINI, OPENAI = (
+    "profiles.mini.base_recipe",
     "profiles.mini.train",
     "profiles.mini.recipes.diva",
     "backbones.mini",
@@ -135,7 +136,6 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
     ("changes", "found"),
     [
         ({"run.recipes": ["divs"]}, "run.recipes names 'divs'; recipes here: "),
-        ({"run.recipes": ["contrastive"], f"{TRAIN}.micro_batch": 3}, "contrastive.contrast.negatives is 3: other"),
         ({"run.recipes": []}, "run.recipes is [], which train nothing. Set run.inputs=[]"),
         ({"run.inputs": ["images"]}, "which train with both. Set run.inputs=[images,denoiser]"),
     ],
@@ -148,19 +148,58 @@ def test_a_profile_whose_values_do_not_go_together(file: Path, changes: dict[str
     assert found in text
 
 
-@pytest.mark.parametrize("key", [f"{DIVA}.gap", "profiles.mini.recipes.text_anchored.condition"])
+@pytest.mark.parametrize("key", [f"{DIVA}.gap_correction", "profiles.mini.recipes.text_anchored.condition"])
 def test_the_gap_is_one_between_embeddings(file: Path, key: str) -> None:
     """Patches have none."""
-    change(file, key, {"components": 3, "pictures": 9} if key.endswith("gap") else None)
-    assert "need condition.tokens.kind none" in message(file)
+    change(file, key, "backbone" if key.endswith("condition") else {"components": 3, "images": 9})
+    assert "need condition class_token" in message(file)
+
+
+def test_a_recipe_is_what_differs_from_the_base(file: Path) -> None:
+    base = yaml.safe_load(COMMITTED.read_text())["profiles"]["mini"]["base_recipe"]
+    assert not {*base} - {*params.Recipe.model_fields}
+    for key, value in ((f"{BASE}.steps", 7), (f"{BASE}.losses", {"denoise": {"weight": 2.0}}), (f"{DIVA}.batch", 9)):
+        change(file, key, value)
+    recipes = params.load(file).profile.recipes
+    assert {name: recipe.steps for name, recipe in recipes.items()} == dict.fromkeys(recipes, 7)
+    assert {name: recipe.batch for name, recipe in recipes.items()} == dict.fromkeys(recipes, 32) | {"diva": 9}
+    assert recipes["two_stage"].losses == {"denoise": {"weight": 2.0}}
+    assert recipes["contrastive"].losses.keys() == {"info_nce"}  # a key as a whole takes the base's place
+    change(file, f"{BASE}.steps", "many")
+    assert f"{DIVA}.steps: found 'many'" in message(file)
+
+
+def test_nothing_of_a_recipe_is_spelled_null() -> None:
+    text = COMMITTED.read_text()
+    recipes = re.findall(r"    base_recipe:.*?(?=\n    mmvp:)", text, re.DOTALL)
+    assert len(recipes) == 2
+    assert not any("null" in part for part in recipes)
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        (f"{DIVA}.fit", "warmup"),
+        (f"{DIVA}.warmup.told", "warmup.source (image_embeddings, caption_embeddings)"),
+        (f"{DIVA}.gap", "gap_correction"),
+        ("profiles.mini.recipes.text_anchored.gap_correction.pictures", "gap_correction.images"),
+        (f"{DIVA}.contrast", "losses.info_nce"),
+        (f"{DIVA}.anchor", "losses.self_distillation"),
+        (f"{TRAIN}.held_out", "validation"),
+        (f"{TRAIN}.streams", "no key: any number of processes share a batch"),
+    ],
+)
+def test_an_old_key_is_refused_with_the_new_one(file: Path, key: str, now: str) -> None:
+    change(file, key, {"weight": 1.0})
+    assert f"{key}: an old key. Now it is {now}." in message(file)
 
 
 def test_every_wrong_key_is_named_at_once(file: Path) -> None:
     change(file, f"{DIVA}.steps", "many")
-    change(file, f"{DIVA}.batch", ...)
+    change(file, f"{DIVA}.trained", ...)
     assert {line.split(":")[0].strip() for line in message(file).splitlines()[1:]} == {
         f"{DIVA}.steps",
-        f"{DIVA}.batch",
+        f"{DIVA}.trained",
     }
 
 
@@ -213,11 +252,11 @@ def test_the_shuffled_control_needs_two_images(file: Path) -> None:
         ({"kind": "random", "number": 76}, "mean", True),
     ],
 )
-@pytest.mark.parametrize("key", [f"{DIVA}.condition", f"{MINI}.condition"])
 def test_a_condition_that_does_not_fit_the_text_is_refused(
-    key: str, tokens: dict[str, Any], text: str, fits: bool, file: Path
+    tokens: dict[str, Any], text: str, fits: bool, file: Path
 ) -> None:
     """By whatever stage comes first, that is before anything is fetched."""
+    key = f"{MINI}.condition"
     change(file, key, {"tokens": tokens, "text": text})
     if fits:
         params.load(file)

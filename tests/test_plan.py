@@ -26,7 +26,10 @@ from pipeline.data import downloads
 from pipeline.data.downloads import Listing, Remote
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import Draw
-from pipeline.diva.objective import Contrast, Feedback
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Denoise, InfoNCE
+from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule
+from pipeline.diva.step import MicroBatch, terms
 from pipeline.models.backbones import ImageTower
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
@@ -408,7 +411,7 @@ def bytes_of(tensors: list[torch.nn.Parameter]) -> int:
 
 
 @cache
-def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, float]:
+def count(name: str, draws: int, negatives: int = 0) -> dict[str, float]:
     """GB of a step of pipeline/engine/assemble.py in bfloat16 at 512 px, with so many draws: fixed, and for each image.
 
     fixed: weights (of the tower in float32, frozen ones in bfloat16), gradients and momentum of what is trained, and
@@ -424,18 +427,19 @@ def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, 
         clip = open_clip.create_model(backbone.source.architecture, load_weights=False, device="meta").eval()
     shapes = {key: tensor.shape for key, tensor in clip.state_dict().items()}
     size = open_clip.get_model_config(backbone.source.architecture)["vision_cfg"]["image_size"]
-    least = contrast.negatives + 1 if contrast else 1
+    least, loss = negatives + 1, InfoNCE(1.0, 0.1, negatives, 0.8) if negatives else Denoise(1.0)
 
     with FakeTensorMode(), torch.device("cuda"):
         clip.load_state_dict({key: torch.empty(shape) for key, shape in shapes.items()}, assign=True)
         tower = ImageTower(clip.visual)
-        pooled, patches = tower.image_tokens(torch.zeros(1, 3, size, size))
+        pooled, patches = tower(torch.zeros(1, 3, size, size))
         projection = torch.nn.Linear(pooled.shape[1], 1024)
-        rule = TokenRule("none") if contrast else TokenRule(**backbone.condition.tokens.model_dump())
-        text_rule = "mean" if contrast else backbone.condition.text
+        rule = TokenRule("none") if negatives else TokenRule(**backbone.condition.tokens.model_dump())
+        text_rule = "mean" if negatives else backbone.condition.text
         feedback = Feedback(
-            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule, text_rule, contrast=contrast
-        )
+            tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule, text_rule,
+            PixelRule(OPENAI, IMAGENET, size, False),
+        )  # fmt: skip
         trained = [*tower.parameters(), *projection.parameters()]
         everything = list(feedback.parameters())
 
@@ -445,9 +449,9 @@ def count(name: str, draws: int, contrast: Contrast | None = None) -> dict[str, 
                 torch.zeros(images, dtype=torch.int64), torch.zeros(images, 4, 64, 64),
                 torch.zeros(images, positions, dtype=torch.int64) if positions else None,
             )  # fmt: skip
-            pixels, latent = torch.zeros(images, 3, size, size), torch.zeros(images, 4, 64, 64)
-            with torch.autocast("cuda", torch.bfloat16):
-                return feedback(pixels, latent, [drawn] * draws, view_BCHW=pixels if contrast else None)
+            pixels = torch.zeros(images, 3, 512, 512, dtype=torch.uint8)
+            micro = MicroBatch(pixels, [drawn] * draws, view_BCHW=pixels if negatives else None)
+            return terms(feedback, [loss], micro, torch.bfloat16)[loss.name]
 
         one, two, three = (saved(lambda n=n: forward(n), everything) for n in range(least, least + 3))
 
@@ -470,7 +474,7 @@ def test_declared_gpu_memory_is_what_training_takes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("like_a_gpu")
 @pytest.mark.parametrize("negatives", [2, pytest.param(15, marks=pytest.mark.exhaustive)])
-def test_a_contrast_takes_no_more_than_the_published_recipe(negatives: int) -> None:
+def test_info_nce_takes_no_more_than_the_published_recipe(negatives: int) -> None:
     """What its forward pass keeps, and then one prediction made again, against the published recipe's two."""
-    contrast = count("openai_224", draws=1, contrast=Contrast(0.1, negatives))
+    contrast = count("openai_224", draws=1, negatives=negatives)
     assert contrast["image"] + count("openai_224", draws=1)["image"] < count("openai_224", draws=2)["image"]

@@ -18,7 +18,7 @@ from pipeline.models.stable_diffusion import Denoiser
 
 
 def shrink(recipe: str, **train: object) -> None:
-    own = {"batch": 8, "steps": 3, "optimizer.lr": 0.01, "fit.steps": 2, **SMALL.get(recipe, {})}
+    own = {"batch": 8, "steps": 3, "optimizer.lr": 0.01, "warmup.steps": 2, **SMALL.get(recipe, {})}
     write_params(
         **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
         **{f"profiles.mini.train.{key}": value for key, value in train.items()},
@@ -34,6 +34,12 @@ def made(folder: Path, recipe: str) -> dict[str, list[float] | torch.Tensor]:
             found[f"{weights}/{path.parent.name}/{path.stem}"] = pd.read_csv(path, sep="\t")[path.stem].tolist()
         found |= {f"{weights}/{name}": tensor for name, tensor in state(folder / MODELS / weights / "mini").items()}
     return found
+
+
+def moved_by_gradients(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the bias of an attention's keys, which adds the same to all scores of a query: its gradient is
+    rounding alone, and Adam makes that as large as any other."""
+    return tensor.view(3, -1)[[0, 2]] if name.endswith("in_proj_bias") else tensor
 
 
 @pytest.mark.slow
@@ -64,7 +70,8 @@ def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Pat
             if isinstance(values, list):
                 assert other[name] == pytest.approx(values, rel=1e-4), (world, name)
             else:
-                assert close(other[name], values, 1e-3), (world, name)  # Adam divides small gradients by their size
+                pair = (moved_by_gradients(name, tensor) for tensor in (other[name], values))
+                assert close(*pair, 1e-3), (world, name)  # Adam divides small gradients by their size
 
 
 def test_a_fitted_denoiser_computes_in_the_precision_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

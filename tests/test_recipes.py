@@ -12,19 +12,22 @@ import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, rel_entr
 from shrunk import MODELS, run, write_params
-from test_training import RECIPE, RULES, Tower, build, micro_batches, moved, snapshot, train
+from test_training import PIXELS, RULES, both, build, changed, micro_batches, moved, snapshot, train
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline import drift, export, mmvp
 from pipeline import train as stage_train
 from pipeline.core.compute import generator, seeded
-from pipeline.diva import lora
+from pipeline.core.params import AdamW, Lora
+from pipeline.diva import adapters
 from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import draw
-from pipeline.diva.gap import GapRemoved
-from pipeline.diva.objective import Anchor, Contrast, Feedback, info_nce
-from pipeline.diva.training import phases
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.gap_correction import GapCorrection
+from pipeline.diva.losses import Denoise, InfoNCE, Loss, SelfDistillation, info_nce
+from pipeline.diva.step import MicroBatch, terms
+from pipeline.engine.assemble import phases
 from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, state
 from pipeline.models.residual_head import ResidualHead, WithHead
 
@@ -45,7 +48,7 @@ def test_the_gap_map_is_its_formula() -> None:
     variance, axes = np.linalg.eigh(np.cov((text - text.mean(0)).T))
     axes = axes[:, np.argsort(variance)[::-1][:3]]
     expected = (e - image.mean(0)) * (spread[1] / spread[0]) @ (axes @ axes.T) + text.mean(0)
-    gap = GapRemoved(images, texts, components=3)
+    gap = GapCorrection(images, texts, components=3)
     np.testing.assert_allclose(gap(new).numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(gap(5 * new).numpy(), expected, atol=1e-6)  # the length of an embedding says nothing
     assert gap.kept == pytest.approx(np.sort(variance)[::-1][:3].sum() / variance.sum())
@@ -53,7 +56,7 @@ def test_the_gap_map_is_its_formula() -> None:
 
 def test_with_all_components_text_stays_and_images_get_its_mean_and_spread() -> None:
     images, texts = random(50, 6, what="images") + 2, random(50, 6, what="texts") - 2
-    gap = GapRemoved(images, texts, components=6)
+    gap = GapCorrection(images, texts, components=6)
     unit = F.normalize(texts, dim=-1)
     torch.testing.assert_close(gap.text(texts), unit, atol=1e-6, rtol=0)
     mapped = gap(images)
@@ -63,8 +66,10 @@ def test_with_all_components_text_stays_and_images_get_its_mean_and_spread() -> 
 
 
 def test_too_many_components_are_refused() -> None:
-    with pytest.raises(ValueError, match="components is 7, but 50 embeddings of width 6 have 6 at most"):
-        GapRemoved(random(50, 6), random(50, 6), components=7)
+    with pytest.raises(
+        ValueError, match=r"gap_correction\.components is 7, but 50 embeddings of width 6 have 6 at most"
+    ):
+        GapCorrection(random(50, 6), random(50, 6), components=7)
 
 
 # ---------------------------------------------------------------------- head, LoRA, anchor
@@ -106,7 +111,7 @@ def test_low_rank_adaptation_from_nothing_to_merged() -> None:
         layers = Layers()
     plain, x = copy.deepcopy(layers), random(3, 5, 8)
     with seeded("test", "lora"):
-        lora.adapt(layers, rank=2, alpha=6.0)
+        adapters.adapt(layers, rank=2, alpha=6.0)
     assert layers(x).equal(plain(x))
     added = {name: parameter for name, parameter in layers.named_parameters() if ".lora_" in name}
     assert len(added) == 2 * 3  # attention's in and out, and the linear layer
@@ -115,7 +120,7 @@ def test_low_rank_adaptation_from_nothing_to_merged() -> None:
     parts = layers.linear.parametrizations.weight[0]
     adapted = layers(x)
     assert not torch.allclose(adapted, plain(x), atol=1e-2)
-    lora.merge(layers)
+    adapters.merge(layers)
     torch.testing.assert_close(layers(x), adapted)
     assert snapshot(layers).keys() == snapshot(plain).keys()
     assert moved(snapshot(plain), layers) == {"attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"}
@@ -124,16 +129,20 @@ def test_low_rank_adaptation_from_nothing_to_merged() -> None:
     assert torch.linalg.matrix_rank(change, atol=1e-4) == 2
 
 
-def test_the_anchor_is_the_divergence_from_the_original_and_zero_at_first() -> None:
-    with seeded("test", "tower"):
-        tower = Tower()
-    prompts, pixels = random(4, 6, what="prompts"), random(3, 3, 8, 8, what="pixels")
-    anchor = Anchor(tower, prompts, logit_scale=7.0)
-    before, _ = tower.image_tokens(pixels)
-    assert anchor(pixels, before).item() == pytest.approx(0.0, abs=1e-6)
+def distillation(tower: nn.Module, prompts: torch.Tensor, weight: float = 1.0) -> SelfDistillation:
+    loss = SelfDistillation(weight, prompts=["one", "two", "three", "four"])
+    loss.prepare(tower, lambda texts: prompts[: len(texts)], 7.0)
+    return loss
+
+
+def test_self_distillation_is_the_divergence_from_the_original_and_zero_at_first() -> None:
+    feedback, prompts, micro = build(TokenRule("none")), random(4, 6, what="prompts"), micro_batches(0)[0]
+    loss, pixels = distillation(feedback.tower, prompts), PIXELS.tower(micro.images_BCHW)
+    before, _ = feedback.tower(pixels)
+    assert found(feedback, [loss], micro)["self_distillation"].item() == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
-        tower.pool.weight.normal_(generator=generator("test", "moved"))  # the anchor has a copy of its own
-    now = tower.image_tokens(pixels)[0]
+        feedback.tower.pool.weight.normal_(generator=generator("test", "moved"))  # the loss has a copy of its own
+    now = feedback.tower(pixels)[0]
 
     def log_share(pooled: torch.Tensor) -> np.ndarray:
         unit, bank = (F.normalize(x.detach().double(), dim=-1).numpy() for x in (pooled, prompts))
@@ -141,27 +150,31 @@ def test_the_anchor_is_the_divergence_from_the_original_and_zero_at_first() -> N
 
     expected = rel_entr(np.exp(log_share(before)), np.exp(log_share(now))).sum(1).mean()
     assert expected > 0.1
-    assert anchor(pixels, now).item() == pytest.approx(expected, rel=1e-5)
+    assert found(feedback, [loss], micro)["self_distillation"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_anchor_s_term_has_its_weight() -> None:
-    """The step's gradient is that of the draws' and the weight times the anchor's."""
+def found(feedback: Feedback, losses: list[Loss], micro: MicroBatch) -> dict[str, torch.Tensor]:
+    return terms(feedback, losses, micro, torch.float32)
+
+
+def test_a_term_has_its_weight_and_no_draws_weight() -> None:
+    """The step's gradient is that of the draws' and the weight times the divergence's."""
     feedback = build(TokenRule("none"))
-    feedback.anchor = Anchor(feedback.tower, random(4, 6), 7.0)
+    losses = [Denoise(1.0), distillation(feedback.tower, random(4, 6), weight=3.0)]
     nn.init.normal_(feedback.tower.pool.weight, generator=generator("test", "moved"))
-    phase = phases(feedback, dataclasses.replace(RECIPE, steps=1, anchor_weight=3.0, clip_norm=1e9))[1]
+    phase = phases(feedback, changed(steps=1, clip_norm=1e9), losses)[1]
     batch = micro_batches(0, TokenRule("none"))
     (record,) = train(feedback, dataclasses.replace(phase, lr=lambda step: 0.0), lambda step: batch)
-    found = feedback.tower.pool.weight.grad.clone()
+    gradient = feedback.tower.pool.weight.grad.clone()
     feedback.zero_grad()
-    losses = []
+    means = []
     for micro in batch:
-        terms = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, anchored=True)
-        assert len(terms) == 3
-        (0.5 * (terms * torch.tensor([5.0, 1.0, 3.0])).sum()).backward()
-        losses.append(terms[:2].mean().item())
-    torch.testing.assert_close(found, feedback.tower.pool.weight.grad)
-    assert record.loss == pytest.approx(np.mean(losses))
+        denoise, divergence = found(feedback, losses, micro).values()
+        (0.5 * ((denoise * torch.tensor([5.0, 1.0])).sum() + 3 * divergence)).backward()
+        means.append((denoise.mean().item(), divergence.item()))
+    torch.testing.assert_close(gradient, feedback.tower.pool.weight.grad)
+    assert list(record.terms.values()) == pytest.approx(np.mean(means, 0).tolist())
+    assert record.loss == pytest.approx(np.mean(means, 0) @ [1, 3])
 
 
 # ---------------------------------------------------------------------- the objective
@@ -181,28 +194,31 @@ def test_info_nce_is_its_formula() -> None:
         assert found[i].item() == pytest.approx(np.mean([logsumexp([a, *unlike]) - a for a in alike]), rel=1e-5)
 
 
-def test_the_contrast_sets_own_and_view_against_the_others_conditions() -> None:
-    feedback = build(TokenRule("none"))
-    feedback.contrast = Contrast(temperature=0.2, negatives=2)
-    micro = micro_batches(0, TokenRule("none"))[0]
-    view = random(4, 3, 8, 8, what="view")
-    found = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=view)
-    found.sum().backward()
+def viewed(micro: MicroBatch) -> MicroBatch:
+    view = torch.randint(256, micro.images_BCHW.shape, dtype=torch.uint8, generator=generator("test", "view"))
+    return dataclasses.replace(micro, view_BCHW=view)
+
+
+def test_info_nce_sets_own_and_view_against_the_others_conditions() -> None:
+    feedback, loss = build(TokenRule("none")), InfoNCE(1.0, temperature=0.2, negatives=2, view=0.8)
+    micro = viewed(micro_batches(0, TokenRule("none"))[0])
+    got = found(feedback, [loss], micro)["info_nce"]
+    got.sum().backward()
     gradient = {name: parameter.grad.clone() for name, parameter in feedback.tower.named_parameters()}
     feedback.zero_grad()
-    alphas = feedback.denoiser.alphas_cumprod
+    alphas, latent = feedback.denoiser.alphas_cumprod, feedback.denoiser.latent(PIXELS.generator(micro.images_BCHW))
     for k, one in enumerate(micro.draws):
         alpha = alphas[one.timestep_B][:, None, None, None]
-        noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * one.noise_BChw
+        noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * one.noise_BChw
 
-        def predicted(pixels: torch.Tensor, noised: torch.Tensor = noised, one=one) -> torch.Tensor:
-            told = feedback.condition(*feedback.tower.image_tokens(pixels), None)
-            return feedback.denoiser(noised, one.timestep_B, told).flatten(1)
+        def predicted(images: torch.Tensor, noised: torch.Tensor = noised, one=one) -> torch.Tensor:
+            conditions = feedback.condition(*feedback.tower(PIXELS.tower(images)), None)
+            return feedback.denoiser(noised, one.timestep_B, conditions).flatten(1)
 
-        own, positive = predicted(micro.pixels_BCHW), [one.noise_BChw.flatten(1), predicted(view)]
-        others = [predicted(micro.pixels_BCHW.roll(turn, 0)) for turn in (1, 2)]
+        own, positive = predicted(micro.images_BCHW), [one.noise_BChw.flatten(1), predicted(micro.view_BCHW)]
+        others = [predicted(micro.images_BCHW.roll(turn, 0)) for turn in (1, 2)]
         expected = info_nce(own, torch.stack(positive), torch.stack(others), 0.2).mean()
-        torch.testing.assert_close(found[k], expected)
+        torch.testing.assert_close(got[k], expected)
         expected.backward()
     for name, parameter in feedback.tower.named_parameters():  # of the plain version, which keeps all predictions
         assert parameter.grad.any(), name
@@ -210,42 +226,35 @@ def test_the_contrast_sets_own_and_view_against_the_others_conditions() -> None:
 
 
 @pytest.mark.parametrize("negatives", [1, 3])
-def test_each_prediction_of_a_contrast_is_made_again_for_its_gradient(negatives: int) -> None:
+def test_each_prediction_of_info_nce_is_made_again_for_its_gradient(negatives: int) -> None:
     """So that memory does not grow with their number: one call of the denoiser each, and one more when it is due."""
-    feedback, micro, calls = build(TokenRule("none")), micro_batches(0, TokenRule("none"))[0], []
-    feedback.contrast = Contrast(0.2, negatives)
+    feedback, calls = build(TokenRule("none")), []
+    micro, loss = viewed(micro_batches(0, TokenRule("none"))[0]), InfoNCE(1.0, 0.2, negatives, 0.8)
     feedback.denoiser.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
-    loss = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=micro.pixels_BCHW).sum()
+    term = found(feedback, [loss], micro)["info_nce"].sum()
     assert calls == [8] * (2 + negatives)  # two draws of four images
-    loss.backward()
+    term.backward()
     assert calls == [8] * (2 + negatives) * 2
 
 
-def test_a_micro_batch_without_enough_others_is_refused() -> None:
-    feedback = build(TokenRule("none"))
-    feedback.contrast = Contrast(0.1, negatives=4)
-    micro = micro_batches(0, TokenRule("none"))[0]
-    with pytest.raises(ValueError, match="4 negatives among 4 images"):
-        feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, view_BCHW=micro.pixels_BCHW)
-
-
 @pytest.mark.parametrize("gap", [False, True])
-def test_told_captions_the_denoiser_hears_nothing_of_the_picture(gap: bool) -> None:
+def test_conditioned_on_captions_the_denoiser_knows_nothing_of_the_image(gap: bool) -> None:
     feedback = build(TokenRule("none"))
     if gap:
-        feedback.gap = GapRemoved(random(20, 6, what="images"), random(20, 6, what="texts"), 4)
-    micro, caption = micro_batches(0, TokenRule("none"))[0], random(4, 6, what="captions")
-    found = feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws, caption_BD=caption)
-    other = feedback(micro.pixels_BCHW + 1, micro.latent_BChw, micro.draws, caption_BD=caption)
-    assert found.equal(other)
-    token = feedback.gap.text(caption) if gap else caption
-    told = feedback.text_1LD.mean(1, keepdim=True) + feedback.projection(token)[:, None]
-    one = micro.draws[1]
+        feedback.gap_correction = GapCorrection(random(20, 6, what="images"), random(20, 6, what="texts"), 4)
+    plain, caption = micro_batches(0, TokenRule("none"))[0], random(4, 6, what="captions")
+    micro, calls = dataclasses.replace(plain, caption_BD=caption), []
+    feedback.tower.register_forward_pre_hook(lambda module, given: calls.append(1))
+    got = found(feedback, [Denoise(1.0)], micro)["denoise"]
+    assert not calls
+    token = feedback.gap_correction.text(caption) if gap else caption
+    condition = feedback.text_1LD.mean(1, keepdim=True) + feedback.projection(token)[:, None]
+    one, latent = micro.draws[1], feedback.denoiser.latent(PIXELS.generator(micro.images_BCHW))
     alpha = feedback.denoiser.alphas_cumprod[one.timestep_B][:, None, None, None]
-    noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * one.noise_BChw
-    expected = (feedback.denoiser(noised, one.timestep_B, told) - one.noise_BChw).square().mean()
-    torch.testing.assert_close(found[1], expected)
-    assert not torch.allclose(found, feedback(micro.pixels_BCHW, micro.latent_BChw, micro.draws))
+    noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * one.noise_BChw
+    expected = (feedback.denoiser(noised, one.timestep_B, condition) - one.noise_BChw).square().mean()
+    torch.testing.assert_close(got[1], expected)
+    assert not torch.allclose(got, found(feedback, [Denoise(1.0)], plain)["denoise"])
 
 
 def test_timesteps_are_drawn_from_the_recipe_s_range() -> None:
@@ -262,7 +271,7 @@ def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
     feedback = build()
     feedback.fits_denoiser = True
     before = snapshot(feedback)
-    train(feedback, phases(feedback, RECIPE)[0])
+    train(feedback, both(feedback)[0])
     assert moved(before, feedback) == {
         "projection.weight", "projection.bias", "denoiser.unet.weight", "denoiser.unet.bias"
     }  # fmt: skip
@@ -271,19 +280,22 @@ def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
 def test_low_rank_training_moves_what_was_added_and_not_the_projection() -> None:
     feedback = build()
     with seeded("test", "lora"):
-        lora.adapt(feedback.tower, 2, 2.0)
+        adapters.adapt(feedback.tower, 2, 2.0)
     before = snapshot(feedback)
-    recipe = dataclasses.replace(RECIPE, trained="lora", with_projection=False, optimizer="adamw", weight_decay=0.01)
-    train(feedback, phases(feedback, recipe)[1])
+    recipe = changed(
+        trained=Lora(kind="lora", rank=2, alpha=2.0), with_projection=False,
+        optimizer=AdamW(kind="adamw", lr=0.05, weight_decay=0.01),
+    )  # fmt: skip
+    train(feedback, both(feedback, recipe)[1])
     assert moved(before, feedback) == {name for name in before if ".lora_" in name} != set()
 
 
 # ---------------------------------------------------------------------- the stages
 
 SMALL = {
-    "text_anchored": {"fit.steps": 2, "gap": {"components": 4, "pictures": 10}, "trained.heads": 2},
-    "two_stage": {"fit.steps": 2, "trained.rank": 2},
-    "contrastive": {"fit.steps": 2, "trained.rank": 2, "contrast.negatives": 1},
+    "text_anchored": {"warmup.steps": 2, "gap_correction": {"components": 4, "images": 10}, "trained.heads": 2},
+    "two_stage": {"warmup.steps": 2, "trained.rank": 2},
+    "contrastive": {"warmup.steps": 2, "trained.rank": 2, "losses.info_nce.negatives": 1},
 }
 
 
@@ -370,8 +382,3 @@ def test_a_head_s_tensors_are_kept_in_a_file_of_their_own(tmp_path: Path) -> Non
     head = ResidualHead.of({name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)})
     assert head.attention.num_heads == 2
     assert all(x.equal(clip.visual.residual_head.state_dict()[name]) for name, x in head.state_dict().items())
-
-
-def test_feedback_without_the_pieces_is_the_published_one() -> None:
-    assert {name for name, _ in build().named_children()} == {"tower", "projection", "denoiser"}
-    assert isinstance(build(), Feedback)

@@ -17,6 +17,7 @@ from pipeline import shuffled, train
 from pipeline.core.compute import generator
 from pipeline.data.shards import Shards
 from pipeline.diva.condition import TokenRule
+from pipeline.diva.losses import InfoNCE
 from pipeline.engine import feed as feed_
 from pipeline.engine.assemble import FITTED
 from pipeline.engine.feed import Feed
@@ -62,7 +63,7 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
 @pytest.mark.usefixtures("here")
 def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on profile paper, where nothing is fitted before the tower."""
-    write_params(**{"profiles.mini.recipes.diva.fit": None})
+    write_params(**{"profiles.mini.recipes.diva.warmup": None})
     run(train, "mini", "diva")
     monkeypatch.setattr(feed_, "derangement", in_place)
     run(shuffled, "mini", "diva")
@@ -141,16 +142,19 @@ def test_every_derangement_is_as_likely() -> None:
 
 
 def test_a_view_is_of_the_image_that_is_shown(models: tuple[Backbone, Denoiser]) -> None:  # noqa: F811
-    """Of a contrast: both crops that the tower is given are of one image."""
-    contrast = {"temperature": 0.1, "negatives": 1, "view": 0.5}
+    """Of InfoNCE: both crops that the tower is given are of one image."""
+    losses = [InfoNCE(1.0, temperature=0.1, negatives=1, view=0.5)]
     shards, p = Shards(Path("data/mini/images"), 0.5), section(micro_batch=4)
     own, other = (
-        Feed(
-            shards, *models, TokenRule("none"), p, recipe(contrast=contrast), 42, CPU, STEPS[:1], mismatched=mismatched
-        )(0)
+        list(
+            Feed(
+                shards, *models, TokenRule("none"), p, recipe(), losses, 42, CPU, STEPS[:1], mismatched=mismatched
+            )(0)
+        )
         for mismatched in (False, True)
-    )
-    own_BCHW, view_BCHW = (torch.cat(parts) for parts in zip(*((m.pixels_BCHW, m.view_BCHW) for m in own), strict=True))
-    order, shown = feed_.derangement(8, generator(42, "mismatched", 0)), list(other)
-    assert torch.equal(torch.cat([micro.pixels_BCHW for micro in shown]), own_BCHW[order])
-    assert torch.equal(torch.cat([micro.view_BCHW for micro in shown]), view_BCHW[order])
+    )  # fmt: skip
+    order = feed_.derangement(8, generator(42, "mismatched", 0))
+    images_BCHW, view_BCHW = (torch.cat([getattr(m, x) for m in own]) for x in ("images_BCHW", "view_BCHW"))
+    assert torch.equal(torch.cat([micro.images_BCHW for micro in other]), images_BCHW)
+    assert torch.equal(torch.cat([micro.shown_BCHW for micro in other]), images_BCHW[order])
+    assert torch.equal(torch.cat([micro.view_BCHW for micro in other]), view_BCHW[order])

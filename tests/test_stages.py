@@ -40,7 +40,7 @@ from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
 from pipeline.diva.condition import ReadOut, TokenRule
 from pipeline.diva.pairs import score_pairs
-from pipeline.diva.training import Record
+from pipeline.diva.step import Record
 from pipeline.engine import assemble
 from pipeline.mini import pretrain, world
 from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
@@ -255,10 +255,12 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
     section, recipe, own = p.profile.train, p.profile.recipes[p.run.recipes[0]], p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), validation=section.validation.images)
-    feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, seed, shards, processes.device)
+    losses = assemble.losses_of("recipe", recipe)
+    feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, losses, seed, shards, processes.device)
     checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
-    curves = Path("curves")
-    end = assemble.train(feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint)
+    end = assemble.train(
+        feedback, backbone, denoiser, shards, section, recipe, losses, seed, Path("curves"), processes, checkpoint
+    )
     return backbone, denoiser, end.records
 
 

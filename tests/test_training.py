@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -12,19 +11,34 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.core.compute import generator
+from pipeline.core.params import Recipe
+from pipeline.core.stages import UserError
+from pipeline.diva import step as step_
 from pipeline.diva.condition import TokenRule, condition, recap
 from pipeline.diva.diffusion import draw
-from pipeline.diva.objective import Feedback
-from pipeline.diva.training import MicroBatch, NotFiniteError, Phase, Recipe, Record, phases, run
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Loss, Made, known
+from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule
+from pipeline.diva.schedule import Phase
+from pipeline.diva.step import MicroBatch, NotFiniteError, Record, run
+from pipeline.engine.assemble import losses_of, phases
 
 WIDTH, CONTEXT, PATCHES, LATENT = 6, 5, 16, torch.Size([2, 3, 3])
 RULES = [
-    TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_share", 0.3), TokenRule("windows", 3)
+    TokenRule("none"), TokenRule("all"), TokenRule("random", 7), TokenRule("random_fraction", 0.3),
+    TokenRule("windows", 3),
 ]  # fmt: skip
 RECIPE = Recipe(
-    batch=8, steps=3, lr=0.05, momentum=0.9, weight_decay=0.0, warmup_ratio=0.0, clip_norm=1.0,
-    draw_weights=[5.0, 1.0], projection_steps=2, projection_lr=0.01,
+    condition="backbone", batch=8, steps=3, warmup_ratio=0.0, clip_norm=1.0, draw_weights=[5.0, 1.0],
+    warmup={"source": "image_embeddings", "denoiser": False, "steps": 2, "lr": 0.01}, trained={"kind": "tower"},
+    with_projection=True, timesteps=[0, 1000], losses={"denoise": {"weight": 1.0}},
+    optimizer={"kind": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0},
 )  # fmt: skip
+PIXELS = PixelRule(OPENAI, IMAGENET, 8, False)
+
+
+def changed(**update: object) -> Recipe:
+    return RECIPE.model_copy(update=update)
 
 
 class Tower(nn.Module):
@@ -34,7 +48,7 @@ class Tower(nn.Module):
         super().__init__()
         self.patch, self.pool = nn.Conv2d(3, WIDTH, 2, stride=2), nn.Linear(WIDTH, WIDTH)
 
-    def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         patches = self.patch(pixels_BCHW).tanh().flatten(2).transpose(1, 2)
         return self.pool(patches.mean(1)), patches
 
@@ -49,6 +63,9 @@ class LinearDenoiser(nn.Module):
         self.register_buffer("alphas_cumprod", torch.linspace(0.999, 0.01, 1000))
         self.unet = nn.Linear(CONTEXT, LATENT.numel())
 
+    def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(pixels_BCHW, LATENT[1:])[:, : LATENT[0]]
+
     def forward(self, noised: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return noised * (timestep / 1000)[:, None, None, None] + self.unet(context).mean(1).tanh().view(noised.shape)
 
@@ -57,7 +74,7 @@ def build(rule: TokenRule = RULES[1]) -> Feedback:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Feedback(
-            Tower(), nn.Linear(WIDTH, CONTEXT), LinearDenoiser(), torch.randn(1, 4, CONTEXT), rule, text_rule="mean"
+            Tower(), nn.Linear(WIDTH, CONTEXT), LinearDenoiser(), torch.randn(1, 4, CONTEXT), rule, "mean", PIXELS
         )
 
 
@@ -69,21 +86,20 @@ def micro_batches(step: int, rule: TokenRule = RULES[1]) -> list[MicroBatch]:
             draw(LATENT, PATCHES, rule, (0, 1000), [generator("draw", k, *purpose) for purpose in purposes])
             for k in range(2)
         ]
-        noise = generator("images", step, micro)
-        pixels, latent = (torch.randn(4, *shape, generator=noise) for shape in ((3, 8, 8), LATENT))
-        batches.append(MicroBatch(pixels, latent, draws, last=micro == 1))
+        images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=generator("images", step, micro))
+        batches.append(MicroBatch(images, draws))
     return batches
 
 
 def both(feedback: Feedback, recipe: Recipe = RECIPE) -> tuple[Phase, Phase]:
-    projection, tower = phases(feedback, recipe)
+    projection, tower = phases(feedback, recipe, losses_of("test", recipe))
     return projection, tower
 
 
 def train(
     feedback: Feedback, phase: Phase, batch: Callable[[int], list[MicroBatch]] = micro_batches, precision=torch.float32
 ) -> list[Record]:
-    return list(run(feedback, phase, batch, precision, Accelerator(cpu=True)))
+    return [record for record, _ in run(feedback, phase, batch, precision, Accelerator(cpu=True))]
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -115,12 +131,9 @@ def test_the_tower_phase_moves_tower_and_projection_but_not_the_denoiser() -> No
     assert [record.lr for record in records] == pytest.approx([0.05, 0.0375, 0.0125])
 
 
-def test_a_phase_without_steps_is_skipped() -> None:
-    feedback = build()
-    before = snapshot(feedback)
-    projection, _ = both(feedback, dataclasses.replace(RECIPE, projection_steps=0))
-    assert train(feedback, projection, batch=lambda step: pytest.fail("no batch is wanted")) == []
-    assert moved(before, feedback) == set()
+def test_without_a_warmup_there_is_one_phase() -> None:
+    recipe = changed(warmup=None)
+    assert [phase.name for phase in phases(build(), recipe, losses_of("test", recipe))] == ["tower"]
 
 
 def test_steps_at_rate_zero_on_one_batch_are_alike() -> None:
@@ -146,7 +159,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_parameters() -> None:
     def batch(step: int) -> list[MicroBatch]:
         good, last = micro_batches(step)
         poison = math.nan if step == 2 else 0.0
-        return [good, dataclasses.replace(last, latent_BChw=last.latent_BChw + poison)]
+        draws = [draw._replace(noise_BChw=draw.noise_BChw + poison) for draw in last.draws]
+        return [good, dataclasses.replace(last, draws=draws)]
 
     feedback = build()
     steps = run(feedback, both(feedback)[1], batch, torch.float32, Accelerator(cpu=True))
@@ -174,17 +188,18 @@ def test_one_tower_run_serves_all_draws(rule: TokenRule, weights: list[float]) -
     As published, the first loss is not divided by the accumulation steps, of which there are two here.
     """
     feedback, reference = build(rule), build(rule)
-    recipe = dataclasses.replace(RECIPE, steps=1, draw_weights=weights, clip_norm=math.inf)
+    recipe = changed(steps=1, draw_weights=weights, clip_norm=math.inf)
     (record,) = train(feedback, both(feedback, recipe)[1], lambda step: micro_batches(step, rule))
 
     losses = []
     for micro in micro_batches(0, rule):
+        latent = reference.denoiser.latent(PIXELS.generator(micro.images_BCHW))
         for k, drawn in enumerate(micro.draws):
-            pooled, patches = reference.tower.image_tokens(micro.pixels_BCHW)
+            pooled, patches = reference.tower(PIXELS.tower(micro.images_BCHW))
             tokens = recap(pooled, patches, rule, drawn.positions_BK)
             context = condition(reference.text_1LD, reference.projection(tokens), "mean")
             alpha = reference.denoiser.alphas_cumprod[drawn.timestep_B].view(-1, 1, 1, 1)
-            noised = alpha.sqrt() * micro.latent_BChw + (1 - alpha).sqrt() * drawn.noise_BChw
+            noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * drawn.noise_BChw
             loss = (reference.denoiser(noised, drawn.timestep_B, context) - drawn.noise_BChw).square().mean()
             undivided = weights[0] == 2 and k == 0
             (loss if undivided else loss / 2).backward()
@@ -200,37 +215,47 @@ def test_one_tower_run_serves_all_draws(rule: TokenRule, weights: list[float]) -
 
 
 class OneOfTwo:
-    """What `Accelerator` is to one of two processes; that their gradients are averaged is left to the test."""
+    """What `Accelerator` is to one of two processes; that their gradients are added up is left to the test."""
 
     num_processes = 2
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager:
-        return nullcontext()
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         return tensor
 
-    def free_memory(self) -> None:
-        pass
 
-
-def test_the_mean_of_two_processes_gradients_is_that_of_the_step() -> None:
-    gradients, recipe = [], dataclasses.replace(RECIPE, steps=1, clip_norm=math.inf)
+def test_the_sum_of_two_processes_gradients_is_that_of_the_step() -> None:
+    gradients, recipe = [], changed(steps=1, clip_norm=math.inf)
     for processes, own in ((Accelerator(cpu=True), slice(2)), (OneOfTwo(), slice(1)), (OneOfTwo(), slice(1, 2))):
         feedback, batch = build(), micro_batches(0)[own]
         _, phase = both(feedback, recipe)
         assert len(list(run(feedback, phase, lambda step, batch=batch: batch, torch.float32, processes))) == 1
         gradients.append(feedback.projection.weight.grad)
     alone, first, second = gradients
-    torch.testing.assert_close((first + second) / 2, alone)
+    torch.testing.assert_close(first + second, alone)
+
+
+class AddsUp:
+    """Two processes of which the other is the same: gradients and values are twice one's own."""
+
+    num_processes = 2
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return 2 * tensor
+
+
+def test_gradients_and_values_of_all_processes_are_added_up() -> None:
+    recipe = changed(steps=1, clip_norm=math.inf)
+    feedback, half = build(), build()
+    (whole,) = train(feedback, both(feedback, recipe)[1], lambda step: 2 * micro_batches(step)[:1])
+    ((record, _),) = run(half, both(half, recipe)[1], lambda step: micro_batches(step)[:1], torch.float32, AddsUp())
+    torch.testing.assert_close(half.projection.weight.grad, feedback.projection.weight.grad)
+    assert (record.loss, record.gradient_norm) == pytest.approx((whole.loss, whole.gradient_norm))
 
 
 def test_clipping_bounds_the_step_and_the_record_tells_the_norm_before_it() -> None:
     feedback = build()
-    (record,) = train(feedback, both(feedback, dataclasses.replace(RECIPE, steps=1, clip_norm=1e-3))[1])
+    (record,) = train(feedback, both(feedback, changed(steps=1, clip_norm=1e-3))[1])
     gradients = torch.cat([p.grad.flatten() for p in feedback.parameters() if p.grad is not None])
     assert gradients.norm().item() == pytest.approx(1e-3, rel=1e-4)
     assert record.gradient_norm > 1e-2
@@ -246,3 +271,99 @@ def test_autocast_keeps_parameters_in_float32_and_the_loss_nearby() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
     assert exact != rough
     assert [record.loss for record in rough] == pytest.approx([record.loss for record in exact], rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------ the queue
+
+
+def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop treat the CPU as a device with a queue."""
+    monkeypatch.setattr(step_, "waits", lambda device: False)
+
+
+def test_with_a_queue_the_last_good_parameters_are_kept_though_a_step_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the loss of step 1 is known to be nan, step 2 has been computed: it must have changed nothing."""
+
+    def batch(step: int) -> list[MicroBatch]:
+        micro, *rest = micro_batches(step)
+        poison = math.nan if step == 1 else 0.0
+        draws = [draw._replace(noise_BChw=draw.noise_BChw + poison) for draw in micro.draws]
+        asked.append(step)
+        return [dataclasses.replace(micro, draws=draws), *rest]
+
+    asked: list[int] = []
+    good, feedback = build(), build()
+    train(good, dataclasses.replace(both(good)[1], steps=1))
+    lagging(monkeypatch)
+    with pytest.raises(NotFiniteError, match="step 1"):
+        train(feedback, both(feedback)[1], batch)
+    assert asked == [0, 1, 2]
+    assert moved(snapshot(good), feedback) == set()
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_rest_comes_with_the_record_of_the_step_that_the_parameters_have_gone(
+    queue: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, alone = changed(steps=8), build()
+    if queue:
+        lagging(monkeypatch)
+    asks = iter([False, True, False, False, False, True, False, False])
+    rests = {}
+    for record, at_rest in run(
+        alone, both(alone, recipe)[1], micro_batches, torch.float32, Accelerator(cpu=True), pause=lambda: next(asks)
+    ):
+        if at_rest:
+            rests[record.step] = snapshot(alone)
+    assert list(rests) == ([3, 7] if queue else [1, 5])
+    for last, parameters in rests.items():
+        other = build()
+        phase = both(other, recipe)[1]
+        train(other, dataclasses.replace(phase, steps=last + 1))
+        assert moved(parameters, other) == set()
+
+
+# ------------------------------------------------------------------------------------------------------------- a loss
+
+
+@dataclasses.dataclass
+class Throwaway(Loss):
+    """A class, and an entry in a recipe: that is all a loss takes."""
+
+    power: int
+    name = "throwaway"
+
+    def __call__(self, made: Made) -> torch.Tensor:
+        assert made.pooled_BD is not None
+        return made.pooled_BD.pow(self.power).mean()
+
+
+def test_a_loss_is_one_class_and_one_entry() -> None:
+    """Its term is trained by its weight, recorded and named, and no other file knows of it."""
+    assert set(known()) >= {"denoise", "info_nce", "self_distillation", "throwaway"}
+    recipe = changed(steps=1, losses={"denoise": {"weight": 1.0}, "throwaway": {"weight": 2.0, "power": 2}})
+    feedback = build()
+    (record,) = train(feedback, both(feedback, recipe)[1])
+    assert list(record.terms) == ["denoise", "throwaway"]
+    pooled = torch.cat([build().tower(PIXELS.tower(micro.images_BCHW))[0] for micro in micro_batches(0)])
+    assert record.terms["throwaway"] == pytest.approx(pooled.square().mean().item())
+    assert record.loss == pytest.approx(record.terms["denoise"] + 2 * record.terms["throwaway"])
+    plain = build()
+    (without,) = train(plain, both(plain, changed(steps=1))[1])
+    assert without.terms == {"denoise": pytest.approx(record.terms["denoise"])}
+    assert not feedback.tower.pool.weight.grad.equal(plain.tower.pool.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"denoize": {"weight": 1.0}}, r"^x\.losses\.denoize is unknown\. Known: denoise, info_nce, self_dist"),
+        ({"denoise": {}}, r"losses\.denoise\.weight \(Field required\)"),
+        ({"denoise": {"weight": "1"}}, r"losses\.denoise\.weight \(Input should be a valid number\)"),
+        ({"denoise": {"weight": 1.0, "power": 2}}, r"losses\.denoise\.power \(Unexpected keyword argument\)"),
+        ({"throwaway": {"weight": 1.0, "power": 1.5}}, r"losses\.throwaway\.power \(Input should be a valid int"),
+    ],
+)
+def test_wrong_settings_of_a_loss_name_their_key(losses: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        losses_of("x", changed(losses=losses))

@@ -234,7 +234,7 @@ class Train(Section):
 
 
 class Tokens(Section):
-    kind: Literal["none", "all", "random", "random_share", "windows"]
+    kind: Literal["none", "all", "random", "random_fraction", "windows"]
     number: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
@@ -256,24 +256,26 @@ class Condition(Section):
         return self.text == "mean" or known.get(self.tokens.kind) == text_tokens
 
 
-class Fit(Section):
-    """How the fresh visual projection is fitted before anything else is trained, by AdamW at a constant rate.
+class Warmup(Section):
+    """The projector's: how the fresh visual projection is fitted before anything else is trained, by AdamW at a
+    constant rate.
 
-    told: what it is shown of a picture, the image tower's tokens, or the text tower's embedding of its caption.
+    source: what the denoiser is conditioned on, the image tower's tokens, or the text tower's embedding of a caption.
     denoiser: whether the denoiser is fitted with it.
     """
 
-    told: Literal["images", "captions"]
+    source: Literal["image_embeddings", "caption_embeddings"]
     denoiser: bool
     steps: Count
     lr: PositiveFloat
 
 
-class GapRemoved(Section):
-    """The map before the projection (diva/gap.py): components of text space kept; pictures to measure the gap on."""
+class ModalityGap(Section):
+    """The map before the projection (diva/gap_correction.py): components of text space kept; images that it is
+    measured on."""
 
     components: Count
-    pictures: Count
+    images: Count
 
 
 class WholeTower(Section):
@@ -291,19 +293,6 @@ class Head(Section):
     heads: Count
 
 
-class Contrast(Section):
-    """view: share of the area at least that the second crop of an image keeps."""
-
-    temperature: PositiveFloat
-    negatives: Count
-    view: Annotated[Float, Field(gt=0, le=1)]
-
-
-class Anchor(Section):
-    weight: PositiveFloat
-    prompts: list[str] = Field(min_length=2)
-
-
 class Sgd(Section):
     kind: Literal["sgd"]
     lr: PositiveFloat
@@ -317,21 +306,33 @@ class AdamW(Section):
     weight_decay: NonNegativeFloat
 
 
-class Recipe(Section):
-    """How feedback trains a backbone; null where a recipe has no such piece.
+RENAMED = {  # keys of earlier versions, and what took their place
+    "fit": "warmup",
+    "warmup.told": "warmup.source (image_embeddings, caption_embeddings)",
+    "gap": "gap_correction",
+    "gap_correction.pictures": "gap_correction.images",
+    "contrast": "losses.info_nce",
+    "anchor": "losses.self_distillation",
+    "held_out": "validation",
+    "streams": "no key: any number of processes share a batch",
+}
 
-    condition: the backbone's own where null. loss: squared error of the prediction, or a contrast between predictions.
+
+class Recipe(Section):
+    """How feedback trains a backbone: the profile's `base_recipe`, but for the keys that the recipe has itself.
+
+    condition: the backbone's own, or its class token alone added to the text's mean. losses: by the names in
+    diva/losses.py, each with its weight and settings.
     """
 
-    condition: Condition | None
-    fit: Fit | None
-    gap: GapRemoved | None
+    condition: Literal["backbone", "class_token"]
+    warmup: Warmup | None = None
+    gap_correction: ModalityGap | None = None
     trained: WholeTower | Lora | Head = Field(discriminator="kind")
     with_projection: bool
     timesteps: list[int] = Field(min_length=2, max_length=2)
     draw_weights: list[PositiveFloat] = Field(min_length=1)
-    contrast: Contrast | None
-    anchor: Anchor | None
+    losses: dict[Name, dict[str, Any]] = Field(min_length=1)
     optimizer: Sgd | AdamW = Field(discriminator="kind")
     batch: Count
     steps: Count
@@ -339,8 +340,12 @@ class Recipe(Section):
     clip_norm: PositiveFloat
 
     @property
+    def warms_up_on_captions(self) -> bool:
+        return self.warmup is not None and self.warmup.source == "caption_embeddings"
+
+    @property
     def reads_captions(self) -> bool:
-        return self.gap is not None or (self.fit is not None and self.fit.told == "captions")
+        return self.gap_correction is not None or self.warms_up_on_captions
 
     @field_validator("timesteps")
     @classmethod
@@ -353,9 +358,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _embedding_alone(self) -> "Recipe":
         """A caption has one embedding and no patches, and the gap is one between embeddings."""
-        if self.reads_captions and (self.condition is None or self.condition.tokens.kind != "none"):
+        if self.reads_captions and self.condition != "class_token":
             raise ValueError(
-                "gap, and fit.told captions, need condition.tokens.kind none: they know the embedding alone"
+                "gap_correction, and warmup.source caption_embeddings, need condition class_token: they know the "
+                "embedding alone"
             )
         return self
 
@@ -519,19 +525,14 @@ class Params(Section):
         return self
 
     def _recipe_fits(self, key: str, recipe: Recipe) -> None:
-        train = self.profile.train
-        if recipe.contrast and recipe.contrast.negatives >= train.micro_batch:
-            raise ValueError(
-                f"{key}.contrast.negatives is {recipe.contrast.negatives}: other images of a micro-batch, but "
-                f"train.micro_batch is {train.micro_batch}. Raise it, or lower negatives"
-            )
         if "shuffled" in self.run.controls and recipe.batch == 1:
             raise ValueError(
                 f"run.controls names 'shuffled', which exchanges the images of a step, but {key}.batch is 1. Raise it"
             )
         for backbone in self.run.backbones:
-            own = f"backbones.{backbone}", self.backbones[backbone].condition
-            where, condition = (key, recipe.condition) if recipe.condition else own
+            if recipe.condition != "backbone":  # its class token is added to the text's mean
+                continue
+            where, condition = f"backbones.{backbone}", self.backbones[backbone].condition
             tokens, wanted = condition.tokens, self.profile.denoiser.text_tokens
             if not condition.fits(wanted):
                 raise ValueError(
@@ -552,10 +553,20 @@ def load(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {content!r}, wanted sections such as run, profiles and backbones.")
+    _on_the_base(content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise UserError("\n".join([f"{path}:", *(_explain(e, content) for e in error.errors())])) from None
+
+
+def _on_the_base(content: dict[str, Any]) -> None:
+    """Add what a profile's `base_recipe` says to its recipes; a recipe's own key takes the place of the base's."""
+    profiles = content.get("profiles")
+    for profile in profiles.values() if isinstance(profiles, dict) else ():
+        if isinstance(profile, dict) and isinstance(profile.get("recipes"), dict):
+            base = profile.pop("base_recipe", None) or {}
+            profile["recipes"] = {name: {**base, **(own or {})} for name, own in profile["recipes"].items()}
 
 
 def _explain(error: Any, content: Any) -> str:
@@ -568,6 +579,9 @@ def _explain(error: Any, content: Any) -> str:
         parts.append(str(error["loc"][-1]))
     key = ".".join(parts) or "run"
     if error["type"] == "extra_forbidden":
+        old = next((old for old in RENAMED if f".{key}".endswith(f".{old}")), None)
+        if old and key.startswith("profiles."):
+            return f"  {key}: an old key. Now it is {RENAMED[old]}."
         return f"  {key}: unknown key (found {error['input']!r}). Remove it, or correct its name."
     if error["type"] == "missing":
         return f"  {key}: missing. Add it."

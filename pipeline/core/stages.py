@@ -47,7 +47,7 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("interrupted: nothing unfinished is left behind; run the same command again", file=sys.stderr)
             sys.exit(130)
-        _note_timing()
+        note_timing({})
 
     return run
 
@@ -59,7 +59,8 @@ def _start_in_utf8_mode() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _note_timing() -> None:
+def note_timing(more: dict[str, Any]) -> None:
+    """Add a line to the timings: the stage, its seconds so far, the machine, and what else there is to say."""
     seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {
@@ -69,6 +70,7 @@ def _note_timing() -> None:
         "cores": cpus(),
         "machine": platform.machine(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
     }
     TIMINGS.parent.mkdir(parents=True, exist_ok=True)
     with TIMINGS.open("a", encoding="utf-8") as file:

@@ -15,18 +15,18 @@ from torch.nn import functional as F
 class TokenRule:
     """Which tokens stand beside the pooled one.
 
-    none | all | random (number of positions, with replacement) | random_share (number = share of the patches, rounded
-    down, with replacement) | windows (means of consecutive windows of `number`, the remainder dropped)
+    none | all | random (number of positions, with replacement) | random_fraction (number = fraction of the patches,
+    rounded down, with replacement) | windows (means of consecutive windows of `number`, the remainder dropped)
     """
 
-    kind: Literal["none", "all", "random", "random_share", "windows"]
+    kind: Literal["none", "all", "random", "random_fraction", "windows"]
     number: float = 0
 
     def positions(self, patches: int) -> int:
         """How many positions are drawn among `patches`; 0 where the rule draws none."""
         if self.kind == "random":
             return int(self.number)
-        return int(self.number * patches) if self.kind == "random_share" else 0
+        return int(self.number * patches) if self.kind == "random_fraction" else 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class Draw(NamedTuple):
         """Asynchronously, where the tensors lie in pinned memory."""
         return Draw(*(None if part is None else part.to(device, non_blocking=True) for part in self))
 
+    def of_one(self, count: int) -> "Draw":
+        """That of the first image, for as many images."""
+        return Draw(*(None if part is None else part[:1].expand(count, *part.shape[1:]) for part in self))
+
     def pinned(self) -> "Draw":
         return Draw(*(None if part is None else part.pin_memory() for part in self))
 

@@ -6,6 +6,7 @@ T tokens of the condition, L tokens of the text, D width, K draws of tokens, P p
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -26,7 +27,12 @@ class Statistics:
 
     @staticmethod
     def _column(values: tuple[float, float, float], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+        return _column(values, like.dtype, like.device)
+
+
+@lru_cache  # a copy to a GPU waits for all that is in its queue
+def _column(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 OPENAI = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -51,6 +57,22 @@ def generator_pixels(pixels_BCHW: torch.Tensor, normalised_by: Statistics, undon
     becomes about -0.86..0.82. With twice the same statistics this is 2x - 1.
     """
     return 2 * undone_by.undo(normalised_by.apply(pixels_BCHW)) - 1
+
+
+@dataclass(frozen=True)
+class PixelRule:
+    """What tower and generator are given of images, uint8 [B, 3, H, W]; size: of the tower's."""
+
+    statistics: Statistics
+    undone_by: Statistics
+    size: int
+    antialias: bool
+
+    def tower(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return tower_pixels(images_BCHW.float() / 255, self.statistics, self.size, self.antialias)
+
+    def generator(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return generator_pixels(images_BCHW.float() / 255, self.statistics, self.undone_by)
 
 
 def crop_box(

@@ -7,6 +7,7 @@ it.
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import sys
@@ -20,22 +21,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from dvclive import Live
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.code import program
 from pipeline.core.compute import device, seeded
 from pipeline.core.outputs import remove, whole, write_json
-from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Train
+from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Tokens, Train
 from pipeline.core.processes import STARTED_BY
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
-from pipeline.diva import lora, training
+from pipeline.diva import adapters, losses, pixels, step
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.gap import GapRemoved
-from pipeline.diva.objective import Anchor, Contrast, Feedback
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.gap_correction import GapCorrection
+from pipeline.diva.losses import Denoise, Loss
+from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import checkpoints
 from pipeline.engine.feed import Feed
+from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
@@ -53,74 +58,119 @@ def start_on_every_gpu(module: str) -> None:
         os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
 
 
+CLASS_TOKEN = Condition(tokens=Tokens(kind="none"), text="mean")
+PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # what the names of a trained part's parameters tell
+
+
+def condition_of(recipe: Recipe, own: Condition) -> Condition:
+    """What the denoiser is conditioned on; own: the backbone's."""
+    return own if recipe.condition == "backbone" else CLASS_TOKEN
+
+
+def losses_of(key: str, recipe: Recipe) -> list[Loss]:
+    """The losses of a recipe, which params.yaml has at `key`. Raises UserError naming the key that is wrong."""
+    found, known = [], losses.known()
+    for loss, settings in recipe.losses.items():
+        if loss not in known:
+            raise UserError(f"{key}.losses.{loss} is unknown. Known: {', '.join(known)}.")
+        try:
+            found.append(TypeAdapter(known[loss]).validate_json(json.dumps(settings), strict=True))
+        except ValidationError as error:
+            wrong = (f"{key}.losses.{loss}.{e['loc'][0]} ({e['msg']})" for e in error.errors())
+            raise UserError(f"{', '.join(wrong)}. Correct them in params.yaml.") from None
+    return found
+
+
+def pixel_rule(backbone: Backbone, p: Train) -> pixels.PixelRule:
+    own = pixels.Statistics(backbone.mean, backbone.std)
+    tower = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
+    undone_by = pixels.IMAGENET if p.pixels.generator_statistics == "imagenet" else tower
+    return pixels.PixelRule(tower, undone_by, backbone.image_size, p.pixels.tower_antialias)
+
+
 def measure_gap(
     shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
-) -> GapRemoved:
+) -> GapCorrection:
     """The gap between the embeddings of the first images and of their captions, alike in every process."""
-    assert recipe.gap
-    steps = [("gap", step) for step in range(math.ceil(recipe.gap.pictures / recipe.batch))]
-    feed = Feed(shards, backbone, denoiser, TokenRule("none"), p, recipe, seed, compute, steps)
+    assert recipe.gap_correction
+    wanted, rule = recipe.gap_correction, pixel_rule(backbone, p)
+    steps = [("gap", number) for number in range(math.ceil(wanted.images / recipe.batch))]
+    feed = Feed(shards, backbone, denoiser, TokenRule("none"), p, recipe, [Denoise(1.0)], seed, compute, steps)
     found = [
-        (backbone.image_tokens(micro.pixels_BCHW)[0], micro.caption_BD)
-        for _, step in progress(steps, "gap between pictures and captions")
-        for micro in feed(step)
+        (backbone.image_tokens(rule.tower(micro.images_BCHW))[0], micro.caption_BD)
+        for _, number in progress(steps, "gap between images and captions")
+        for micro in feed(number)
     ]
-    images, captions = (torch.cat(parts)[: recipe.gap.pictures].cpu() for parts in zip(*found, strict=True))
+    images, captions = (torch.cat(parts)[: wanted.images].cpu() for parts in zip(*found, strict=True))
     try:
-        return GapRemoved(images, captions, recipe.gap.components)
+        return GapCorrection(images, captions, wanted.components)
     except ValueError as error:
         raise UserError(f"the recipe: {error}") from None
 
 
 @torch.no_grad()
 def build_feedback(
-    backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, seed: int, shards: Shards,
-    compute: torch.device,
+    backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, found: list[Loss], seed: int,
+    shards: Shards, compute: torch.device,
 ) -> Feedback:  # fmt: skip
     """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
 
-    own: the backbone's condition, for recipes that have none.
+    own: the backbone's condition; found: the recipe's losses, which see the tower as it was.
     """
-    condition, trained = recipe.condition or own, recipe.trained
+    condition, trained = condition_of(recipe, own), recipe.trained
     with seeded(seed, "projection"):
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
-    fits_denoiser = recipe.fit is not None and recipe.fit.denoiser
+    fits_denoiser = recipe.warmup is not None and recipe.warmup.denoiser
     denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser).to(compute)
     backbone.to(compute).clip.requires_grad_(False)
-    gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap else None
-    anchor = recipe.anchor and Anchor(
-        backbone.tower, backbone.embed(recipe.anchor.prompts), float(backbone.logit_scale)
-    )
+    gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap_correction else None
+    for loss in found:
+        loss.prepare(backbone.tower, backbone.embed, float(backbone.logit_scale))
     if isinstance(trained, Head):
         if backbone.width % trained.heads:
             raise UserError(f"the recipe: {trained.heads} heads do not divide the embedding's {backbone.width}")
         backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
     elif isinstance(trained, Lora):
         with seeded(seed, "lora"):
-            lora.adapt(backbone.clip.visual, trained.rank, trained.alpha)
-    feedback = Feedback(
-        ImageTower(backbone.clip.visual), projection, denoiser, text_1LD,
-        TokenRule(**condition.tokens.model_dump()), condition.text, gap,
-        recipe.contrast and Contrast(recipe.contrast.temperature, recipe.contrast.negatives), anchor, fits_denoiser,
-    ).to(compute)  # fmt: skip
+            adapters.adapt(backbone.clip.visual, trained.rank, trained.alpha)
+    tower = ImageTower(backbone.clip.visual)
     if p.compile:
-        feedback.compile()
+        tower.compile()
+        denoiser.compile()
         denoiser.vae.encoder.compile()
-    return feedback
+    return Feedback(
+        tower, projection, denoiser, text_1LD, TokenRule(**condition.tokens.model_dump()), condition.text,
+        pixel_rule(backbone, p), gap, fits_denoiser,
+    ).to(compute)  # fmt: skip
 
 
-def training_recipe(recipe: Recipe) -> training.Recipe:
-    """The recipe's numbers as the engine takes them."""
-    optimizer, fit = recipe.optimizer, recipe.fit
-    return training.Recipe(
-        batch=recipe.batch, steps=recipe.steps, warmup_ratio=recipe.warmup_ratio, clip_norm=recipe.clip_norm,
-        draw_weights=recipe.draw_weights, trained=recipe.trained.kind, with_projection=recipe.with_projection,
-        optimizer=optimizer.kind, lr=optimizer.lr, weight_decay=optimizer.weight_decay,
-        momentum=optimizer.momentum if isinstance(optimizer, Sgd) else 0.0,
-        projection_steps=fit.steps if fit else 0, projection_lr=fit.lr if fit else 0.0,
-        anchor_weight=recipe.anchor.weight if recipe.anchor else 0.0,
+def phases(feedback: Feedback, recipe: Recipe, found: list[Loss]) -> list[Phase]:
+    """What the recipe trains, in order."""
+    projection, optimizer = list(feedback.projection.parameters()), recipe.optimizer
+    part = PARTS[recipe.trained.kind]
+    tower = [parameter for name, parameter in feedback.tower.named_parameters() if part in name]
+    tower += projection if recipe.with_projection else []
+    made: torch.optim.Optimizer = (
+        torch.optim.SGD(
+            tower, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, fused=True
+        )
+        if isinstance(optimizer, Sgd)
+        else torch.optim.AdamW(tower, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True)
+    )
+    of_tower = Phase(
+        "tower", recipe.steps, recipe.batch, tower, made,
+        lambda number: learning_rate(number, recipe.steps, optimizer.lr, recipe.warmup_ratio),
+        recipe.draw_weights, recipe.clip_norm, found,
     )  # fmt: skip
+    if not (warmup := recipe.warmup):
+        return [of_tower]
+    fitted = [*projection, *(feedback.denoiser.unet.parameters() if feedback.fits_denoiser else [])]
+    of_projection = Phase(
+        "projection", warmup.steps, recipe.batch, fitted, torch.optim.AdamW(fitted, lr=warmup.lr, fused=True),
+        lambda number: warmup.lr, [1.0] * len(recipe.draw_weights), recipe.clip_norm, [Denoise(1.0)],
+    )  # fmt: skip
+    return [of_projection, of_tower]
 
 
 Undecodable = dict[str, set[str]]  # keys of images by shard
@@ -132,7 +182,7 @@ class RunState:
     """How far a run has come. undecodable: what its processes passed over; start: the projection that the tower
     phase found; optimizer: of the phase that the checkpoint was written in."""
 
-    records: list[training.Record]
+    records: list[step.Record]
     undecodable: Undecodable
     start: Projection | None = None
     optimizer: tuple[str, dict[str, torch.Tensor]] | None = None
@@ -155,9 +205,9 @@ class Checkpoint:
         (state,) = broadcast_object_list([state])
         if not state:
             return None
-        records = [training.Record(**record) for record in state["records"]]
+        records = [step.Record(**record) for record in state["records"]]
         last, tensors = records[-1], checkpoints.tensors(self.path)
-        training.restore(feedback, tensors)
+        step.restore(feedback, tensors)
         if self.processes.is_main_process:
             print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
         start = None
@@ -166,13 +216,14 @@ class Checkpoint:
         undecodable = {shard: set(keys) for shard, keys in state["undecodable"].items()}
         return RunState(records, undecodable, start, (last.phase, tensors))
 
-    def save_if_due(self, feedback: Feedback, phase: training.Phase, so_far: RunState) -> None:
+    def due(self) -> bool:
+        """Whether this process wants one: the first alone, by its clock."""
+        return self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, feedback: Feedback, phase: Phase, so_far: RunState) -> None:
         """A full disk costs the checkpoint, not the run: the one before it stays."""
-        due = self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
-        if not self.processes.reduce(torch.tensor(float(due), device=self.processes.device), "sum").item():
-            return
         passed_over = of_all(so_far.undecodable)
-        tensors = training.state(feedback, phase)
+        tensors = step.state(feedback, phase)
         tensors |= {f"start.{name}": tensor for name, tensor in (so_far.start or {}).items()}
         if self.processes.is_main_process:
             state = {
@@ -254,32 +305,34 @@ def digest(files: list[Path]) -> str:
 
 
 def train(
-    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, recipe: Recipe, seed: int,
-    curves: Path, processes: Accelerator, checkpoint: Checkpoint, fitted: Path | None = None,
+    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, recipe: Recipe,
+    found: list[Loss], seed: int, curves: Path, processes: Accelerator, checkpoint: Checkpoint,
+    fitted: Path | None = None,
 ) -> RunState:  # fmt: skip
-    """Run both phases from where the checkpoint stands, drawing the curves. Raises training.NotFiniteError.
+    """Run both phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError.
 
-    fitted: for the control, which is the tower phase alone: what `save_fitted` wrote of the run it is compared with.
+    found: the recipe's losses; fitted: for the control, which is the tower phase alone: what `save_fitted` wrote of
+    the run it is compared with.
     """
     if fitted:
         put_fitted(feedback, fitted)
-    phases = training.phases(feedback, training_recipe(without_fit(recipe) if fitted else recipe))
+    planned = phases(feedback, without_warmup(recipe) if fitted else recipe, found)
     precision = getattr(torch, p.precision)
     so_far = checkpoint.resume(feedback) or RunState([], shards.undecodable)
     shards.undecodable = so_far.undecodable
-    done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in phases}
+    done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in planned}
     feed = Feed(
-        shards, backbone, denoiser, feedback.tokens, p, recipe, seed, processes.device,
-        [(phase.name, step) for phase in phases for step in range(done[phase.name], phase.steps)],
+        shards, backbone, denoiser, feedback.tokens, p, recipe, found, seed, processes.device,
+        [(phase.name, number) for phase in planned for number in range(done[phase.name], phase.steps)],
         process=processes.process_index, processes=processes.num_processes, mismatched=fitted is not None,
     )  # fmt: skip
     validation = feed.validation()
 
     def measure(steps: int) -> Callable[[int], float | None]:
-        def validation_loss(step: int) -> float | None:
-            if step % p.validation.every and step != steps - 1:
+        def validation_loss(number: int) -> float | None:
+            if number % p.validation.every and number != steps - 1:
                 return None
-            return training.denoising_loss(feedback, *validation, precision, processes)
+            return step.denoising_loss(feedback, *validation, precision, processes)
 
         return validation_loss
 
@@ -288,20 +341,25 @@ def train(
     with Live(str(curves), **options) if main else nullcontext() as live:
         for record in so_far.records:
             draw(live, record)
-        for phase in phases:
+        for phase in planned:
             first = done[phase.name]
             if so_far.optimizer and so_far.optimizer[0] == phase.name:
-                training.restore_optimizer(phase, so_far.optimizer[1])
+                step.restore_optimizer(phase, so_far.optimizer[1])
             if phase.name == "tower":
                 denoiser.for_feedback(precision)  # now frozen, if it was fitted
             if phase.name == "tower" and not first:
                 so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
-            steps = training.run(feedback, phase, feed, precision, processes, first, measure(phase.steps))
+            steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase.steps), checkpoint.due)
             bar = {"initial": first, "unit": " images", "unit_scale": recipe.batch, "disable": not main}
-            for record in progress(steps, phase.name, phase.steps, **bar):
+            speed = Speed(feedback, phase, validation[0], processes, precision)
+            for record, at_rest in progress(steps, phase.name, phase.steps, **bar):
                 so_far.records.append(record)
                 draw(live, record)
-                checkpoint.save_if_due(feedback, phase, so_far)
+                speed.count()
+                if at_rest:
+                    checkpoint.save(feedback, phase, so_far)
+            if main:
+                speed.tell()
             phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
     so_far.undecodable = of_all(so_far.undecodable)
     return so_far
@@ -309,22 +367,21 @@ def train(
 
 def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
     """The CLIP's state after training, what LoRA learnt written into its weights."""
-    lora.merge(backbone.clip.visual)
+    adapters.merge(backbone.clip.visual)
     return backbone.clip.state_dict()
 
 
-def draw(live: Live | None, record: training.Record) -> None:
+def draw(live: Live | None, record: step.Record) -> None:
     """Add a step to the curves, in the process that draws them."""
     if live is None:
         return
     live.step = record.step
-    for curve in CURVES:
-        value = getattr(record, curve)
+    for curve, value in {**record.terms, **{curve: getattr(record, curve) for curve in CURVES}}.items():
         if value is not None:
             live.log_metric(f"{record.phase}/{curve}", value)
 
 
-def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, float]:
+def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, Any]:
     """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
     tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
@@ -336,13 +393,16 @@ def summary(records: list[training.Record], recipe: Recipe, seed: int, undecodab
         "undecodable_images": undecodable,
         "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
         "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
+        "terms_last_tenth": {
+            name: round(sum(record.terms[name] for record in tower[-window:]) / window, 5) for name in tower[0].terms
+        },
         "held_out_loss_first": round(validation[0], 5),
         "held_out_loss_last": round(validation[-1], 5),
     }
 
 
-def without_fit(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"fit": None})
+def without_warmup(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"warmup": None})
 
 
 def post_train(
@@ -352,8 +412,8 @@ def post_train(
     """Make models/<profile>/<weights>/<name> and its curves; own: the backbone's condition; fitted: see `train`."""
     if fitted and not fitted.is_file():
         raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
-    processes = Accelerator(cpu=device().type == "cpu")
     key = f"profiles.{profile}.recipes.{weights.removesuffix('-shuffled')}"
+    found, processes = losses_of(key, recipe), Accelerator(cpu=device().type == "cpu")
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
@@ -369,13 +429,14 @@ def post_train(
         models = Path("data", profile, "denoiser")
         mark = fingerprint(section, recipe, own, seed, backbone, models, images, fitted)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
-        started = without_fit(recipe) if fitted else recipe
-        feedback = build_feedback(backbone, denoiser, own, section, started, seed, shards, processes.device)
+        started = without_warmup(recipe) if fitted else recipe
+        feedback = build_feedback(backbone, denoiser, own, section, started, found, seed, shards, processes.device)
         try:
             end = train(
-                feedback, backbone, denoiser, shards, section, recipe, seed, curves, processes, checkpoint, fitted
-            )
-        except training.NotFiniteError as error:
+                feedback, backbone, denoiser, shards, section, recipe, found, seed, curves, processes, checkpoint,
+                fitted,
+            )  # fmt: skip
+        except step.NotFiniteError as error:
             tensors = tuned(backbone)
             if not processes.is_main_process:
                 sys.exit(1)
@@ -404,7 +465,7 @@ def post_train(
                     "seed": seed,
                     "train": section.model_dump(),
                     "recipe": recipe.model_dump(),
-                    "condition": (recipe.condition or own).model_dump(),
+                    "condition": condition_of(recipe, own).model_dump(),
                     "code": mark["code"],
                     "result": result,
                 },

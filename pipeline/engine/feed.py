@@ -23,7 +23,8 @@ from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards, Window
 from pipeline.diva import diffusion, pixels
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.training import MicroBatch
+from pipeline.diva.losses import Loss
+from pipeline.diva.step import MicroBatch
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 
@@ -66,24 +67,21 @@ class Feed:
 
     def __init__(
         self, shards: Shards, backbone: Backbone, denoiser: Denoiser, rule: TokenRule, p: Train, recipe: Recipe,
-        seed: int, compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0, processes: int = 1,
-        threads: int | None = None, mismatched: bool = False,
+        losses: list[Loss], seed: int, compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0,
+        processes: int = 1, threads: int | None = None, mismatched: bool = False,
     ) -> None:  # fmt: skip
         """steps: (phase, step) of all that will be asked for, phases being those of the training and `gap`, whose
         batches have captions; threads: that decode, by default one for each core of this process where a GPU computes,
         one where the cores do; mismatched: a control in which the tower is shown another image of the step than the one
-        to be restored. Raises UserError where a process would have no image, or a micro-batch too few for the contrast.
+        to be restored. Raises UserError where a process would have no image, or a micro-batch too few for a loss.
         """
         self.shards, self.backbone, self.denoiser, self.rule, self.p, self.recipe = (
             shards, backbone, denoiser, rule, p, recipe
         )  # fmt: skip
         self.seed, self.compute, self.steps, self.mismatched = seed, compute, steps, mismatched
-        self.captioned = {"gap"} | ({"projection"} if recipe.fit and recipe.fit.told == "captions" else set())
-        self.first = {"tower": recipe.fit.steps if recipe.fit else 0}  # steps before the first of a phase
-        own = pixels.Statistics(backbone.mean, backbone.std)
-        self.tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
-        published = p.pixels.generator_statistics == "imagenet"
-        self.undone_by = pixels.IMAGENET if published else self.tower_statistics
+        self.captioned = {"gap"} | ({"projection"} if recipe.warms_up_on_captions else set())
+        self.first = {"tower": recipe.warmup.steps if recipe.warmup else 0}  # steps before the first of a phase
+        self.view = max(loss.second_view for loss in losses)
         self.latent_shape, self.waited = denoiser.latent_shape(p.size), 0.0
         self.process, self.processes = process, processes
         self.own = share(recipe.batch, process, processes)
@@ -93,12 +91,13 @@ class Feed:
                 "raise the recipe's batch."
             )
         smallest = min(len(self.own), len(self.own) % p.micro_batch or p.micro_batch)
-        if recipe.contrast and smallest <= recipe.contrast.negatives:
-            raise UserError(
-                f"the recipe: {len(self.own)} images a step and process in micro-batches of {p.micro_batch} "
-                f"leave one of {smallest}, too few for {recipe.contrast.negatives} negatives. Choose another "
-                "train.micro_batch, fewer processes, or lower contrast.negatives."
-            )
+        for loss in losses:
+            if smallest < loss.images:
+                raise UserError(
+                    f"the recipe: {len(self.own)} images a step and process in micro-batches of {p.micro_batch} leave "
+                    f"one of {smallest}, too few for losses.{loss.name}, which needs {loss.images}. Choose another "
+                    "train.micro_batch, fewer processes, or lower what it needs."
+                )
         self.gpu = compute.type == "cuda"
         if threads is None:
             cores = cpus()
@@ -119,10 +118,14 @@ class Feed:
                 self.draw([generator(self.seed, "draw", coming.phase, step, i, k) for i in coming.samples])
                 for k in range(len(self.recipe.draw_weights))
             ]
-            yield self._micro_batch(
-                coming.pixels_BCHW, draws, last=coming.samples.stop == self.own.stop, shown_BCHW=coming.shown_BCHW,
-                view_BCHW=coming.view_BCHW, captions=captions if coming.phase in self.captioned else [],
-            )  # fmt: skip
+            captioned = coming.phase in self.captioned
+            yield MicroBatch(
+                self._there(coming.pixels_BCHW),
+                self._on_device(draws),
+                None if coming.shown_BCHW is None else self._there(coming.shown_BCHW),
+                None if coming.view_BCHW is None else self._there(coming.view_BCHW),
+                self.backbone.embed(captions) if captioned else None,
+            )
 
     def _coming(self) -> Iterator[Coming]:
         """The micro-batches in order; while one is used, the next `ahead` are filled."""
@@ -136,10 +139,9 @@ class Feed:
 
     def _start(self, phase: str, step: int, samples: range) -> Coming:
         """Let threads fill a micro-batch."""
-        contrast = self.recipe.contrast if phase == "tower" else None
         pixels_BCHW = self._room(samples)
         shown_BCHW = self._room(samples) if self.mismatched else None
-        view_BCHW = self._room(samples) if contrast else None
+        view_BCHW = self._room(samples) if self.view and phase == "tower" else None
         order = list(range(self.recipe.batch))
         if self.mismatched:
             order = derangement(self.recipe.batch, generator(self.seed, "mismatched", step))
@@ -149,8 +151,8 @@ class Feed:
             seen, crops = order[sample], list[Crop]()
             if shown_BCHW is not None:
                 crops.append((shown_BCHW[i].numpy(), (low, high), self._draws("crop", phase, step, seen)))
-            if view_BCHW is not None and contrast:
-                crops.append((view_BCHW[i].numpy(), (contrast.view, 1.0), self._draws("view", phase, step, seen)))
+            if view_BCHW is not None:
+                crops.append((view_BCHW[i].numpy(), (self.view, 1.0), self._draws("view", phase, step, seen)))
             own: Crop = pixels_BCHW[i].numpy(), (low, high), self._draws("crop", phase, step, sample)
             filling.append(self._submit(phase, step, sample, [own] if self.mismatched else [own, *crops]))
             if self.mismatched:
@@ -207,24 +209,13 @@ class Feed:
             cropped = [self.crop(images[i], scale, generator("validation", "crop", i)) for i in chosen]
             timestep_B = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * len(images)) for i in chosen])
             draw = self.draw([generator("validation", "draw", i) for i in chosen])._replace(timestep_B=timestep_B)
-            micro_batches.append(self._micro_batch(torch.from_numpy(np.stack(cropped)), [draw], last=False))
+            images_BCHW = torch.from_numpy(np.stack(cropped)).to(self.compute)
+            micro_batches.append(MicroBatch(images_BCHW, self._on_device([draw])))
         return micro_batches, len(images)
 
-    def _micro_batch(
-        self, raw_BCHW: torch.Tensor, draws: list[diffusion.Draw], last: bool, captions: list[str] | None = None,
-        shown_BCHW: torch.Tensor | None = None, view_BCHW: torch.Tensor | None = None,
-    ) -> MicroBatch:  # fmt: skip
-        restored = raw_BCHW.to(self.compute, non_blocking=True).float() / 255
-        return MicroBatch(
-            self._seen(raw_BCHW if shown_BCHW is None else shown_BCHW),
-            self.denoiser.latent(pixels.generator_pixels(restored, self.tower_statistics, self.undone_by)),
-            [(draw.pinned() if self.gpu else draw).to(self.compute) for draw in draws],
-            last,
-            self.backbone.embed(captions) if captions else None,
-            None if view_BCHW is None else self._seen(view_BCHW),
-        )
+    def _there(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """On the device; from pinned memory nobody waits for it."""
+        return pixels_BCHW.to(self.compute, non_blocking=True)
 
-    def _seen(self, raw_BCHW: torch.Tensor) -> torch.Tensor:
-        """What the tower is shown of uint8 pixels."""
-        shown, antialias = raw_BCHW.to(self.compute, non_blocking=True).float() / 255, self.p.pixels.tower_antialias
-        return pixels.tower_pixels(shown, self.tower_statistics, self.backbone.image_size, antialias)
+    def _on_device(self, draws: list[diffusion.Draw]) -> list[diffusion.Draw]:
+        return [(draw.pinned() if self.gpu else draw).to(self.compute) for draw in draws]

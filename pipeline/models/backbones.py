@@ -40,8 +40,8 @@ class ImageTower(nn.Module):
         super().__init__()
         self.visual = visual
 
-    def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pooled [B, D], patches [B, N, D]); see the function of the same name."""
+    def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pooled [B, D], patches [B, N, D]); see the function `image_tokens`."""
         return image_tokens(self.visual, pixels_BCHW)
 
 
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         return ImageTower(self.clip.visual)
 
     def image_tokens(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.tower.image_tokens(pixels_BCHW)
+        return self.tower(pixels_BCHW)
 
     def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
         """The backbone's evaluation transform, a picture to float [3, size, size]; resize_mode None: its own."""

@@ -10,6 +10,7 @@ go to metrics/bench/.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import statistics
@@ -38,10 +39,12 @@ from pipeline.core.params import Condition, MiniDenoiser, Params, Recipe, Train
 from pipeline.core.processes import cpus
 from pipeline.core.stages import progress, stage
 from pipeline.data.shards import INDEX, Shards
-from pipeline.diva import training
+from pipeline.diva import step
 from pipeline.diva.condition import TokenRule
-from pipeline.diva.objective import Feedback
-from pipeline.engine.assemble import training_recipe
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Denoise
+from pipeline.diva.schedule import Phase
+from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
@@ -89,7 +92,8 @@ class Subject:
 
     def feedback(self, projection: torch.nn.Linear) -> Feedback:
         rule = TokenRule(**self.condition.tokens.model_dump())
-        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, rule, self.condition.text)
+        pixels = pixel_rule(self.backbone, self.train)
+        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, rule, self.condition.text, pixels)
 
 
 def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:
@@ -132,40 +136,44 @@ def _denoiser(name: str, p: Any) -> tuple[Denoiser, int]:
 
 
 class PublishedDenoiser(Denoiser):
-    """As the released code runs it: float32 weights under autocast."""
+    """As the released code runs it: float32 weights under autocast, and one encoding for all draws of an image."""
+
+    encoded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        with training.autocast(pixels_BCHW.device, self.precision), torch.no_grad():
-            return self.vae.encode(pixels_BCHW).latent_dist.mean.float() * self.vae.config.scaling_factor
+        if self.encoded is None or not torch.equal(self.encoded[0], pixels_BCHW):
+            with step.autocast(pixels_BCHW.device, self.precision), torch.no_grad():
+                mean = self.vae.encode(pixels_BCHW).latent_dist.mean
+            self.encoded = pixels_BCHW, mean.float() * self.vae.config.scaling_factor
+        return self.encoded[1]
 
     def forward(self, noised_BCHW: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor) -> torch.Tensor:
         return self.unet(noised_BCHW, timestep_B, condition_BTD).sample
 
 
 def published_gradient(
-    feedback: Feedback, micro_batches: Iterator[training.MicroBatch], batch: int, draw_weights: list[float],
+    feedback: Feedback, micro_batches: Iterator[step.MicroBatch], batch: int, draw_weights: list[float],
     precision: torch.dtype,
 ) -> float:  # fmt: skip
     """Add a step's gradient as the released code does, the tower run for each draw in turn; returns the mean loss."""
     mean = 0.0
     for micro in micro_batches:
-        share = len(micro.pixels_BCHW) / batch
+        share = len(micro.images_BCHW) / batch
         for weight, draw in zip(draw_weights, micro.draws, strict=True):
-            with training.autocast(micro.pixels_BCHW.device, precision):
-                (loss,) = feedback(micro.pixels_BCHW, micro.latent_BChw, [draw])
-            (weight * share * loss).backward()
+            (loss,) = step.terms(feedback, [Denoise(1.0)], dataclasses.replace(micro, draws=[draw]), precision).values()
+            (weight * share * loss).sum().backward()
             mean += loss.item() * share / len(draw_weights)
     return mean
 
 
-def published_steps(phase: training.Phase, feedback: Feedback, feed: Feed, precision: torch.dtype) -> Iterator[float]:
+def published_steps(phase: Phase, feedback: Feedback, feed: Feed, precision: torch.dtype) -> Iterator[float]:
     """The released schedule, a loss a step."""
     optimizer = torch.optim.SGD(phase.parameters, lr=phase.lr(1), momentum=0.9)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
-    for step in range(phase.steps):
+    for number in range(phase.steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = published_gradient(feedback, feed(step), phase.batch, phase.draw_weights, precision)
+        loss = published_gradient(feedback, feed(number), phase.batch, phase.draw_weights, precision)
         torch.nn.utils.clip_grad_norm_(phase.parameters, phase.clip_norm)
         optimizer.step()
         yield loss
@@ -190,15 +198,17 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
             s.denoiser.__class__, s.denoiser.precision = PublishedDenoiser, precision
         feedback = s.feedback(projection).to(compute)
         if schedule == "engine" and s.train.compile:
-            compiled += [feedback.compile, s.denoiser.vae.encoder.compile]
-        recipe = s.recipe.model_copy(update={"steps": rounds + 3, "fit": None})
-        _, phase = training.phases(feedback, training_recipe(recipe))
-        schedule_of = [(phase.name, step) for step in range(phase.steps)]
+            compiled += [feedback.tower.compile, s.denoiser.compile, s.denoiser.vae.encoder.compile]
+        recipe = s.recipe.model_copy(update={"steps": rounds + 3, "warmup": None})
+        (phase,) = phases(feedback, recipe, [Denoise(1.0)])
+        schedule_of = [(phase.name, number) for number in range(phase.steps)]
         shards = Shards(pictures(s.train.size, 64))
-        feed = Feed(shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, 0, compute, schedule_of)
+        feed = Feed(
+            shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, phase.losses, 0, compute, schedule_of
+        )
         fed[schedule] = feed
         steps[schedule] = (
-            training.run(feedback, phase, feed, precision, Accelerator(cpu=compute.type == "cpu"))
+            step.run(feedback, phase, feed, precision, Accelerator(cpu=compute.type == "cpu"))
             if schedule == "engine"
             else published_steps(phase, feedback, feed, precision)
         )
@@ -316,14 +326,14 @@ def loader(p: Params, images: int) -> dict[str, Any]:
     section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
     folder, cores = pictures(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    clip: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3, patches=256)  # what is read of the models
+    clip: Any = SimpleNamespace(patches=256)  # what is read of the models
     denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
     result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
     for threads, number in ((1, min(images, 4000)), (cores, images)):
-        steps = [("tower", step) for step in range(max(2, number // recipe.batch))]
+        steps = [("tower", i) for i in range(max(2, number // recipe.batch))]
         feed = Feed(
-            Shards(folder), clip, denoiser, TokenRule("random", 76), section, recipe, 0, torch.device("cpu"), steps,
-            threads=threads,
+            Shards(folder), clip, denoiser, TokenRule("random", 76), section, recipe, [Denoise(1.0)], 0,
+            torch.device("cpu"), steps, threads=threads,
         )  # fmt: skip
         done, memory, times = 0, [], []
         for coming in progress(feed.coming, f"{threads} threads", len(steps) * recipe.batch // section.micro_batch):

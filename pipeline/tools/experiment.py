@@ -41,8 +41,17 @@ from pipeline.core.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSour
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
-from pipeline.diva import training
-from pipeline.engine.assemble import FITTED, Checkpoint, build_feedback, save_fitted, train, tuned, without_fit
+from pipeline.diva.step import NotFiniteError
+from pipeline.engine.assemble import (
+    FITTED,
+    Checkpoint,
+    build_feedback,
+    losses_of,
+    save_fitted,
+    train,
+    tuned,
+    without_warmup,
+)
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world
@@ -195,13 +204,14 @@ class Tunnel:
         section, own = self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.pictures(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
-        started = without_fit(recipe) if fitted else recipe
-        feedback = build_feedback(backbone, denoiser, own, section, started, run.seed, shards, self.compute)
+        started, found = without_warmup(recipe) if fitted else recipe, losses_of(run.recipe, recipe)
+        feedback = build_feedback(backbone, denoiser, own, section, started, found, run.seed, shards, self.compute)
         curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
         checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
         end = train(
-            feedback, backbone, denoiser, shards, section, recipe, run.seed, curves, self.processes, checkpoint, fitted
-        )
+            feedback, backbone, denoiser, shards, section, recipe, found, run.seed, curves, self.processes, checkpoint,
+            fitted,
+        )  # fmt: skip
         remove(curves)
         save_like(original, tuned(backbone), folder)
         if not fitted:
@@ -213,7 +223,7 @@ class Tunnel:
         pairs_folder, sets_folder = self.benchmark(run.benchmark)
         try:
             backbone = Backbone.load(self.trained(run)).to(self.compute)
-        except training.NotFiniteError as error:
+        except NotFiniteError as error:
             print(f"{run}: {error}")
             return dict.fromkeys(MEASURES, float("nan"))
         p, read_out = self.p.profile, mmvp.read_out_of(self.p.backbones[NAME].published_read_out)
@@ -228,7 +238,7 @@ class Tunnel:
 
     def unanchored(self, answers: pd.DataFrame, set_name: str) -> float:
         """Zero-shot accuracy on the pictures whose object no anchor's prompt names, %."""
-        anchored = " ".join(self.p.profile.recipes[OURS].anchor.prompts)  # type: ignore[union-attr]
+        anchored = " ".join(self.p.profile.recipes[OURS].losses["self_distillation"]["prompts"])
         asked = answers[answers.measure == "accuracy"]
         objects = [world.OBJECTS[world.picture(set_name, 1, int(i))[1][0]] for i in asked.image]
         outside = [name not in anchored.split() for name in objects]

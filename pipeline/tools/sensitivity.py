@@ -40,10 +40,10 @@ from pipeline.core.outputs import whole
 from pipeline.core.params import Train
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
-from pipeline.diva import diffusion, pixels, training
+from pipeline.diva import diffusion, step
 from pipeline.diva.condition import draw_positions
-from pipeline.diva.objective import Feedback
-from pipeline.engine.assemble import build_feedback, training_recipe
+from pipeline.diva.feedback import Feedback
+from pipeline.engine.assemble import build_feedback, losses_of, phases
 from pipeline.engine.feed import Feed
 from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
@@ -80,14 +80,14 @@ def fitted(
     """The feedback with its projection fitted, as the first phase of stage train does."""
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
-    own = p.backbones[name].condition
-    feedback = build_feedback(backbone, denoiser, own, section, recipe, p.seed, shards, compute)
-    phase = training.phases(feedback, training_recipe(recipe))[0]
-    steps = [(phase.name, step) for step in range(phase.steps)]
-    feed = Feed(shards, backbone, denoiser, feedback.tokens, section, recipe, p.seed, compute, steps)
+    own, losses = p.backbones[name].condition, losses_of(recipe_name, recipe)
+    feedback = build_feedback(backbone, denoiser, own, section, recipe, losses, p.seed, shards, compute)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
-    for _ in progress(training.run(feedback, phase, feed, precision, processes), "projection", phase.steps):
-        pass
+    for phase in phases(feedback, recipe, losses)[:-1]:
+        steps = [(phase.name, number) for number in range(phase.steps)]
+        feed = Feed(shards, backbone, denoiser, feedback.tokens, section, recipe, losses, p.seed, compute, steps)
+        for _ in progress(step.run(feedback, phase, feed, precision, processes), phase.name, phase.steps):
+            pass
     return feedback.requires_grad_(False)
 
 
@@ -102,12 +102,9 @@ def seen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(latent, condition through the projection) of whole pictures, at the size and with the statistics of training."""
     square = [question.image().resize((p.size, p.size), Image.Resampling.BICUBIC) for question in questions]
-    raw_BCHW = torch.stack([pil_to_tensor(image) for image in square]).to(compute).float() / 255
-    own = pixels.Statistics(backbone.mean, backbone.std)
-    tower_statistics = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
-    undone_by = pixels.IMAGENET if p.pixels.generator_statistics == "imagenet" else tower_statistics
-    latent_BChw = denoiser.latent(pixels.generator_pixels(raw_BCHW, tower_statistics, undone_by))
-    shown = pixels.tower_pixels(raw_BCHW, tower_statistics, backbone.image_size, p.pixels.tower_antialias)
+    images_BCHW = torch.stack([pil_to_tensor(image) for image in square]).to(compute)
+    latent_BChw = denoiser.latent(feedback.pixels.generator(images_BCHW))
+    shown = feedback.pixels.tower(images_BCHW)
     draws = [generator("sensitivity", "positions", question.id) for question in questions]
     positions_BK = draw_positions(feedback.tokens, backbone.patches, draws)
     return latent_BChw, feedback.condition(*backbone.image_tokens(shown), positions_BK)
@@ -128,19 +125,18 @@ def measure(
         denoiser.text([PROMPT + question.statement]).cpu() for question in questions
     ]  # before training drops it
     feedback = fitted(backbone, denoiser, p, name, recipe_name, compute)
-    fit = p.profile.recipes[recipe_name].fit
-    on_captions = fit is not None and fit.told == "captions"
+    on_captions = p.profile.recipes[recipe_name].warms_up_on_captions
     steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
     timesteps = [(2 * i + 1) * steps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
     rows = []
     for first in progress(range(0, len(questions), size), "pairs"):
         asked = questions[first : first + size]
-        with training.autocast(compute, getattr(torch, p.profile.train.precision)):
+        with step.autocast(compute, getattr(torch, p.profile.train.precision)):
             latent, projected = seen(feedback, backbone, denoiser, asked, p.profile.train, compute)
             told = {"caption": torch.cat(captions[first : first + size]).to(compute), "image": projected}
             if on_captions:
                 statements = backbone.embed([PROMPT + question.statement for question in asked])
-                told["text"] = feedback.told_of_text(statements)
+                told["text"] = feedback.condition_on_text(statements)
             for timestep in timesteps:
                 draws = [generator("sensitivity", "noise", timestep, question.id) for question in asked]
                 noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws]).to(compute)

@@ -1,4 +1,4 @@
-"""The gap between a CLIP's image and text embeddings, and the map that removes it.
+"""The gap between a CLIP's image and text embeddings, and the map that corrects it.
 
 The denoiser's visual projection may be fitted on text embeddings of captions; then what it is given in their place,
 image embeddings, must look like them. CLIP's two kinds of embeddings lie in two narrow cones apart from each other
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class GapRemoved(nn.Module):
+class GapCorrection(nn.Module):
     """P [(e - mean_image) sd_text / sd_image] + mean_text of a unit embedding e.
 
     P projects on the first principal components of text embeddings; sd is the root mean square distance of unit
@@ -18,13 +18,13 @@ class GapRemoved(nn.Module):
     """
 
     def __init__(self, image_ND: torch.Tensor, text_ND: torch.Tensor, components: int) -> None:
-        """Measured on embeddings of pictures and of their captions. Raises ValueError for too many components."""
+        """Measured on embeddings of images and of their captions. Raises ValueError for too many components."""
         super().__init__()
         image_ND, text_ND = F.normalize(image_ND.double(), dim=-1), F.normalize(text_ND.double(), dim=-1)
         if components > min(text_ND.shape):
             raise ValueError(
-                f"gap.components is {components}, but {len(text_ND)} embeddings of width {text_ND.shape[1]} have "
-                f"{min(text_ND.shape)} at most. Lower it, or raise gap.pictures."
+                f"gap_correction.components is {components}, but {len(text_ND)} embeddings of width "
+                f"{text_ND.shape[1]} have {min(text_ND.shape)} at most. Lower it, or raise gap_correction.images."
             )
         centred_ND = text_ND - text_ND.mean(0)
         _, _, axes_KD = torch.linalg.svd(centred_ND, full_matrices=False)

@@ -1,0 +1,75 @@
+"""Image tower, the fresh linear layer after it ("visual projection"), and the denoiser that is conditioned on them."""
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from pipeline.diva.condition import TokenRule, condition, recap
+from pipeline.diva.diffusion import Prediction
+from pipeline.diva.gap_correction import GapCorrection
+from pipeline.diva.pixels import PixelRule
+
+
+class Tower(Protocol):
+    """An image tower, of which a recipe trains all or a part."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def __call__(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pooled [B, D], patches [B, N, D])"""
+        ...
+
+
+class LatentDenoiser(Protocol):
+    """A denoiser in a latent space, frozen but where a recipe fits `unet`, which predicts, with the projection."""
+
+    unet: nn.Module
+    alphas_cumprod: torch.Tensor
+    prediction_type: Prediction
+
+    def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor: ...
+
+    def __call__(
+        self, noised_BChw: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class Feedback(nn.Module):
+    """The parts of a training, and how the denoiser is conditioned on an image or on a caption."""
+
+    def __init__(
+        self,
+        tower: Tower,
+        projection: nn.Linear,
+        denoiser: LatentDenoiser,
+        text_1LD: torch.Tensor,
+        tokens: TokenRule,
+        text_rule: Literal["sequence", "mean"],
+        pixels: PixelRule,
+        gap_correction: GapCorrection | None = None,
+        fits_denoiser: bool = False,
+    ) -> None:
+        """gap_correction: the map before the projection; fits_denoiser: whether the denoiser is fitted with the
+        projection, and so belongs to what a run changes."""
+        super().__init__()
+        self.fits_denoiser, self.gap_correction = fits_denoiser, gap_correction
+        self.tower, self.projection, self.denoiser = tower, projection, denoiser
+        self.register_buffer("text_1LD", text_1LD, persistent=False)
+        self.tokens, self.text_rule, self.pixels = tokens, text_rule, pixels
+
+    def condition(
+        self, pooled_BD: torch.Tensor, patches_BND: torch.Tensor, positions_BK: torch.Tensor | None
+    ) -> torch.Tensor:
+        tokens_BTD = recap(pooled_BD, patches_BND, self.tokens, positions_BK)
+        return self._condition(self.gap_correction(tokens_BTD) if self.gap_correction else tokens_BTD)
+
+    def condition_on_text(self, text_BD: torch.Tensor) -> torch.Tensor:
+        """The condition that embeddings of the text tower make, in the place of the image tower's."""
+        return self._condition((self.gap_correction.text(text_BD) if self.gap_correction else text_BD)[:, None])
+
+    def _condition(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
+        return condition(self.text_1LD, self.projection(tokens_BTD), self.text_rule)

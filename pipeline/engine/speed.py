@@ -1,0 +1,73 @@
+"""How fast a training is: images a second, and the share that its FLOPs are of what the machine can do."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.core.stages import note_timing
+from pipeline.diva.feedback import Feedback
+from pipeline.diva.schedule import Phase
+from pipeline.diva.step import MicroBatch, choose, terms, weighted_sum
+
+PEAKS = {  # dense TFLOP/s in bfloat16 and in float32, by a part of the GPU's name; the first that fits
+    "H200": (989.0, 67.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0), "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6), "A10": (125.0, 31.2), "RTX 4090": (165.2, 82.6), "RTX 3090": (71.0, 35.6),
+}  # fmt: skip
+
+
+class Speed:
+    """Of a phase. Wall clock differs between runs, so it is printed and noted in metrics/timings.jsonl, and stands in
+    no output. The share of the peak is left out where it is unknown, as on a CPU, and in a phase before the last."""
+
+    def __init__(
+        self, feedback: Feedback, phase: Phase, examples: list[MicroBatch], processes: Accelerator,
+        precision: torch.dtype,
+    ) -> None:  # fmt: skip
+        """examples: of which the first has the sizes of what will be trained on."""
+        self.phase, self.steps, self.flops = phase, 0, 0.0
+        self.peak = peak(processes.device, precision) * processes.num_processes
+        if self.peak and phase.name == "tower" and processes.is_main_process:
+            self.flops = flops(feedback, phase, examples[0], precision)
+
+    def count(self) -> None:
+        """A step is done. The first fills caches, so the clock starts after it."""
+        self.steps += 1
+        if self.steps == 1:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - self.start
+
+    def tell(self) -> None:
+        if self.steps < 2:
+            return
+        rate = (self.steps - 1) * self.phase.batch / self.seconds
+        found = {"phase": self.phase.name, "images_per_second": round(rate, 2)}
+        if self.flops:
+            found["share_of_peak"] = round(rate * self.flops / self.peak, 4)
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
+        note_timing(found)
+
+
+def peak(compute: torch.device, precision: torch.dtype) -> float:
+    """FLOP/s that the device does at most by its maker's word; 0 where that is unknown."""
+    name = torch.cuda.get_device_name(compute) if compute.type == "cuda" else ""
+    found = next((peaks for part, peaks in PEAKS.items() if part in name), (0.0, 0.0))
+    return 1e12 * found[precision == torch.float32]
+
+
+def flops(feedback: Feedback, phase: Phase, example: MicroBatch, precision: torch.dtype) -> float:
+    """Of the forward and backward pass of one image with all its draws, counted on the fewest that the losses need.
+
+    What is computed twice to save memory counts twice. Compilation would hide what is computed, so it waits.
+    """
+    count = max(loss.images for loss in phase.losses)
+    images_BCHW = example.images_BCHW[:1].repeat(count, 1, 1, 1)
+    draws = [example.draws[0].of_one(count)] * len(phase.draw_weights)
+    view_BCHW = images_BCHW if any(loss.second_view for loss in phase.losses) else None
+    choose(feedback, phase)
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        found = terms(feedback, phase.losses, MicroBatch(images_BCHW, draws, view_BCHW=view_BCHW), precision)
+        weighted_sum(phase, found).backward()
+    phase.optimizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / count
