@@ -42,18 +42,19 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
 
 
 def card(
-    p: params.Params, name: str, weights: str, sha256: str, code: str | None, distances: dict, missing: str | None,
+    p: params.Params, name: str, weights: str, sha256: str, notes: dict | None, distances: dict, missing: str | None,
     headed: bool,
 ) -> str:  # fmt: skip
     """The model card.
 
-    code: the hash of what trained them; missing: why there is no transformers format, where there is none; headed: is
-    there a head?
+    notes: what training left beside them, if they were trained here; missing: why there is no transformers format, if
+    there is none; headed: is there a head?
     """
     rows, found = table(p.run.profile, name, weights)
-    source, images, chosen = p.backbones[name].source, p.profile.images, p.profile.recipes.get(weights)
-    recipe = chosen and {
-        "seed": p.seed, "train": p.profile.train.model_dump(), "recipe": chosen.model_dump(exclude_none=True),
+    source, images = p.backbones[name].source, p.profile.images
+    chosen = params.Recipe.model_validate(notes["recipe"]) if notes else None
+    recipe = notes and chosen and {
+        "seed": notes["seed"], "train": notes["train"], "recipe": chosen.model_dump(exclude_none=True),
     }  # fmt: skip
     values = {
         "profile": p.run.profile, "backbone": name, "weights": weights,
@@ -64,7 +65,7 @@ def card(
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
         "rows": rows, "found": found, "distances": distances, "missing": missing,
         "captions": chosen is not None and chosen.reads_captions,
-        "headed": headed, "sha256": sha256, "code": code,
+        "headed": headed, "sha256": sha256, "code": notes and notes["code"],
         "made_from": provenance.hashes([f"models/{p.run.profile}/{weights}/{name}"]),
     }  # fmt: skip
     return render("card.md.jinja", values)
@@ -88,11 +89,11 @@ def main() -> None:
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
         if missing:
             print(f"{name}: exported for open_clip only. {missing}")
-        code = None
+        notes = None
         if weights not in CHECKPOINTS:
-            code = json.loads((original / "diva.json").read_text(encoding="utf-8"))["code"]
+            notes = json.loads((original / "diva.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(
-            card(p, name, weights, backbone.sha256, code, distances, missing, (folder / HEAD).exists()),
+            card(p, name, weights, backbone.sha256, notes, distances, missing, (folder / HEAD).exists()),
             encoding="utf-8",
         )
         write_json(metrics_file, distances)

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import open_clip
@@ -319,7 +320,12 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     report = json.loads((METRICS / "report.json").read_text())["mini"]
     Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
     distances = {"open_clip": {"image": 0.0, "text": 0.0}}
-    card = export.card(p, "dfn_224", "diva", "0123", None, distances, "no class for it", headed=False)
+
+    def notes(recipe: str) -> dict[str, Any]:
+        chosen = p.profile.recipes[recipe].model_dump(mode="json")
+        return {"seed": 42, "train": p.profile.train.model_dump(mode="json"), "recipe": chosen, "code": "0" * 64}
+
+    card = export.card(p, "dfn_224", "diva", "0123", notes("diva"), distances, "no class for it", headed=False)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license_name"] == "apple-amlr (research only)"
     assert "ViT-H-14-quickgelu, hf://apple/DFN5B-CLIP-ViT-H-14@" in card
@@ -327,7 +333,7 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     assert "hf://datasets/pixparse/cc3m-wds@" in card
     assert "There is no transformers format: no class for it" in card
     assert "recipe `diva`" in card
-    anchored = export.card(p, "dfn_224", "text_anchored", "0123", None, distances, None, headed=True)
+    anchored = export.card(p, "dfn_224", "text_anchored", "0123", notes("text_anchored"), distances, None, headed=True)
     assert "recipe `text_anchored`" in anchored
     recipe = yaml.safe_load(anchored.split("```yaml\n")[1].split("```")[0])["recipe"]
     assert recipe["timesteps"] == [600, 1000]

@@ -1,0 +1,82 @@
+"""DVC runs what an edit touches, and nothing else: each edit in a clone whose `dvc repro` has run."""
+
+import json
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from clones import Clone
+from test_end_to_end import reproduced, weights  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.slow
+FETCH = {"input@images", "input@denoiser", "mmvp_vlm", "zeroshot_sets", "backbone@mini"}
+TRAIN = {"train@mini-diva"}
+SCORE = {"mmvp@mini-pretrained", "mmvp-recipes@mini-diva", "zeroshot@mini-pretrained", "zeroshot-recipes@mini-diva"}
+EXPORT = {"export@mini-pretrained", "export-recipes@mini-diva"}
+
+
+def comment(name: str) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        with (root / name).open("a") as file:
+            file.write("# A comment.\n")
+
+    return edit
+
+
+def values(**changes: Any) -> Callable[[Path], None]:
+    """A change's key is dotted, with two underscores for a dot."""
+
+    def edit(root: Path) -> None:
+        content = yaml.safe_load((root / "params.yaml").read_text())
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            reduce(dict.__getitem__, parents, content)[last] = value(content) if callable(value) else value
+        (root / "params.yaml").write_text(yaml.safe_dump(content))
+
+    return edit
+
+
+EDITS = {
+    "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | SCORE | EXPORT),
+    "a comment in data": (comment("pipeline/data/shards.py"), {"plan"} | TRAIN),
+    "a comment in diva": (comment("pipeline/diva/losses.py"), TRAIN),
+    "a value of the recipe": (values(profiles__mini__recipes__diva__steps=5), TRAIN),
+    "a new key of the recipe": (values(profiles__mini__recipes__diva__clip_norm=2.0), TRAIN),
+    "a value of another recipe": (values(profiles__mini__recipes__text_anchored__steps=5), set()),
+    "a new recipe": (
+        values(
+            profiles__mini__recipes__other=lambda content: content["profiles"]["mini"]["recipes"]["diva"],
+            run__recipes=["diva", "other"],
+        ),
+        {"plan", "report", "train@mini-other", "mmvp-recipes@mini-other", "zeroshot-recipes@mini-other"}
+        | {"export-recipes@mini-other"},
+    ),
+    "a new backbone": (
+        values(backbones__other=lambda content: content["backbones"]["mini"], run__backbones=["mini", "other"]),
+        {"plan", "report", "backbone@other", "train@other-diva"}
+        | {each.replace("@mini", "@other") for each in SCORE | EXPORT},
+    ),
+    "a larger benchmark": (values(profiles__mini__zeroshot_sets__retrieval=7), {"plan"}),
+}
+
+
+@pytest.mark.parametrize("weights", [("pretrained", "diva")], ids=[2], indirect=True)
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_runs_what_it_touches(reproduced: Clone, tmp_path: Path, name: str) -> None:  # noqa: F811
+    edit, expected = EDITS[name]
+    clone = reproduced.copy(tmp_path / "clone")
+    edit(clone.root)
+    assert stale(clone) == expected
+    if "plan" in expected:  # whose answers are the same, but where what an input is made of has changed
+        clone.run("dvc", "repro", "-s", "pipeline/dvc.yaml:plan")
+        remade = {"zeroshot_sets"} if "benchmark" in name else set()
+        assert stale(clone) == expected - {"plan"} | remade
+
+
+def stale(clone: Clone) -> set[str]:
+    """The stages that DVC calls changed, but for those that only follow from others."""
+    found = json.loads(clone.run("dvc", "status", "--json"))
+    return {stage.rpartition(":")[2] for stage in found}
