@@ -194,12 +194,8 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(
-<<<<<<< HEAD
         UserError,
         match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images",
-=======
-        UserError, match=r"00001\.tar holds [89] images, 8 of .* shards\.json says 16 and 16.*--force \S+:input@images"
->>>>>>> ec81c797966c0a115583bb7d4753dcc998762b10
     ):
         epoch(Shards(folder), 0)
 
