@@ -562,7 +562,7 @@ def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
     found = assemble.summary(records, recipe(), 42, 0)
     assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (1, 29)  # of 0 1 2 and of 28 29 30
     assert found["terms_last_tenth"] == {"denoise": 58}
-    assert (found["held_out_loss_first"], found["held_out_loss_last"]) == (0, 30)
+    assert (found["validation_loss_first"], found["validation_loss_last"]) == (0, 30)
     assert found["images"] == 36 * 8
 
 

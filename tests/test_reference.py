@@ -111,7 +111,7 @@ def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytes
         ("report.json", ("mini", "gain", "diva", "probe"), float("nan"), "gain.diva.probe is nan, outside"),
         ("report.json", ("mini", "score", "pretrained"), {}, "pretrained.zeroshot is nan, outside"),
         ("denoiser.json", ("held_out_loss", "right"), 70.0, "denoiser.right is 70, outside"),
-        ("train/mini-diva/metrics.json", ("held_out_loss_last",), -70.0, "training.diva.held_out_loss_fell_by is 70"),
+        ("train/mini-diva/metrics.json", ("validation_loss_last",), -70.0, "training.diva.validation_loss_fell_by is 70"),
         ("train/mini-diva/metrics.json", ("steps",), 5, "training.diva.steps is 5, wanted 4"),
         (
             "mmvp/mini-diva.json",
@@ -196,7 +196,7 @@ def test_the_committed_reference_is_of_runs_enough_and_their_bands_are_narrow() 
     assert len({row["seed"] for row in runs}) == len(runs) >= 7
     assert len({json.dumps(row["rounding"]) for row in runs}) == len(runs)
     assert all(row["figures"].keys() == runs[0]["figures"].keys() for row in runs)
-    known = re.compile(r"training(\.diva)?\.held_out_loss_fell_by|gain(\.diva)?\.probe|agreement\..*")
+    known = re.compile(r"training(\.diva)?\.validation_loss_fell_by|gain(\.diva)?\.probe|agreement\..*")
     names = [name for name in runs[0]["figures"] if known.fullmatch(name)]
     assert len(names) == 4
     for name in names:  # 0: of a tower that is not trained; of labels or pooling rules exchanged, at most

@@ -396,8 +396,8 @@ def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: 
         "terms_last_tenth": {
             name: round(sum(record.terms[name] for record in tower[-window:]) / window, 5) for name in tower[0].terms
         },
-        "held_out_loss_first": round(validation[0], 5),
-        "held_out_loss_last": round(validation[-1], 5),
+        "validation_loss_first": round(validation[0], 5),
+        "validation_loss_last": round(validation[-1], 5),
     }
 
 

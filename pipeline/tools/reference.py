@@ -93,7 +93,7 @@ class Run(NamedTuple):
             "denoiser": {"right": loss["right"]}
             | {f"{k}_less_right": loss[k] - loss["right"] for k in ("empty", "wrong")},
             "training": {
-                recipe: {"held_out_loss_fell_by": found["held_out_loss_first"] - found["held_out_loss_last"]}
+                recipe: {"validation_loss_fell_by": found["validation_loss_first"] - found["validation_loss_last"]}
                 for recipe, found in training.items()
             },
         }
