@@ -111,7 +111,12 @@ def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytes
         ("report.json", ("mini", "gain", "diva", "probe"), float("nan"), "gain.diva.probe is nan, outside"),
         ("report.json", ("mini", "score", "pretrained"), {}, "pretrained.zeroshot is nan, outside"),
         ("denoiser.json", ("held_out_loss", "right"), 70.0, "denoiser.right is 70, outside"),
-        ("train/mini-diva/metrics.json", ("validation_loss_last",), -70.0, "training.diva.validation_loss_fell_by is 70"),
+        (
+            "train/mini-diva/metrics.json",
+            ("validation_loss_last",),
+            -70.0,
+            "training.diva.validation_loss_fell_by is 70",
+        ),
         ("train/mini-diva/metrics.json", ("steps",), 5, "training.diva.steps is 5, wanted 4"),
         (
             "mmvp/mini-diva.json",
