@@ -22,6 +22,7 @@ from pipeline.mini import world
 ROOT = Path(__file__).parents[1]
 DATA, MODELS, METRICS = Path("data/mini"), Path("models/mini"), Path("metrics/mini")
 SHRUNK = {
+    "run.recipes": ["diva"],
     "profiles.mini.images.count": 12,
     "profiles.mini.images.shard_size": 6,
     "profiles.mini.images.processes": 1,
