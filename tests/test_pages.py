@@ -1,6 +1,8 @@
 """The README pages: their tables are fresh, links hold, and every command and snippet is one that works."""
 
 import copy
+import dataclasses
+import gc
 import re
 import shlex
 from functools import reduce
@@ -8,11 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from dvc.repo import Repo
 
 from pipeline.core import params
 from pipeline.core.stages import UserError
+from pipeline.diva import losses
 from pipeline.tools import pages
 
 ROOT = Path(__file__).parents[1]
@@ -125,12 +129,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
 # Commands
 
 
+def read(content: dict, folder: Path) -> params.Params:
+    file = folder / "params.yaml"
+    file.write_text(yaml.dump(content), encoding="utf-8")
+    return params.load(file)
+
+
 def overrides(words: list[str]) -> list[str]:
     return [value for option, value in pairwise(words) if option == "-S"]
 
 
 @pytest.mark.parametrize(("page", "words"), of_program("dvc", "exp", "run"), ids=names(of_program("dvc", "exp", "run")))
-def test_experiments_have_parameters_that_are_accepted(page: Path, words: list[str]) -> None:
+def test_experiments_have_parameters_that_are_accepted(page: Path, words: list[str], tmp_path: Path) -> None:
     content = copy.deepcopy(PARAMS)
     for override in overrides(words):
         key, _, value = override.partition("=")
@@ -138,7 +148,7 @@ def test_experiments_have_parameters_that_are_accepted(page: Path, words: list[s
         section = reduce(dict.__getitem__, sections, content)
         assert name in section, f"{page}: {key}"
         section[name] = yaml.safe_load(value)
-    p = params.Params.model_validate(content)
+    p = read(content, tmp_path)
     target = [word for word in words[3:4] if word != "-S"]
     assert target == (["dvc.yaml"] if p.run.profile == "paper" else [])
     if p.run.profile == "paper":  # whatever params.yaml has today, the command says all
@@ -187,11 +197,27 @@ def test_every_command_is_of_a_program_that_is_checked() -> None:
                 assert words[:2] in (["python3", "-m"], ["pip", "install"]), words
 
 
-def test_a_backbone_as_the_page_has_it_is_accepted() -> None:
+def test_a_backbone_as_the_page_has_it_is_accepted(tmp_path: Path) -> None:
     (entry,) = re.findall(r"```yaml\n(.*?)```", TEXTS[Path("pipeline/README.md")], re.DOTALL)
     own = yaml.safe_load(entry)
-    params.Params.model_validate(PARAMS | {"backbones": PARAMS["backbones"] | own})
+    read(PARAMS | {"backbones": PARAMS["backbones"] | own}, tmp_path)
     assert not own.keys() & PARAMS["backbones"].keys()
+
+
+def test_a_loss_as_the_page_has_it() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXTS[Path("pipeline/README.md")], re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert losses.known()["stay_close"] is names["StayClose"]
+    loss, pixels = losses.known()["stay_close"](weight=0.1), torch.rand(2, 3, 4, 4)
+    loss.prepare(lambda shown: (shown.flatten(1), None), lambda texts: torch.zeros(len(texts), 48), 1.0)
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(losses.Made))
+    made = losses.Made(**nothing | {"shown_BCHW": pixels, "pooled_BD": pixels.flatten(1) + 0.5})
+    assert float(loss(made)) == pytest.approx(48 * 0.25)
+    names.clear()
+    del loss
+    gc.collect()  # the class is gone for other tests
+    assert "stay_close" not in losses.known()
 
 
 def test_the_recipes_are_those_of_params() -> None:
