@@ -26,9 +26,9 @@ PROGRAM = re.compile(r"(make|python3?|pip|pytest|dvc|torchrun) ")
 COMMANDS = [
     (page, shlex.split(line.strip(), comments=True))
     for page, text in TEXTS.items()
-    for quoted in re.findall(r"^```\n(.*?)^```|`([^`\n]+)`", text, re.DOTALL | re.MULTILINE)
+    for language, *quoted in re.findall(r"^```(\w*)\n(.*?)^```$|`([^`\n]+)`", text, re.DOTALL | re.MULTILINE)
     for line in "\n".join(quoted).splitlines()
-    if PROGRAM.match(line.strip())
+    if not language and PROGRAM.match(line.strip())
 ]
 
 
