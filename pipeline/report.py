@@ -11,7 +11,7 @@ can make the report of checkpoints without training; they change only with the w
 
     python -m pipeline.report --show                    the table of the last report
     python -m pipeline.report --compare [a [b]]         two commits (default: the last, and the workspace), pair by pair
-    ... --check                                         exit status 1 unless the verdicts are good (README)
+    ... --check                                         exit status 1 unless the verdicts are good (metrics/README.md)
 """
 
 import argparse

@@ -398,7 +398,8 @@ def test_a_card_names_code_and_data_and_needs_no_git(
 
 
 PAGES = {page: (ROOT / page).read_text() for page in pages.PAGES}
-SNIPPETS = [snippet for page in PAGES.values() for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+USE = PAGES[Path("README.md")] + PAGES[Path("models/README.md")]
+SNIPPETS = re.findall(r"```python\n(.*?)```", USE, re.DOTALL)
 
 
 @pytest.mark.usefixtures("handed_over")

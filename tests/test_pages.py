@@ -1,28 +1,34 @@
 """The README pages: their tables are fresh, links hold, and every command and snippet is one that works."""
 
+import copy
+import dataclasses
+import gc
 import re
 import shlex
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from dvc.repo import Repo
-from dvc.utils.hydra import apply_overrides
-from shrunk import ROOT
 
 from pipeline.core import params
 from pipeline.core.stages import UserError
+from pipeline.diva import losses
 from pipeline.tools import pages
 
+ROOT = Path(__file__).parents[1]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES}
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 PROGRAM = re.compile(r"(make|python3?|pip|pytest|dvc|torchrun) ")
 COMMANDS = [
     (page, shlex.split(line.strip(), comments=True))
     for page, text in TEXTS.items()
-    for quoted in re.findall(r"^```\n(.*?)^```|`([^`\n]+)`", text, re.DOTALL | re.MULTILINE)
+    for language, *quoted in re.findall(r"^```(\w*)\n(.*?)^```$|`([^`\n]+)`", text, re.DOTALL | re.MULTILINE)
     for line in "\n".join(quoted).splitlines()
-    if PROGRAM.match(line.strip())
+    if not language and PROGRAM.match(line.strip())
 ]
 
 
@@ -123,16 +129,26 @@ def test_files_that_are_named_exist(page: Path) -> None:
 # Commands
 
 
+def read(content: dict, folder: Path) -> params.Params:
+    file = folder / "params.yaml"
+    file.write_text(yaml.dump(content), encoding="utf-8")
+    return params.load(file)
+
+
 def overrides(words: list[str]) -> list[str]:
     return [value for option, value in pairwise(words) if option == "-S"]
 
 
 @pytest.mark.parametrize(("page", "words"), of_program("dvc", "exp", "run"), ids=names(of_program("dvc", "exp", "run")))
 def test_experiments_have_parameters_that_are_accepted(page: Path, words: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text(Path("params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    apply_overrides(file, overrides(words))
-    p = params.load(file)
+    content = copy.deepcopy(PARAMS)
+    for override in overrides(words):
+        key, _, value = override.partition("=")
+        *sections, name = key.split(".")
+        section = reduce(dict.__getitem__, sections, content)
+        assert name in section, f"{page}: {key}"
+        section[name] = yaml.safe_load(value)
+    p = read(content, tmp_path)
     target = [word for word in words[3:4] if word != "-S"]
     assert target == (["dvc.yaml"] if p.run.profile == "paper" else [])
     if p.run.profile == "paper":  # whatever params.yaml has today, the command says all
@@ -183,13 +199,28 @@ def test_every_command_is_of_a_program_that_is_checked() -> None:
 
 def test_a_backbone_as_the_page_has_it_is_accepted(tmp_path: Path) -> None:
     (entry,) = re.findall(r"```yaml\n(.*?)```", TEXTS[Path("pipeline/README.md")], re.DOTALL)
-    own, text = yaml.safe_load(entry), Path("params.yaml").read_text(encoding="utf-8")
-    file = tmp_path / "params.yaml"
-    file.write_text(text + "\n" + re.sub(r"^", "  ", entry, flags=re.MULTILINE), encoding="utf-8")
-    assert params.load(file).backbones.keys() > own.keys()
+    own = yaml.safe_load(entry)
+    read(PARAMS | {"backbones": PARAMS["backbones"] | own}, tmp_path)
+    assert not own.keys() & PARAMS["backbones"].keys()
+
+
+def test_a_loss_as_the_page_has_it() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXTS[Path("pipeline/README.md")], re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert losses.known()["stay_close"] is names["StayClose"]
+    loss, pixels = losses.known()["stay_close"](weight=0.1), torch.rand(2, 3, 4, 4)
+    loss.prepare(lambda shown: (shown.flatten(1), None), lambda texts: torch.zeros(len(texts), 48), 1.0)
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(losses.Made))
+    made = losses.Made(**nothing | {"shown_BCHW": pixels, "pooled_BD": pixels.flatten(1) + 0.5})
+    assert float(loss(made)) == pytest.approx(48 * 0.25)
+    names.clear()
+    del loss
+    gc.collect()  # the class is gone for other tests
+    assert "stay_close" not in losses.known()
 
 
 def test_the_recipes_are_those_of_params() -> None:
-    p, text = params.load(), TEXTS[Path("README.md")]
-    rows = re.findall(r"^\| `(\w+)` \|", text.split("\n## Recipes\n")[1].split("\n## ")[0], re.MULTILINE)
-    assert all(rows == list(p.profiles[profile].recipes) for profile in ("mini", "paper"))
+    section = TEXTS[Path("README.md")].split("\n## Recipes\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert all(rows == list(PARAMS["profiles"][profile]["recipes"]) for profile in ("mini", "paper"))

@@ -150,7 +150,7 @@ def evidence(
 
     weights, by weights: gain: over pretrained, each column. as_published: stock embedding before, published pooling
     after, as the paper's table has it. pairs: won, lost, McNemar's p, smallest gain. cosine: of the pairs' images'
-    stock embeddings to the original ones. verdict: by the README's rule.
+    stock embeddings to the original ones. verdict: by the rule of metrics/README.md.
     pooling: the part of as_published that the pooling rule alone gives. effect, by control's weights: the recipe's gain
     minus the control's (difference in differences). difference, by two recipes: the first's gain minus the second's.
 

@@ -1,4 +1,4 @@
-"""Intervals, exact tests, power, and the rule by which a verdict is given (README, "How a verdict is reached")."""
+"""Intervals, exact tests, power, and the rule by which a verdict is given (metrics/README.md)."""
 
 import math
 from collections.abc import Sequence
