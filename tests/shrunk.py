@@ -22,7 +22,6 @@ from pipeline.mini import world
 ROOT = Path(__file__).parents[1]
 DATA, MODELS, METRICS = Path("data/mini"), Path("models/mini"), Path("metrics/mini")
 SHRUNK = {
-    "run.recipes": ["diva"],
     "profiles.mini.images.count": 12,
     "profiles.mini.images.shard_size": 6,
     "profiles.mini.images.processes": 1,
@@ -79,7 +78,7 @@ def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
 def write_params(folder: Path = Path(), **changes: Any) -> None:
     """Write the committed params.yaml, shrunk; a change's key is dotted."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for key, value in {**SHRUNK, **changes}.items():
+    for key, value in {**SHRUNK, **run_of(SCORED), **changes}.items():
         *parents, last = key.split(".")
         reduce(dict.__getitem__, parents, content)[last] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(content))

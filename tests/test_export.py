@@ -269,11 +269,17 @@ def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None
 # The stage, the card and the pages
 
 
+def notes(p: params.Params, recipe: str) -> dict[str, Any]:
+    """What training writes beside the weights, as far as a card tells of it."""
+    chosen = p.profile.recipes[recipe].model_dump(mode="json")
+    return {"seed": 42, "train": p.profile.train.model_dump(mode="json"), "recipe": chosen, "code": "0123abcd"}
+
+
 @pytest.fixture
 def handed_over(here: Path) -> Path:
     """A folder in which the pretrained weights stand for diva's and were exported; returns the export."""
     shutil.copytree(MODELS / "pretrained", MODELS / "diva")
-    write_json(MODELS / "diva/mini/diva.json", {"code": "0123abcd"})
+    write_json(MODELS / "diva/mini/diva.json", notes(params.load(), "diva"))
     run(export, "mini", "diva")
     return MODELS / "export/mini-diva"
 
@@ -321,11 +327,7 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
     distances = {"open_clip": {"image": 0.0, "text": 0.0}}
 
-    def notes(recipe: str) -> dict[str, Any]:
-        chosen = p.profile.recipes[recipe].model_dump(mode="json")
-        return {"seed": 42, "train": p.profile.train.model_dump(mode="json"), "recipe": chosen, "code": "0" * 64}
-
-    card = export.card(p, "dfn_224", "diva", "0123", notes("diva"), distances, "no class for it", headed=False)
+    card = export.card(p, "dfn_224", "diva", "0123", notes(p, "diva"), distances, "no class for it", headed=False)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license_name"] == "apple-amlr (research only)"
     assert "ViT-H-14-quickgelu, hf://apple/DFN5B-CLIP-ViT-H-14@" in card
@@ -333,7 +335,9 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     assert "hf://datasets/pixparse/cc3m-wds@" in card
     assert "There is no transformers format: no class for it" in card
     assert "recipe `diva`" in card
-    anchored = export.card(p, "dfn_224", "text_anchored", "0123", notes("text_anchored"), distances, None, headed=True)
+    anchored = export.card(
+        p, "dfn_224", "text_anchored", "0123", notes(p, "text_anchored"), distances, None, headed=True
+    )
     assert "recipe `text_anchored`" in anchored
     recipe = yaml.safe_load(anchored.split("```yaml\n")[1].split("```")[0])["recipe"]
     assert recipe["timesteps"] == [600, 1000]
