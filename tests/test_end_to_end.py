@@ -105,7 +105,7 @@ def test_an_experiment_runs_what_depends_on_it_and_is_compared(
 ) -> None:
     clone = changed
     rerun = scored(*weights[1:]) | exported(*weights)  # a card has the scores, and the seed
-    assert set(stages_run(clone.output)) == rerun | trained(weights) | {"report"}
+    assert set(stages_run(clone.output)) == rerun | trained(weights) | {"plan", "report"}
     made = json.loads((clone.root / "models/mini/diva/mini/diva.json").read_text())
     assert (made["seed"], made["recipe"]["optimizer"]["lr"]) == (3, 5e-05)
     first_losses = [(each.root / LOSS_CURVE).read_text().splitlines()[1] for each in (reproduced, changed)]
@@ -188,7 +188,7 @@ def test_a_training_interrupted_and_killed_ends_with_the_same_bytes(
     printed_at_its_end(clone, dvc)
     assert clone.contents(*made) == {}
 
-    assert stages_run(clone.run("dvc", "repro", TRAIN)) == ["train@mini"]
+    assert stages_run(clone.run("dvc", "repro", TRAIN)) == ["train@mini-diva"]
     assert clone.contents(LOCKS[1], *made) == changed.contents(LOCKS[1], *made) != {}
 
 
@@ -220,7 +220,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     printed_at_its_end(clone, dvc)
     left.append(clone.contents("data", "models", "metrics"))
 
-    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini"
+    assert stages_run(clone.run("dvc", "repro"))[0] == "train@mini-diva"
     expected = reproduced.contents(*LOCKS, "data", "models", "metrics")
     assert clone.contents(*LOCKS, "data", "models", "metrics") == expected
     assert all(contents.items() <= expected.items() for contents in left)
