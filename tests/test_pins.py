@@ -26,10 +26,11 @@ TWO = "run: {profile: chosen}\nprofiles: {a: {threads: 3}, b: {threads: 4}}"
 
 
 def found_by(code: str, folder: Path, **environment: str) -> dict:
-    """What `code` prints as JSON in a fresh process, without the pins of this one."""
+    """What `code` prints as JSON on its last line, in a fresh process, without the pins of this one."""
     clean = {name: value for name, value in os.environ.items() if name not in pipeline.PINS}
     clean |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    return json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=folder, env=clean, text=True))
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=folder, env=clean, text=True)
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_the_package_pins_before_torch_and_leaves_what_the_user_set() -> None:
