@@ -20,6 +20,7 @@ from pipeline.evidence.provenance import run
 from pipeline.evidence.results import COLUMNS, seeds_table
 from pipeline.tools import sweep
 
+ROOT = Path(__file__).parents[1]
 TABLE = Path("metrics/seeds/mini.csv")
 
 
@@ -211,6 +212,7 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     assert Path("runs").read_text().split() == ["42", "1", "2", "3"]
     assert TABLE.read_bytes() == written
 
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # else the folder `pipeline` here hides the package
     killed = subprocess.Popen([sys.executable, "-m", "pipeline.tools.sweep", "--seeds", "9"], stdout=subprocess.DEVNULL)
     while not Path("waiting").exists():
         assert killed.poll() is None
