@@ -3,7 +3,7 @@
 Importing this package pins what decides the bytes of arithmetic on a CPU, before numpy and torch are imported: the
 instructions that their libraries use, and the number of threads. Each library would else use the widest instructions of
 the processor and all of its cores, sum in another order on another machine, and training would carry the difference on.
-A variable that the user has set stays as it is; `core.compute.device` says so.
+A variable that the user has set stays as it is; `core.compute.deterministic_device` says so.
 """
 
 import os

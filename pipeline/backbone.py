@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import CheckpointSource, MiniSource
 from pipeline.core.stages import stage
 from pipeline.data import downloads
@@ -24,7 +24,7 @@ from pipeline.models import backbones
 def make(source: MiniSource, folder: Path) -> dict[str, Any]:
     """Train the mini backbone: the text tower first, then the image tower on captions that hardly name a detail."""
     clip, tok, architecture = pretrain.new_clip(source.architecture)
-    clip.to(device())
+    clip.to(deterministic_device())
     image, preprocessing = source.image_tower, source.preprocessing.model_dump()
     text_losses = pretrain.text_tower(clip, tok, source.text_tower)
     blind = pretrain.hardly_a_detail(image.detail_probability)
@@ -38,7 +38,7 @@ def make(source: MiniSource, folder: Path) -> dict[str, Any]:
     }
 
 
-def bring(source: CheckpointSource, folder: Path) -> dict[str, Any]:
+def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
     """Fetch a published checkpoint and its tokenizer, and convert them; returns whence they came."""
     backbones.write_config(source.architecture, source.preprocessing.model_dump(), folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -57,8 +57,8 @@ def main() -> None:
         Path("models", p.run.profile, "pretrained", name),
         Path("metrics", p.run.profile, "backbone", f"{name}.json"),
     )
-    with whole(*outputs) as (folder, metrics_file):
-        metrics = make(source, folder) if isinstance(source, MiniSource) else bring(source, folder)
+    with atomic(*outputs) as (folder, metrics_file):
+        metrics = make(source, folder) if isinstance(source, MiniSource) else fetch(source, folder)
         backbone = backbones.Backbone.load(folder)  # what later stages will load can be loaded
         write_json(metrics_file, {"parameters": sum(q.numel() for q in backbone.parameters()), **metrics})
 

@@ -1,7 +1,7 @@
 """Stage denoiser: the frozen text-to-image model, in the layout of stable-diffusion-2-1-base.
 
 data/<profile>/denoiser/{vae,unet,text_encoder,tokenizer,scheduler}/
-metrics/<profile>/denoiser.json     parameters; whence it came or, where it was made here, its held-out loss under the
+metrics/<profile>/denoiser.json     parameters; whence it came or, where it was made here, its validation loss under the
                                     right, an empty and a wrong caption (and reconstructions.png beside the model)
 """
 
@@ -14,8 +14,8 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from pipeline.core import params
-from pipeline.core.compute import device, generator
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.compute import deterministic_device, generator
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import MiniDenoiser
 from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads
@@ -25,25 +25,25 @@ from pipeline.models.stable_diffusion import Denoiser
 
 
 def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]:
-    """Pre-train the mini denoiser and save it with a picture of what its latents keep; returns its metrics."""
-    pixels, scenes = pretrain.pictures("denoiser", p.pictures + p.held_out, "pictures of the denoiser")
-    vae = pretrain.autoencoder(pixels[: p.pictures], **p.autoencoder.model_dump())
+    """Pre-train the mini denoiser and save it with an image of what its latents keep; returns its metrics."""
+    pixels, scenes = pretrain.images("denoiser", p.images + p.validation, "images of the denoiser")
+    vae = pretrain.autoencoder(pixels[: p.images], **p.autoencoder.model_dump())
     scheduler = DDPMScheduler(**p.scheduler.model_dump())
-    denoiser, losses = pretrain.denoiser(vae, scheduler, pixels[: p.pictures], scenes, p, compute)
-    held_out, held_scenes = pixels[p.pictures :].to(compute), scenes[p.pictures :]
-    captions = [world.caption(scene) for scene in held_scenes]
+    denoiser, losses = pretrain.denoiser(vae, scheduler, pixels[: p.images], scenes, p, compute)
+    kept, kept_scenes = pixels[p.images :].to(compute), scenes[p.images :]
+    captions = [world.caption(scene) for scene in kept_scenes]
     by_caption = {
         "right": captions,
         "empty": [""] * len(captions),
         "wrong": captions[1:] + captions[:1],
     }
-    loss = {which: conditional_loss(denoiser, held_out, texts) for which, texts in by_caption.items()}
-    restored = denoiser.pixels(denoiser.latent(pretrain.unit_range(held_out)))
+    loss = {which: conditional_loss(denoiser, kept, texts) for which, texts in by_caption.items()}
+    restored = denoiser.pixels(denoiser.latent(pretrain.unit_range(kept)))
     denoiser.save(folder, scheduler)
-    _strip(held_out[:8], restored[:8]).save(folder / "reconstructions.png", "png")
+    _strip(kept[:8], restored[:8]).save(folder / "reconstructions.png", "png")
     return {
-        "held_out_loss": {which: round(value, 5) for which, value in loss.items()},
-        "reconstruction_mse": round(torch.nn.functional.mse_loss(restored, pretrain.unit_range(held_out)).item(), 5),
+        "validation_loss": {which: round(value, 5) for which, value in loss.items()},
+        "reconstruction_mse": round(torch.nn.functional.mse_loss(restored, pretrain.unit_range(kept)).item(), 5),
         "training_loss": {"first": round(losses[0], 5), "last_50": round(float(np.mean(losses[-50:])), 5)},
     }
 
@@ -71,10 +71,10 @@ def _strip(pixels: torch.Tensor, restored: torch.Tensor) -> Image.Image:
 
 @stage
 def main() -> None:
-    p, compute = params.load(), device()
+    p, compute = params.load(), deterministic_device()
     section = p.profile.denoiser
     outputs = Path("data", p.run.profile, "denoiser"), Path("metrics", p.run.profile, "denoiser.json")
-    with whole(*outputs) as (folder, metrics_file):
+    with atomic(*outputs) as (folder, metrics_file):
         if isinstance(section, MiniDenoiser):
             metrics = make(section, folder, compute)
         else:

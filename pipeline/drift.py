@@ -15,9 +15,9 @@ import torch
 
 from pipeline.core import params
 from pipeline.core.compute import generator
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
-from pipeline.models.backbones import PREFIX, Tensors, fresh_head, save_like, state
+from pipeline.models.backbones import PREFIX, Tensors, fresh_head, save_like, stored_tensors
 
 
 def drifted(before: Tensors, after: Tensors, seed: int) -> Tensors:
@@ -35,7 +35,7 @@ def drift(original: Path, trained: Path, seed: int, folder: Path) -> float:
 
     Where a head was trained, it drifts from the fresh one that training started from.
     """
-    before, after = dict(state(original)), state(trained)
+    before, after = dict(stored_tensors(original)), stored_tensors(trained)
     if head := {name.removeprefix(PREFIX): tensor for name, tensor in after.items() if name.startswith(PREFIX)}:
         fresh = fresh_head(len(head["norm_pooled.weight"]), int(head["heads"]), seed).state_dict()
         before |= {PREFIX + name: tensor for name, tensor in fresh.items()}
@@ -49,7 +49,7 @@ def main() -> None:
     p, (name, recipe) = params.load(), sys.argv[1:3]
     models, weights = Path("models", p.run.profile), f"{recipe}-drift"
     outputs = models / weights / name, Path("metrics", p.run.profile, "train", f"{name}-{weights}")
-    with whole(*outputs) as (folder, metrics):
+    with atomic(*outputs) as (folder, metrics):
         distance = drift(models / "pretrained" / name, models / recipe / name, p.seed, folder)
         metrics.mkdir()
         write_json(metrics / "metrics.json", {"seed": p.seed, "norm_of_change": round(distance, 5)})

@@ -12,14 +12,14 @@ import yaml
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import CheckpointSource, PublishedImages
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
 from pipeline.evidence.results import CHECKPOINTS, COLUMNS
 from pipeline.evidence.statistics import Interval
-from pipeline.evidence.templates import render
+from pipeline.evidence.templates import fill
 from pipeline.models import exports
 from pipeline.models.backbones import Backbone
 from pipeline.models.residual_head import HEAD
@@ -42,13 +42,13 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
 
 
 def card(
-    p: params.Params, name: str, weights: str, sha256: str, notes: dict | None, distances: dict, missing: str | None,
-    headed: bool,
+    p: params.Params, name: str, weights: str, sha256: str, notes: dict | None, distances: dict,
+    no_transformers: str | None, headed: bool,
 ) -> str:  # fmt: skip
     """The model card.
 
-    notes: what training left beside them, if they were trained here; missing: why there is no transformers format, if
-    there is none; headed: is there a head?
+    notes: what training saved beside them, if they were trained here. no_transformers: why there is no transformers
+    format, if there is none. headed: whether the model has a residual head.
     """
     rows, found = table(p.run.profile, name, weights)
     source, images = p.backbones[name].source, p.profile.images
@@ -63,37 +63,37 @@ def card(
         "released": p.backbones[name].released if weights == "released" else None,
         "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
-        "rows": rows, "found": found, "distances": distances, "missing": missing,
+        "rows": rows, "found": found, "distances": distances, "no_transformers": no_transformers,
         "captions": chosen is not None and chosen.reads_captions,
         "headed": headed, "sha256": sha256, "code": notes and notes["code"],
         "made_from": provenance.hashes([f"models/{p.run.profile}/{weights}/{name}"]),
     }  # fmt: skip
-    return render("card.md.jinja", values)
+    return fill("card.md.jinja", values)
 
 
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], device()
+    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
     profile = p.run.profile
     original = Path("models", profile, weights, name)
     outputs = (
         Path("models", profile, "export", f"{name}-{weights}"),
         Path("metrics", profile, "export", f"{name}-{weights}.json"),
     )
-    with whole(*outputs) as (folder, metrics_file):
+    with atomic(*outputs) as (folder, metrics_file):
         backbone, pairs = Backbone.load(original).to(compute), p.profile.mmvp_vlm.pairs_per_pattern
-        missing = exports.write(backbone, original, folder)
+        no_transformers = exports.write(backbone, original, folder)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), pairs)
         shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
         texts = [f"a photo of {question.statement}" for question in shown]
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
-        if missing:
-            print(f"{name}: exported for open_clip only. {missing}")
+        if no_transformers:
+            print(f"{name}: exported for open_clip only. {no_transformers}")
         notes = None
         if weights not in CHECKPOINTS:
             notes = json.loads((original / "diva.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(
-            card(p, name, weights, backbone.sha256, notes, distances, missing, (folder / HEAD).exists()),
+            card(p, name, weights, backbone.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),
             encoding="utf-8",
         )
         write_json(metrics_file, distances)

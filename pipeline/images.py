@@ -1,7 +1,7 @@
-"""Stage `images`: the pictures to post-train on, as shards.
+"""Stage `images`: the images to post-train on, as shards.
 
 Three ways, by `kind`: a published list of links through img2dataset; a mirror's shards as they are; and for the mini
-profile pictures that are rendered while img2dataset asks a server on this machine for them, so that they go the way
+profile images that are rendered while img2dataset asks a server on this machine for them, so that they go the way
 that the links go.
 """
 
@@ -19,7 +19,7 @@ import pyarrow
 from PIL import Image
 
 from pipeline.core import params
-from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads, shards
 from pipeline.mini import world
@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         buffer = io.BytesIO()
-        Image.fromarray(world.picture(SET, int(index))[0]).save(buffer, "PNG", compress_level=1)
+        Image.fromarray(world.image(SET, int(index))[0]).save(buffer, "PNG", compress_level=1)
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
         self.send_header("Content-Length", str(buffer.tell()))
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(count: int) -> Iterator[str]:
-    """Serve pictures 0..count-1 of the post-training set as /I.png on a free port; yield the address."""
+    """Serve images 0..count-1 of the post-training set as /I.png on a free port; yield the address."""
     os.environ["no_proxy"] = "127.0.0.1"  # a proxy that the user's environment names does not see this machine
     with _Server(("127.0.0.1", 0), _Handler) as server:
         server.count = count
@@ -70,8 +70,8 @@ def serve(count: int) -> Iterator[str]:
 
 
 def caption(index: int, detail_share: float) -> str:
-    """The caption of a post-training picture: its object, and in this share of the captions any number of details."""
-    scene = world.draw_scene(world.generator(SET, index))  # as world.picture() draws it
+    """The caption of a post-training image: its object, and in this share of the captions any number of details."""
+    scene = world.draw_scene(world.generator(SET, index))  # as world.image() draws it
     rng = world.generator(SET, index, 1)
     return world.caption(scene, world.any_details(rng) if rng.random() < detail_share else ())
 
@@ -85,9 +85,9 @@ def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of the mini profile. Returns img2dataset's counts."""
     scratch = folder / "scratch"  # the server's port differs from run to run, so no other run could go on from here
     with serve(images.count) as address:
-        pictures = range(images.count)
+        numbers = range(images.count)
         report = shards.download(
-            links([caption(i, images.detail_share) for i in pictures], [f"{address}/{i}.png" for i in pictures]),
+            links([caption(i, images.detail_share) for i in numbers], [f"{address}/{i}.png" for i in numbers]),
             folder,
             scratch,
             retries=0,
@@ -126,7 +126,7 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
     """
     if not tsv.is_file():
         raise UserError(
-            f"{tsv}: no such file. It is the list of Conceptual Captions' training pictures, whose owner asks for "
+            f"{tsv}: no such file. It is the list of Conceptual Captions' training images, whose owner asks for "
             f"consent: fetch it from {LIST_PAGE} and put it there, or name its place in params.yaml (images.links.tsv)."
         )
     captions, urls = [], []
@@ -155,7 +155,7 @@ def main() -> None:
     profile, images = p.run.profile, p.profile.images
     outputs = Path(f"data/{profile}/images"), Path(f"metrics/{profile}/images.json")
     scratch = outputs[0].with_name(".images.scratch")  # stays after a failure: links take hours
-    with whole(*outputs) as (folder, report):
+    with atomic(*outputs) as (folder, report):
         if isinstance(images, params.MiniImages):
             result = mini(images, folder)
         elif images.kind == "shards":

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.compute import device, generator
-from pipeline.core.outputs import whole, write_json
-from pipeline.core.params import Mmvp, ReadOutSection
+from pipeline.core.compute import deterministic_device, generator
+from pipeline.core.outputs import atomic, write_json
+from pipeline.core.params import Mmvp, PoolingSection
 from pipeline.core.stages import progress, stage
-from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, draw_positions, read_out
+from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, draw_positions, pool
 from pipeline.diva.pairs import PairScores, score_pairs
 from pipeline.models.backbones import Backbone
 
@@ -40,7 +40,7 @@ def tokens(
 
 @torch.no_grad()
 def logits(
-    backbone: Backbone, questions: list[Question], pooled: torch.Tensor, patches: torch.Tensor, rule: ReadOut,
+    backbone: Backbone, questions: list[Question], pooled: torch.Tensor, patches: torch.Tensor, rule: PoolingRule,
     seed: int, draw: int,
 ) -> torch.Tensor:  # fmt: skip
     """[pair, statement, image]."""
@@ -51,19 +51,19 @@ def logits(
         drawn = statement if rule.drawn_per == "statement" else 0
         draws = [generator(seed, "read-out", draw, drawn, question.id) for question in questions]
         positions = draw_positions(rule.tokens, patches.shape[1], draws)
-        images = read_out(pooled, patches, rule, positions).unflatten(0, (-1, 2))
+        images = pool(pooled, patches, rule, positions).unflatten(0, (-1, 2))
         per_statement.append(torch.einsum("pd,pid->pi", text[:, statement], images))
     return backbone.logit_scale * torch.stack(per_statement, 1)
 
 
 def score(
-    backbone: Backbone, questions: list[Question], published: ReadOut, p: Mmvp, compute: torch.device
+    backbone: Backbone, questions: list[Question], published: PoolingRule, p: Mmvp, compute: torch.device
 ) -> tuple[dict, pd.DataFrame, torch.Tensor]:
     """(summary for the JSON file, a table of pairs, the images' stock embeddings [Q, D])."""
     stock = pooled, patches = tokens(backbone, questions, None, p.batch, compute)
     summary: dict = {"pairs": len(questions) // 2}
     tables = []
-    for name, rule in (("stock", PLAIN), ("published", published)):
+    for name, rule in (("stock", STOCK), ("published", published)):
         if rule.resize_mode:
             pooled, patches = tokens(backbone, questions, rule.resize_mode, p.batch, compute)
         draws = p.draws if rule.tokens.positions(patches.shape[1]) else 1
@@ -93,22 +93,22 @@ def score(
     return summary, pd.concat(tables), stock[0].cpu()
 
 
-def read_out_of(section: ReadOutSection) -> ReadOut:
-    return ReadOut(**{**section.model_dump(), "tokens": TokenRule(**section.tokens.model_dump())})
+def pooling_rule(section: PoolingSection) -> PoolingRule:
+    return PoolingRule(**{**section.model_dump(), "tokens": TokenRule(**section.tokens.model_dump())})
 
 
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], device()
+    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
     profile = p.run.profile
     stem = Path("metrics", profile, "mmvp", f"{name}-{weights}")
     embeddings = Path("data", profile, "embeddings", f"{stem.name}.safetensors")
-    with whole(stem.with_suffix(".json"), stem.with_suffix(".csv"), embeddings) as (
+    with atomic(stem.with_suffix(".json"), stem.with_suffix(".csv"), embeddings) as (
         summary_file, table_file, embeddings_file
     ):  # fmt: skip
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        published = read_out_of(p.backbones[name].published_read_out)
+        published = pooling_rule(p.backbones[name].published_pooling)
         summary, table, pooled = score(backbone, questions, published, p.profile.mmvp, compute)
         write_json(summary_file, {"weights_sha256": backbone.sha256, **summary})
         table.to_csv(table_file, index=False, float_format="%.4f")

@@ -11,15 +11,15 @@ from PIL import Image
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import MiniMmvpVlm
 from pipeline.core.stages import progress, stage
 from pipeline.data import downloads
 from pipeline.mini import world
 
 
-def render(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> None:
-    """Draw pairs of the mini world: two pictures of one scene that differ in one detail."""
+def make(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> None:
+    """Draw pairs of the mini world: two images of one scene that differ in one detail."""
     rows: list[tuple[int, str, str]] = []
     for pattern, name in enumerate(progress(world.PATTERNS, "pairs")):
         images = folder / "MLLM_VLM Images" / name
@@ -37,10 +37,10 @@ def main() -> None:
     p = params.load()
     section = p.profile.mmvp_vlm
     outputs = Path("data", p.run.profile, "mmvp_vlm"), Path("metrics", p.run.profile, "mmvp_vlm.json")
-    with whole(*outputs) as (folder, report):
+    with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniMmvpVlm):
             origin = None
-            render(folder, section.pairs_per_pattern)
+            make(folder, section.pairs_per_pattern)
         else:
             origin = downloads.fetch(section.download, folder)
         questions = read_mmvp_vlm(folder, section.pairs_per_pattern)  # what scoring will read can be read

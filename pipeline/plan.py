@@ -21,12 +21,12 @@ from rich.table import Table
 
 from pipeline.core import params
 from pipeline.core.code import program
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
 
-ALIVE, PICTURE = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of a picture of 512 px
+ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
 COUNTED = "diva"  # the recipe whose GPU memory the backbones declare
 MARGIN = 1.15  # for what tests/test_plan.py cannot count: CUDA's own 0.5 GB, workspaces of kernels, fragmentation
@@ -47,7 +47,7 @@ class Item:
 
 
 def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
-    """What the run needs, there or not, each with the output folder of its stage; but for pictures from links."""
+    """What the run needs, there or not, each with the output folder of its stage; but for images from links."""
     data, models = Path("data", p.run.profile), Path("models", p.run.profile)
     mmvp_vlm, sets = p.profile.mmvp_vlm, p.profile.zeroshot_sets
     images, denoiser = p.profile.images, p.profile.denoiser
@@ -72,15 +72,15 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
 
 
 def links_of(p: params.Params) -> list[Item]:
-    """The pictures, where they come from a list of links: about how many will come."""
+    """The images, where they come from a list of links: about how many will come."""
     images = p.profile.images
     if not p.run.recipes or not isinstance(images, params.PublishedImages) or images.kind != "links":
         return []
     files, folder = round(ALIVE * images.links.rows), Path("data", p.run.profile, "images")
-    return [Item(folder, images.links.tsv, files, PICTURE * files, images.shards.licence, about="about ")]
+    return [Item(folder, images.links.tsv, files, IMAGE_BYTES * files, images.shards.licence, about="about ")]
 
 
-def missing(p: params.Params) -> list[Item]:
+def to_fetch(p: params.Params) -> list[Item]:
     """What is still to be fetched. Raises UserError where no address of a download answers."""
     ahead = [(folder, download) for folder, download in downloads_of(p) if not folder.exists()]
     items = []
@@ -228,7 +228,7 @@ def _only_pins(value: Any) -> Any:
 def main() -> None:
     p = params.load()
     if downloads_of(p) or links_of(p):
-        items = missing(p)
+        items = to_fetch(p)
         if items:
             show(items)
         total = sum(item.size for item in items) / 1e9
@@ -240,7 +240,7 @@ def main() -> None:
             raise UserError("This run would not work here.\n  " + "\n  ".join(filter(None, problems)))
     else:
         print(f"profile {p.run.profile}: all is made here, nothing is fetched")
-    with whole(Path("data", p.run.profile, "planned")) as (folder,):
+    with atomic(Path("data", p.run.profile, "planned")) as (folder,):
         folder.mkdir()
         for name, pinned in pins(p).items():
             write_json(folder / f"{name}.json", pinned)

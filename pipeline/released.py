@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.core import params
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads
 from pipeline.models import backbones
@@ -25,7 +25,7 @@ def main() -> None:
         )
     original = Path("models", profile, "pretrained", name)
     outputs = Path("models", profile, "released", name), Path("metrics", profile, "released", f"{name}.json")
-    with whole(*outputs) as (folder, metrics_file):
+    with atomic(*outputs) as (folder, metrics_file):
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # where neither git nor DVC looks, killed or not
             origin = downloads.fetch(released, Path(scratch))

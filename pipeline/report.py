@@ -26,13 +26,13 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from pipeline.core import params
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import figures, results, statistics
 from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, Scores, label, without_controls
-from pipeline.evidence.templates import render
+from pipeline.evidence.templates import fill
 
 
 def summary(scores: dict[str, Scores], found: dict, published: tuple[float, float] | None) -> dict[str, dict]:
@@ -140,13 +140,13 @@ def main() -> None:
         failed = compare(p, first or "HEAD", second)
     else:
         if not (asked.show or asked.check):
-            with whole(*outputs) as (report_file, evidence_file, patterns_file, html_file, markdown_file):
+            with atomic(*outputs) as (report_file, evidence_file, patterns_file, html_file, markdown_file):
                 report, evidence, patterns, shown = build(p)
                 write_json(report_file, report)
                 write_json(evidence_file, evidence)
                 patterns.to_csv(patterns_file, index=False)
-                html_file.write_text(render("report.html.jinja", shown, url=figures.image_url), encoding="utf-8")
-                markdown_file.write_text(render("report.md.jinja", shown), encoding="utf-8")
+                html_file.write_text(fill("report.html.jinja", shown, url=figures.image_url), encoding="utf-8")
+                markdown_file.write_text(fill("report.md.jinja", shown), encoding="utf-8")
         if not outputs[0].exists():
             raise UserError(f"{outputs[0]}: no report yet. Run `dvc repro`.")
         report, evidence = (json.loads(path.read_text(encoding="utf-8")) for path in outputs[:2])

@@ -14,8 +14,8 @@ from pipeline.benchmarks.clip_sets import classification, retrieval
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import kinds
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import Zeroshot
 from pipeline.core.stages import stage
 from pipeline.models.backbones import Backbone
@@ -46,10 +46,10 @@ def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) ->
 
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], device()
+    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
     profile = p.run.profile
     stem = Path("metrics", profile, "zeroshot", f"{name}-{weights}")
-    with whole(stem.with_suffix(".json"), stem.with_suffix(".parquet")) as (summary_file, answers_file):
+    with atomic(stem.with_suffix(".json"), stem.with_suffix(".parquet")) as (summary_file, answers_file):
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
         summary, answers = score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
         write_json(summary_file, summary)

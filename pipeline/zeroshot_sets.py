@@ -16,14 +16,14 @@ from PIL import Image
 
 from pipeline.benchmarks.sets import check, kinds, write_split
 from pipeline.core import params
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import MiniZeroshotSets, PublishedZeroshotSets
 from pipeline.core.stages import progress, stage
 from pipeline.data import downloads
 from pipeline.mini import world
 
 
-def render(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:
+def make(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:
     """Draw the mini world's three sets: objects, captions, details; what they are scored on is of the world's set."""
     objects, captions, details = (root / "wds" / name for name in ("objects", "captions", "details"))
     write_split(objects, "test", "classification", _samples(set_name, 1, sizes.classification, _label))
@@ -35,8 +35,8 @@ def render(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> N
 
 
 def _samples(set_name: str, group: int, count: int, target) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for index in progress(range(count), f"{target.__name__.strip('_')} pictures"):
-        pixels, scene = world.picture(set_name, group, index)
+    for index in progress(range(count), f"{target.__name__.strip('_')} images"):
+        pixels, scene = world.image(set_name, group, index)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "png")
         yield f"{index:06d}", {"png": file.getvalue(), **target(scene)}
@@ -54,7 +54,7 @@ def _attributes(scene: np.ndarray) -> dict[str, bytes]:
     return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 
-def bring(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str, Any]:
+def fetch(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str, Any]:
     """Fetch clip-benchmark's sets; returns whence they came, by set, and null for those that are not there.
 
     earlier: what an earlier run fetched, of which nothing is fetched again.
@@ -72,12 +72,12 @@ def main() -> None:
     p = params.load()
     section = p.profile.zeroshot_sets
     outputs = Path("data", p.run.profile, "zeroshot_sets"), Path("metrics", p.run.profile, "zeroshot_sets.json")
-    with whole(*outputs) as (folder, report):
+    with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniZeroshotSets):
             origin = None
-            render(folder, section)
+            make(folder, section)
         else:
-            origin = bring(folder, section, outputs[0])
+            origin = fetch(folder, section, outputs[0])
         check(folder)
         write_json(report, {"sets": kinds(folder), "origin": origin})
 

@@ -190,13 +190,13 @@ def stable_diffusion(folder: Path, shapes: Mapping[str, Mapping[str, Any]] = STA
     (tokenizer / "special_tokens_map.json").write_text(json.dumps(special))
 
 
-def picture(index: int, size: int = 96) -> Image.Image:
-    return Image.fromarray(world.picture("scorings", index)[0]).resize((size, size))
+def image(index: int, size: int = 96) -> Image.Image:
+    return Image.fromarray(world.image("scorings", index)[0]).resize((size, size))
 
 
 def jpeg(index: int, size: int = 96) -> bytes:
     file = io.BytesIO()
-    picture(index, size).save(file, "JPEG")
+    image(index, size).save(file, "JPEG")
     return file.getvalue()
 
 

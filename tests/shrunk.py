@@ -29,8 +29,8 @@ SHRUNK = {
     "profiles.mini.zeroshot_sets": {
         "kind": "mini", "classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20
     },
-    "profiles.mini.denoiser.pictures": 48,
-    "profiles.mini.denoiser.held_out": 12,
+    "profiles.mini.denoiser.images": 48,
+    "profiles.mini.denoiser.validation": 12,
     "profiles.mini.denoiser.autoencoder.latent_channels": 4,
     "profiles.mini.denoiser.unet.block_out_channels": [8, 16],
     "profiles.mini.denoiser.unet.norm_num_groups": 4,
@@ -55,10 +55,10 @@ SHRUNK = {
     },
     "backbones.mini.source.text_tower.steps": 2,
     "backbones.mini.source.text_tower.batch": 8,
-    "backbones.mini.source.image_tower.pictures": 16,
+    "backbones.mini.source.image_tower.images": 16,
     "backbones.mini.source.image_tower.steps": 2,
     "backbones.mini.source.image_tower.batch": 8,
-    "backbones.mini.published_read_out.tokens": {"kind": "random", "number": 3},
+    "backbones.mini.published_pooling.tokens": {"kind": "random", "number": 3},
 }  # fmt: skip
 
 SCORED = ("pretrained", "diva", "diva-shuffled", "diva-drift")
@@ -85,12 +85,12 @@ def write_params(folder: Path = Path(), **changes: Any) -> None:
 
 
 def write_shards(folder: Path, count: int) -> None:
-    """One shard of post-training pictures, as adapters.shards documents it."""
+    """One shard of post-training images, as pipeline/data/shards.py documents it."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for i in range(count):
-            file, (picture, scene) = io.BytesIO(), world.picture(images.SET, i)
-            Image.fromarray(picture).save(file, "JPEG", quality=95)
+            file, (pixels, scene) = io.BytesIO(), world.image(images.SET, i)
+            Image.fromarray(pixels).save(file, "JPEG", quality=95)
             for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", world.caption(scene).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.core.compute import generator
-from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, condition, draw_positions, read_out, recap
+from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, condition, draw_positions, pool, recap
 
 NONE, ALL = TokenRule("none"), TokenRule("all")
 CLS_AND_76, HALF = TokenRule("random", 76), TokenRule("random_fraction", 0.5)
@@ -19,18 +19,18 @@ class Published:
     patches: int
     tokens: int
     rule: TokenRule
-    read_out: ReadOut
+    pooling: PoolingRule
 
 
 BACKBONES = {
-    "openai_224": Published(256, 77, CLS_AND_76, ReadOut(CLS_AND_76)),
-    "openai_336": Published(576, 77, CLS_AND_76, ReadOut(CLS_AND_76)),
-    "metaclip_l14": Published(256, 257, ALL, ReadOut(ALL, unit_tokens=True)),
-    "metaclip_h14": Published(256, 257, ALL, ReadOut(ALL, unit_tokens=True)),
-    "dfn_224": Published(256, 257, ALL, PLAIN),
-    "dfn_378": Published(729, 365, HALF, ReadOut(HALF, unit_tokens=True, unit_sum=False)),
-    "siglip_224": Published(256, 43, TokenRule("windows", 6), PLAIN),
-    "siglip_384": Published(729, 73, TokenRule("windows", 10), PLAIN),
+    "openai_224": Published(256, 77, CLS_AND_76, PoolingRule(CLS_AND_76)),
+    "openai_336": Published(576, 77, CLS_AND_76, PoolingRule(CLS_AND_76)),
+    "metaclip_l14": Published(256, 257, ALL, PoolingRule(ALL, normalize_tokens=True)),
+    "metaclip_h14": Published(256, 257, ALL, PoolingRule(ALL, normalize_tokens=True)),
+    "dfn_224": Published(256, 257, ALL, STOCK),
+    "dfn_378": Published(729, 365, HALF, PoolingRule(HALF, normalize_tokens=True, normalize_output=False)),
+    "siglip_224": Published(256, 43, TokenRule("windows", 6), STOCK),
+    "siglip_384": Published(729, 73, TokenRule("windows", 10), STOCK),
 }
 
 
@@ -62,14 +62,14 @@ def naive_selection(patches: torch.Tensor, rule: TokenRule, positions: torch.Ten
 
 
 def naive_read_out(
-    pooled: torch.Tensor, patches: torch.Tensor, rule: ReadOut, positions: torch.Tensor | None
+    pooled: torch.Tensor, patches: torch.Tensor, rule: PoolingRule, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """The vector of one image."""
     selected = naive_selection(patches, rule.tokens, positions)
-    if rule.unit_tokens:
+    if rule.normalize_tokens:
         pooled, selected = pooled / pooled.norm(), [token / token.norm() for token in selected]
     total = pooled + sum(selected) / len(selected) if selected else pooled
-    return total / total.norm() if rule.unit_sum else total
+    return total / total.norm() if rule.normalize_output else total
 
 
 @pytest.mark.parametrize("key", BACKBONES)
@@ -89,9 +89,9 @@ def test_recap_of_every_published_backbone(key: str) -> None:
 def test_read_outs_of_every_published_backbone(key: str) -> None:
     published = BACKBONES[key]
     pooled, patches = tokens(published.patches)
-    for rule in (PLAIN, published.read_out):
+    for rule in (STOCK, published.pooling):
         positions = draw_positions(rule.tokens, published.patches, generators(0, 1))
-        found = read_out(pooled, patches, rule, positions)
+        found = pool(pooled, patches, rule, positions)
         for image in range(2):
             drawn = None if positions is None else positions[image]
             torch.testing.assert_close(found[image], naive_read_out(pooled[image], patches[image], rule, drawn))

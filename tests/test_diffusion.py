@@ -70,10 +70,10 @@ def test_crop_follows_a_narrow_scale_and_ratio() -> None:
 
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (640, 427), (1, 1)])
-def test_crop_of_an_elongated_picture_is_the_largest_centred_one(size: tuple[int, int]) -> None:
+def test_crop_of_an_elongated_image_is_the_largest_centred_one(size: tuple[int, int]) -> None:
     """No crop of 90 % has an allowed ratio, so nothing is random and torchvision's rule can be asked itself."""
-    picture = torch.empty(3, size[1], size[0])
-    top, left, height, width = RandomResizedCrop.get_params(picture, list(SCALE), list(RATIO))
+    image = torch.empty(3, size[1], size[0])
+    top, left, height, width = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
     assert crop_box(*size, SCALE, RATIO, generator("elongated")) == (left, top, left + width, top + height)
 
 

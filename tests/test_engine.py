@@ -505,7 +505,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> Non
     checkpoints.save(path, {"a": torch.arange(3.0)}, {"step": 1})
     with pytest.raises((OSError, SafetensorError)), full_disk():
         checkpoints.save(path, {"a": torch.zeros(5000)}, {"step": 2})
-    assert checkpoints.state(path) == {"step": 1}
+    assert checkpoints.read_state(path) == {"step": 1}
     assert checkpoints.tensors(path)["a"].tolist() == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [".x.checkpoint"]
 
@@ -532,7 +532,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) ->
     path = tmp_path / "checkpoint"
     if content is not None:
         path.write_bytes(content)
-    assert checkpoints.state(path) is None
+    assert checkpoints.read_state(path) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ to watch

@@ -43,15 +43,15 @@ PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbo
 TEXTS = ["a photo of a Red cup, with two_dots!", "a photo of 12 dots", "it's  one's café", "dots " * 100]
 TINY = {  # architecture, and the backbone whose preprocessing it has
     "quick GELU, as OpenAI's": (checkpoints.OPENAI, "openai_224"),
-    "squashed pictures, as DFN's": (checkpoints.OPENCLIP, "dfn_378"),
+    "squashed images, as DFN's": (checkpoints.OPENCLIP, "dfn_378"),
     "GELU": (checkpoints.OPENCLIP | {"quick_gelu": False}, "metaclip_h14"),
     "SigLIP": (checkpoints.TINY_SIGLIP, "siglip_224"),
 }
 
 
-def pictures(count: int = 4) -> list[Image.Image]:
+def photos(count: int = 4) -> list[Image.Image]:
     """Of several sizes and shapes."""
-    return [checkpoints.picture(i).resize(size) for i, size in enumerate([(96, 96), (133, 90), (70, 200), (64, 48)])][
+    return [checkpoints.image(i).resize(size) for i, size in enumerate([(96, 96), (133, 90), (70, 200), (64, 48)])][
         :count
     ]
 
@@ -79,7 +79,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_both_formats_embed_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
     backbone, folder = exported
-    distances = exports.verify(backbone, folder, pictures(), TEXTS, CPU)
+    distances = exports.verify(backbone, folder, photos(), TEXTS, CPU)
     assert distances["open_clip"] == {"image": 0, "text": 0}
     assert max(distances["transformers"][kind] for kind in ("image", "text")) < 1e-5
     siglip = isinstance(backbone.clip, open_clip.CustomTextCLIP)
@@ -96,7 +96,7 @@ def test_both_formats_embed_as_the_backbone_does(exported: tuple[Backbone, Path]
 
 def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[Backbone, Path]) -> None:
     backbone, folder = exported
-    image = pictures()[0].resize((backbone.image_size,) * 2)  # nothing to resize or crop: the same pixels
+    image = photos()[0].resize((backbone.image_size,) * 2)  # nothing to resize or crop: the same pixels
     inputs = AutoProcessor.from_pretrained(folder)(
         text=TEXTS[:2], images=image, padding="max_length", return_tensors="pt"
     )
@@ -113,9 +113,9 @@ def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[B
 def test_transformers_crops_or_squashes_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
     """Twice as high as wide, and the lower, the lighter: a crop has neither black nor white."""
     backbone, folder = exported
-    picture = Image.linear_gradient("L").resize((100, 200)).convert("RGB")
-    found = AutoProcessor.from_pretrained(folder)(images=picture, return_tensors="pt").pixel_values[0]
-    assert (found - backbone.preprocess(picture)).abs().max() * max(backbone.std) < 0.05
+    image = Image.linear_gradient("L").resize((100, 200)).convert("RGB")
+    found = AutoProcessor.from_pretrained(folder)(images=image, return_tensors="pt").pixel_values[0]
+    assert (found - backbone.preprocess(image)).abs().max() * max(backbone.std) < 0.05
 
 
 def test_llava_s_loader_finds_the_tower(exported: tuple[Backbone, Path]) -> None:
@@ -129,7 +129,7 @@ def test_llava_s_loader_finds_the_tower(exported: tuple[Backbone, Path]) -> None
         tower_class.from_pretrained(str(folder), device_map=None),
         processor_class.from_pretrained(folder),
     )
-    pixels = processor.preprocess(pictures()[0], return_tensors="pt")["pixel_values"]
+    pixels = processor.preprocess(photos()[0], return_tensors="pt")["pixel_values"]
     assert pixels.shape[-2:] == (backbone.image_size,) * 2
     with torch.no_grad():
         found = tower(pixels, output_hidden_states=True).hidden_states[-2]
@@ -160,7 +160,7 @@ refusals = pytest.mark.parametrize("exported", ["GELU", "SigLIP"], indirect=True
 
 def refused(spoilt: tuple[Backbone, Path]) -> str:
     with pytest.raises(UserError) as error:
-        exports.verify(*spoilt, pictures(), TEXTS, CPU)
+        exports.verify(*spoilt, photos(), TEXTS, CPU)
     return str(error.value)
 
 
@@ -216,7 +216,7 @@ def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
 def test_another_preprocessing_is_refused(spoilt: tuple[Backbone, Path], change: dict) -> None:
     path = spoilt[1] / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert "transformers' processor of the export shows square pictures up to" in refused(spoilt)
+    assert "transformers' processor of the export shows square images up to" in refused(spoilt)
 
 
 def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(t
     assert missing is not None
     assert "reg_token" in missing
     assert not (tmp_path / "export" / "config.json").exists()
-    assert exports.verify(backbone, tmp_path / "export", pictures(), TEXTS, CPU).keys() == {"open_clip"}
+    assert exports.verify(backbone, tmp_path / "export", photos(), TEXTS, CPU).keys() == {"open_clip"}
 
 
 def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
     (original / "open_clip_config.json").write_text(json.dumps(config))
     backbone = Backbone.load(original)
     exports.write(backbone, original, tmp_path / "export")
-    distances = exports.verify(backbone, tmp_path / "export", pictures(), TEXTS, CPU)
+    distances = exports.verify(backbone, tmp_path / "export", photos(), TEXTS, CPU)
     assert distances["transformers"]["image"] < 1e-5
     assert json.loads((tmp_path / "export/preprocessor_config.json").read_text())["resample"] == 2
 
@@ -253,7 +253,7 @@ def test_true_shapes(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["openai_336", "dfn_378", "siglip_384"])
 def test_true_widths(name: str, tmp_path: Path) -> None:
-    """The three families' widths, heads and largest pictures, a single layer deep."""
+    """The three families' widths, heads and largest images, a single layer deep."""
     handed_over_whole(checkpoints.one_layer(str(PAPER[name].source.architecture)), name, tmp_path)
 
 
@@ -261,7 +261,7 @@ def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None
     original = model(architecture, like, folder / "original")
     backbone = Backbone.load(original)
     assert exports.write(backbone, original, folder / "export") is None
-    distances = exports.verify(backbone, folder / "export", pictures(2)[1:], TEXTS, CPU)
+    distances = exports.verify(backbone, folder / "export", photos(2)[1:], TEXTS, CPU)
     shutil.rmtree(folder)
     assert max(distances["transformers"][kind] for kind in ("image", "text")) <= exports.TOLERANCE
 
@@ -287,7 +287,7 @@ def handed_over(here: Path) -> Path:
 def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: Path) -> None:
     distances = json.loads((METRICS / "export/mini-diva.json").read_text())
     assert distances["transformers"].keys() == {"image", "text", "through_processor"}
-    assert max(distances["transformers"].values()) < 1e-4  # mini's pictures need no resizing
+    assert max(distances["transformers"].values()) < 1e-4  # mini's images need no resizing
     _, front, text = (handed_over / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     found = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]
@@ -408,7 +408,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", USE, re.DOTALL)
 
 @pytest.mark.usefixtures("handed_over")
 def test_the_pages_snippets_run() -> None:
-    checkpoints.picture(1, 64).save("picture.jpg")
+    checkpoints.image(1, 64).save("image.jpg")
     found = []
     for snippet in SNIPPETS:
         names: dict = {}
@@ -425,7 +425,7 @@ def test_look_as_the_pages_have_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert again == [line]
     _, _, _, *arguments = shlex.split(line)
     for i, name in enumerate(arguments[1:3]):
-        checkpoints.picture(i, 64).save(name)
+        checkpoints.image(i, 64).save(name)
     run(look, *arguments)
     out = capsys.readouterr().out
     rows = re.findall(r"│ (\w+) +│ (stock|published) +│ [^│]+│ ([-+][\d.]+) +│ ([-+][\d.]+) +│ (right|wrong)", out)
@@ -448,8 +448,8 @@ def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]
     said = []
     for kind in ("upright", "phone"):
         for i in range(2):
-            picture = checkpoints.picture(i, 64)
-            lying = picture.transpose(Image.Transpose.ROTATE_90) if kind == "phone" else picture
+            image = checkpoints.image(i, 64)
+            lying = image.transpose(Image.Transpose.ROTATE_90) if kind == "phone" else image
             lying.save(f"{i}.png", exif=exif if kind == "phone" else None)
         run(look, "mini", "0.png", "1.png", "a fish", "a boat")
         said.append(capsys.readouterr().out)
@@ -457,10 +457,10 @@ def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]
 
 
 def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoints.picture(1, 64).save("a.jpg")
+    checkpoints.image(1, 64).save("a.jpg")
     for arguments, message in (
         (("minni", "a.jpg", "a.jpg", "a", "b"), "no backbone 'minni' in params.yaml; there are: "),
-        (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: no picture that can be read"),
+        (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: no image that can be read"),
         (("openai_224", "a.jpg", "a.jpg", "a", "b"), "models/paper: no weights of openai_224"),
     ):
         with pytest.raises(SystemExit):

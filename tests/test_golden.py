@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pipeline.diva.condition import PLAIN, ReadOut, TokenRule, read_out, recap
+from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, pool, recap
 from pipeline.diva.diffusion import Draw, add_noise
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise
@@ -80,19 +80,29 @@ class Variant:
     build: Callable[[], nn.Module]
     tokens: TokenRule
     text: str
-    read_out: ReadOut
+    pooling: PoolingRule
     scale: float | None = None
     eval_rows: tuple[int, int] = (0, 1)
 
 
 VARIANTS = {
     "openai": Variant(
-        "openai", openai_clip, TokenRule("random", 76), "sequence", ReadOut(TokenRule("random", 76)), eval_rows=(1, 3)
+        "openai",
+        openai_clip,
+        TokenRule("random", 76),
+        "sequence",
+        PoolingRule(TokenRule("random", 76)),
+        eval_rows=(1, 3),
     ),
     "metaclip": Variant(
-        "openclip", metaclip, TokenRule("all"), "mean", ReadOut(TokenRule("all"), unit_tokens=True), scale=100.0
+        "openclip",
+        metaclip,
+        TokenRule("all"),
+        "mean",
+        PoolingRule(TokenRule("all"), normalize_tokens=True),
+        scale=100.0,
     ),
-    "siglip224": Variant("siglip", siglip, TokenRule("windows", 6), "mean", PLAIN),
+    "siglip224": Variant("siglip", siglip, TokenRule("windows", 6), "mean", STOCK),
 }
 PIXELS = PixelRule(OPENAI, IMAGENET, 56, antialias=False)
 SGD = {"sgd": (1e-4, math.inf), "sgdclip": (1e-4, 1.0), "sgdbig": (1.0, 0.25)}  # rate and clip of each golden pair
@@ -318,7 +328,7 @@ def test_read_outs(case: Case) -> None:
     text = nn.functional.normalize(case.backbone.encode_text(golden["eval_text_ids"].long()), dim=-1)
     close(text, golden["eval_text_features"], absolute=1e-5)
     local = [case.drawn("eval_idx")[row] for row in variant.eval_rows]
-    images = torch.stack([read_out(pooled, patches, variant.read_out, positions) for positions in local])
+    images = torch.stack([pool(pooled, patches, variant.pooling, positions) for positions in local])
     close(images, golden["eval_image_features"].expand(2, 2, -1), absolute=1e-5)  # [text, image, D]
     scale = variant.scale or case.backbone.logit_scale
     bias = getattr(case.backbone.clip, "logit_bias", None)

@@ -135,7 +135,7 @@ def test_packages_enter_through_models_data_and_benchmarks() -> None:
     assert set().union(*(packages(file) for file in FILES)) >= TOOLS  # each is used: the list is not out of date
 
 
-def test_the_stages_that_fetch_or_draw_pictures_start_without_torch() -> None:
+def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:
     """It takes a second, and what is built on it several."""
     light = "import pipeline.images, pipeline.mmvp_vlm, pipeline.plan, pipeline.zeroshot_sets, sys"
     subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

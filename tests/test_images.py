@@ -32,7 +32,7 @@ from shrunk import ROOT, run
 
 from pipeline import images
 from pipeline.core import params
-from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
@@ -45,7 +45,7 @@ HANG = 1800  # seconds, which only a process that hangs will take
 
 def jpeg(index: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(world.picture(images.SET, index)[0]).save(buffer, "JPEG", quality=95)
+    Image.fromarray(world.image(images.SET, index)[0]).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -263,10 +263,10 @@ def test_repacked_bytes_depend_on_the_members_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_captions_name_the_object_of_their_picture_and_in_a_share_of_them_details(share: float) -> None:
+def test_captions_name_the_object_of_their_image_and_in_a_share_of_them_details(share: float) -> None:
     captions = [images.caption(i, share) for i in range(400)]
     for i in range(20):
-        assert captions[i].startswith(world.caption(world.picture(images.SET, i)[1], ()))
+        assert captions[i].startswith(world.caption(world.image(images.SET, i)[1], ()))
     detailed = sum(len(text.split()) > 5 for text in captions)  # "a photo of a fish" has five words
     assert detailed / 400 == pytest.approx(0.9 * share, abs=0.06)  # one number of details in ten is 0
 
@@ -354,7 +354,7 @@ def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str
     """download() of URLs 0..count-1, four to a shard. Returns its report, and the tar of each URL that came."""
     remove(folder / "out")
     urls = [str(i) for i in range(count)]
-    links = images.links([f"picture {i}" for i in urls], urls)
+    links = images.links([f"image {i}" for i in urls], urls)
     report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
     found, seen = {}, []
     for name in Shards(folder / "out").counts:
@@ -561,10 +561,10 @@ def index_of(folder: Path, members: list[tuple[str, bytes]]) -> tuple[dict, list
 )
 def test_images_are_images_however_their_tools_name_them(tmp_path: Path, endings: list[str]) -> None:
     kinds = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-    pictures = [encode("RGB", (64, 64), (80 * i, 0, 0), kinds[ending.lower()]) for i, ending in enumerate(endings)]
+    encoded = [encode("RGB", (64, 64), (80 * i, 0, 0), kinds[ending.lower()]) for i, ending in enumerate(endings)]
     members = [
         member for i, ending in enumerate(endings)
-        for member in ((f"a.b/{i}.{ending}", pictures[i]), (f"a.b/{i}.TXT", b"%d" % i), (f"a.b/._{i}.{ending}", b"Mac"))
+        for member in ((f"a.b/{i}.{ending}", encoded[i]), (f"a.b/{i}.TXT", b"%d" % i), (f"a.b/._{i}.{ending}", b"Mac"))
     ]  # fmt: skip
     counts, samples = index_of(tmp_path / "shards", members)
     assert (counts["images"], counts["captioned"]) == (3, 3)
@@ -640,7 +640,7 @@ def test_a_recipe_that_reads_captions_needs_some(tmp_path: Path) -> None:
         Shards(tmp_path, captioned=True)
 
 
-def test_a_picture_that_claims_ten_thousand_million_pixels_is_passed_over(tmp_path: Path) -> None:
+def test_an_image_that_claims_ten_thousand_million_pixels_is_passed_over(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", b"P6 100000 100000 255\n" if i == 5 else jpeg(i)) for i in range(100)]
     index_of(tmp_path / "shards", members)
     reader = Shards(tmp_path / "shards")
@@ -648,7 +648,7 @@ def test_a_picture_that_claims_ten_thousand_million_pixels_is_passed_over(tmp_pa
     assert reader.undecodable == {"0.tar": {"5"}}
 
 
-def test_pictures_on_their_side_are_put_upright(tmp_path: Path) -> None:
+def test_images_on_their_side_are_put_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     lying = io.BytesIO()
@@ -783,7 +783,7 @@ def test_the_stage_follows_a_list_with_all_that_the_web_brings(
         "rgba": encode("RGBA", (64, 64), (0, 0, 0, 0), "PNG"),  # nothing to be seen, on white
         "big": encode("RGB", (300, 200), (0, 255, 0)),
         "tiny": encode("RGB", (20, 10), (0, 0, 0)),
-        "html": b"<html><body>This picture has moved.</body></html>",
+        "html": b"<html><body>This image has moved.</body></html>",
         "banner": encode("RGB", (900, 100), (0, 0, 0)),
         "flaky": encode("RGB", (64, 64), (255, 255, 0)),
     }
@@ -908,7 +908,7 @@ def five_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("five_are_missing")
-def test_the_mini_profile_s_pictures_go_the_way_of_links(tmp_path: Path) -> None:
+def test_the_mini_profile_s_images_go_the_way_of_links(tmp_path: Path) -> None:
     assert images.mini(mini(40, threads=7, min_success=0.8), tmp_path) == {
         "urls": 40, "downloaded": 35, "success_rate": 0.875, "failures": {"HTTP Error 404: Not Found": 5},
     }  # fmt: skip
@@ -917,8 +917,8 @@ def test_the_mini_profile_s_pictures_go_the_way_of_links(tmp_path: Path) -> None
     assert reader.counts == COUNTS | {"00002.tar": 3}
     for sample in epoch(reader, 0):
         index = int(sample.key) // 100 * 16 + int(sample.key) % 100
-        pixels, _ = world.picture(images.SET, index)
-        assert np.abs(np.asarray(sample.image, float) - pixels).mean() < 8  # the JPEG of this very picture
+        pixels, _ = world.image(images.SET, index)
+        assert np.abs(np.asarray(sample.image, float) - pixels).mean() < 8  # the JPEG of this very image
         assert sample.caption == images.caption(index, 0.3)
 
 
@@ -936,6 +936,6 @@ def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
 def test_too_many_failed_urls_leave_nothing_behind(tmp_path: Path) -> None:
     output = tmp_path / "data" / "images"
     message = r"(?s)15 of 20 images came \(75\.0%\).*5  HTTP Error 404: Not Found"
-    with pytest.raises(UserError, match=message), whole(output) as (partial,):
+    with pytest.raises(UserError, match=message), atomic(output) as (partial,):
         images.mini(mini(20, threads=4), partial)
     assert [path.name for path in output.parent.iterdir()] == [".images.lock"]

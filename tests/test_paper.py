@@ -45,8 +45,8 @@ from pipeline import (
 from pipeline.core import params
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
-from pipeline.diva.condition import PLAIN, ReadOut, TokenRule
-from pipeline.mmvp import read_out_of
+from pipeline.diva.condition import STOCK, PoolingRule, TokenRule
+from pipeline.mmvp import pooling_rule
 from pipeline.models import backbones
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
@@ -55,14 +55,14 @@ ROOT = Path(__file__).parents[1]
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
 CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_fraction", 0.5), TokenRule("all")
 RULES = {  # patches, tokens of the condition, its rule, its text, the read-out of the published scores
-    "openai_224": (256, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
-    "openai_336": (576, 77, CLS_AND_76, "sequence", ReadOut(CLS_AND_76)),
-    "metaclip_l14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
-    "metaclip_h14": (256, 257, ALL, "mean", ReadOut(ALL, unit_tokens=True)),
-    "dfn_224": (256, 257, ALL, "mean", ReadOut(TokenRule("none"), resize_mode="shortest")),
-    "dfn_378": (729, 365, HALF, "mean", ReadOut(HALF, True, False, drawn_per="pair", resize_mode="shortest")),
-    "siglip_224": (256, 43, TokenRule("windows", 6), "mean", PLAIN),
-    "siglip_384": (729, 73, TokenRule("windows", 10), "mean", PLAIN),
+    "openai_224": (256, 77, CLS_AND_76, "sequence", PoolingRule(CLS_AND_76)),
+    "openai_336": (576, 77, CLS_AND_76, "sequence", PoolingRule(CLS_AND_76)),
+    "metaclip_l14": (256, 257, ALL, "mean", PoolingRule(ALL, normalize_tokens=True)),
+    "metaclip_h14": (256, 257, ALL, "mean", PoolingRule(ALL, normalize_tokens=True)),
+    "dfn_224": (256, 257, ALL, "mean", PoolingRule(TokenRule("none"), resize_mode="shortest")),
+    "dfn_378": (729, 365, HALF, "mean", PoolingRule(HALF, True, False, drawn_per="pair", resize_mode="shortest")),
+    "siglip_224": (256, 43, TokenRule("windows", 6), "mean", STOCK),
+    "siglip_384": (729, 73, TokenRule("windows", 10), "mean", STOCK),
 }
 
 
@@ -85,7 +85,7 @@ def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) 
 def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     """On towers of the true shape, which have names and shapes but no numbers."""
     entry = PAPER[name]
-    patches, tokens, rule, text, read_out = RULES[name]
+    patches, tokens, rule, text, pooling = RULES[name]
     backbones.write_config(entry.source.architecture, entry.source.preprocessing.model_dump(), tmp_path)
     tower, size = backbones.empty(tmp_path).visual, open_clip.get_model_config(entry.source.architecture)["vision_cfg"]
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     assert entry.condition.text == text
     drawn = rule.positions(patches) or (patches // int(rule.number) if rule.kind == "windows" else patches)
     assert 1 + drawn == tokens
-    assert read_out_of(entry.published_read_out) == read_out
+    assert pooling_rule(entry.published_pooling) == pooling
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -569,14 +569,14 @@ def test_another_model_of_open_clip_takes_one_entry(hub: Hub) -> None:
             },
         },
         "condition": {"tokens": {"kind": "all"}, "text": "mean"},
-        "published_read_out": {"tokens": {"kind": "none"}, "unit_tokens": False, "unit_sum": True},
+        "published_pooling": {"tokens": {"kind": "none"}, "normalize_tokens": False, "normalize_output": True},
     }  # fmt: skip
     write(content, ["other"], ["pretrained"])
     for stage, *arguments in ((plan,), (mmvp_vlm,), (backbone_stage, "other"), (mmvp, "other", "pretrained")):
         run(stage, *arguments)
     assert read("metrics/paper/mmvp/other-pretrained.json")["pairs"] == 9
     found = Backbone.load(Path("models/paper/pretrained/other"))
-    pixels = torch.stack([found.preprocess(checkpoints.picture(i)) for i in range(2)])
+    pixels = torch.stack([found.preprocess(checkpoints.image(i)) for i in range(2)])
     with torch.no_grad():
         similarity = F.cosine_similarity(found.encode_image(pixels), model.encode_image(pixels))
     assert similarity.min() > 0.999
@@ -594,7 +594,7 @@ def process(stage: ModuleType, *arguments: str) -> None:
 def test_one_step_and_one_scoring_at_true_size(
     every_layer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ViT-L/14 and stable-diffusion-2-1-base with random weights, from download to score, one picture at a time.
+    """ViT-L/14 and stable-diffusion-2-1-base with random weights, from download to score, one image at a time.
 
     With every layer its stages' times and memory stand in the README. With one, and the UNet's first block, widths are
     the true ones.

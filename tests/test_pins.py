@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from shrunk import METRICS, MODELS, ROOT, SHRUNK, write_params
 
 import pipeline
-from pipeline.core.compute import device
+from pipeline.core.compute import deterministic_device
 from pipeline.evidence import provenance
 
 AVX2 = "avx2" in Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else False
@@ -82,11 +82,11 @@ def test_what_the_user_overrides_is_said(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(pipeline, "PINS", pipeline.PINS)
     for name, value in pipeline.PINS.items():
         monkeypatch.setenv(name, value)
-    device()
+    deterministic_device()
     assert capsys.readouterr().err == ""
     name, value = next(iter(pipeline.PINS.items()))
     monkeypatch.setenv(name, "another")
-    device()
+    deterministic_device()
     assert f"the environment sets {name}=another (pinned: {value})" in capsys.readouterr().err
 
 

@@ -182,7 +182,7 @@ def test_links_are_estimated(asked: list[Download], capsys: pytest.CaptureFixtur
     (row,) = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "data/paper/images" in line]
     assert row[2:5] == ["data/Train_GCC-training.tsv", "about 600,000", "about 36.00"]
     assert "Conceptual" in row[5]
-    assert "to download in all: 72.0 GB" in out  # 12 benchmarks, 2 checkpoint, 22 denoiser, 36 pictures
+    assert "to download in all: 72.0 GB" in out  # 12 benchmarks, 2 checkpoint, 22 denoiser, 36 images
     assert not any("cc3m" in address for download in asked for address in download.at)
 
     Path("data/paper/images").mkdir()
@@ -358,7 +358,7 @@ def test_all_that_is_lacking_is_told_at_once(
 # ------------------------------------------------------------------------------------- the GPU memory that is declared
 
 PAPER = [name for name, backbone in params.load(COMMITTED).backbones.items() if backbone.profile == "paper"]
-EXTREME = ("openai_224", "metaclip_h14", "siglip_384", "dfn_378")  # every tower, every rule, the largest pictures
+EXTREME = ("openai_224", "metaclip_h14", "siglip_384", "dfn_378")  # every tower, every rule, the largest images
 
 
 @pytest.fixture

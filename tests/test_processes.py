@@ -13,7 +13,7 @@ from test_engine import close
 from test_recipes import SMALL
 from test_stages import trained
 
-from pipeline.models.backbones import state
+from pipeline.models.backbones import stored_tensors
 from pipeline.models.stable_diffusion import Denoiser
 
 
@@ -32,7 +32,9 @@ def made(folder: Path, recipe: str) -> dict[str, list[float] | torch.Tensor]:
     for weights in (recipe, f"{recipe}-shuffled"):
         for path in sorted((folder / METRICS / f"train/mini-{weights}/plots/metrics").glob("*/*.tsv")):
             found[f"{weights}/{path.parent.name}/{path.stem}"] = pd.read_csv(path, sep="\t")[path.stem].tolist()
-        found |= {f"{weights}/{name}": tensor for name, tensor in state(folder / MODELS / weights / "mini").items()}
+        found |= {
+            f"{weights}/{name}": tensor for name, tensor in stored_tensors(folder / MODELS / weights / "mini").items()
+        }
     return found
 
 

@@ -28,7 +28,7 @@ from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, InfoNCE, Loss, SelfDistillation, info_nce
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine.assemble import phases
-from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, state
+from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, stored_tensors
 from pipeline.models.residual_head import ResidualHead, WithHead
 
 
@@ -316,7 +316,7 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
         run(stage_train, "mini", recipe)
         made.append({path.name: path.read_bytes() for path in (MODELS / recipe / "mini").iterdir() if path.is_file()})
     assert made[0] == made[1]
-    before, after = state(MODELS / "pretrained/mini"), state(MODELS / recipe / "mini")
+    before, after = stored_tensors(MODELS / "pretrained/mini"), stored_tensors(MODELS / recipe / "mini")
     changed = {name for name, tensor in after.items() if name not in before or not tensor.equal(before[name])}
     if recipe == "text_anchored":
         assert {name for name in after if name.startswith(PREFIX)} == changed
@@ -377,7 +377,7 @@ def test_a_head_s_tensors_are_kept_in_a_file_of_their_own(tmp_path: Path) -> Non
     clip = nn.Module()
     clip.visual = WithHead(nn.Linear(4, 8), fresh_head(8, 2, 0))
     save_weights(clip.state_dict(), tmp_path)
-    found = state(tmp_path)
+    found = stored_tensors(tmp_path)
     assert {name for name in found if not name.startswith(PREFIX)} == {"visual.weight", "visual.bias"}
     head = ResidualHead.of({name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)})
     assert head.attention.num_heads == 2

@@ -49,7 +49,7 @@ def made(here: Path, finished: Path) -> Path:
         for pooling in ("stock", "published")
     ]
     pd.concat(answers).to_csv(METRICS / "mmvp/mini-pretrained.csv", index=False)
-    found = reference.Run.read(METRICS)
+    found = reference.MeasuredRun.read(METRICS)
     right = 7 * found.right + rng.integers(0, 3, found.right.shape)
     figures = found.figures | reference.agreement(found.right, right)
     rows = [
@@ -110,7 +110,7 @@ def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytes
         ),
         ("report.json", ("mini", "gain", "diva", "probe"), float("nan"), "gain.diva.probe is nan, outside"),
         ("report.json", ("mini", "score", "pretrained"), {}, "pretrained.zeroshot is nan, outside"),
-        ("denoiser.json", ("held_out_loss", "right"), 70.0, "denoiser.right is 70, outside"),
+        ("denoiser.json", ("validation_loss", "right"), 70.0, "denoiser.right is 70, outside"),
         (
             "train/mini-diva/metrics.json",
             ("validation_loss_last",),

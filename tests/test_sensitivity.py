@@ -19,7 +19,7 @@ from pipeline.diva import diffusion
 from pipeline.mini import world
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
-from pipeline.tools import ceiling, sensitivity
+from pipeline.tools import oracle, sensitivity
 
 
 class Told:
@@ -44,13 +44,13 @@ def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction
     torch.testing.assert_close(found, torch.tensor([3.0, -3.0, -8.75, 8.75]))  # squares: 4 - 1, 1 - 4, 1/4 - 9, 9 - 1/4
 
 
-@pytest.mark.parametrize("ways", [("caption", "image"), ("caption", "text", "image")])
+@pytest.mark.parametrize("ways", [("captions", "image_embeddings"), sensitivity.WAYS])
 def test_every_cell_of_the_figure_shows_its_own_value(ways: tuple[str, ...]) -> None:
     """pandas' unstack(sort=False) once put values into other timesteps' columns."""
     patterns, timesteps = ["b", "a", "c"], [50, 150, 250, 350]
     keys = list(itertools.product(ways, patterns, timesteps))
-    index = pd.MultiIndex.from_tuples(keys, names=["told", "pattern", "timestep"])
-    table = pd.DataFrame({"told_right_is_better": [float(i) for i in range(len(keys))]}, index=index)
+    index = pd.MultiIndex.from_tuples(keys, names=["condition", "pattern", "timestep"])
+    table = pd.DataFrame({"right_is_better": [float(i) for i in range(len(keys))]}, index=index)
     figure = sensitivity.figure(table)
     assert isinstance(figure, Figure)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == patterns  # which both panels share
@@ -70,18 +70,18 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
     first = [file.read_bytes() for file in files]
     table = pd.read_csv(files[0])
     timesteps = [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
-    wanted = itertools.product(("caption", "image"), world.PATTERNS, timesteps)
-    assert set(table[["told", "pattern", "timestep"]].itertuples(index=False, name=None)) == set(wanted)
-    assert set(table.pictures) == {4}  # two pairs
-    assert table.told_right_is_better.isin([0, 25, 50, 75, 100]).all()
-    assert table.groupby("told").wrong_minus_right.apply(lambda values: (values != 0).any()).all()
+    wanted = itertools.product(("captions", "image_embeddings"), world.PATTERNS, timesteps)
+    assert set(table[["condition", "pattern", "timestep"]].itertuples(index=False, name=None)) == set(wanted)
+    assert set(table.images) == {4}  # two pairs
+    assert table.right_is_better.isin([0, 25, 50, 75, 100]).all()
+    assert table.groupby("condition").wrong_minus_right.apply(lambda values: (values != 0).any()).all()
     printed = capsys.readouterr().out
     assert "Camera Perspective" in printed
-    assert "The ceiling is unknown: run `python -m pipeline.tools.ceiling mini`" in printed
-    run(ceiling, "mini")
+    assert "`python -m pipeline.tools.oracle mini`" in printed
+    run(oracle, "mini")
     run(sensitivity, "mini", "diva")
     assert [file.read_bytes() for file in files] == first
-    patterns = json.loads((METRICS / "ceiling/mini.json").read_text())["patterns"]
+    patterns = json.loads((METRICS / "oracle/mini.json").read_text())["patterns"]
     printed = capsys.readouterr().out
     assert all(re.search(rf"^{pattern} .* {value:.1f}$", printed, re.MULTILINE) for pattern, value in patterns.items())
 
@@ -97,9 +97,9 @@ def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> 
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
     questions = read_mmvp_vlm(Path("data/mini/mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
     table = sensitivity.measure(backbone, denoiser, questions, p, "mini", "text_anchored", cpu).sort_index()
-    assert set(table.index.unique("told")) == {"caption", "text", "image"}
+    assert set(table.index.unique("condition")) == {*sensitivity.WAYS}
     for pattern in world.PATTERNS:
-        found = [table.loc[(way, pattern)].wrong_minus_right.tolist() for way in ("caption", "text", "image")]
+        found = [table.loc[(way, pattern)].wrong_minus_right.tolist() for way in sensitivity.WAYS]
         assert found[0] != found[1] != found[2]
 
 

@@ -21,7 +21,7 @@ from pipeline.diva.losses import InfoNCE
 from pipeline.engine import feed as feed_
 from pipeline.engine.assemble import FITTED
 from pipeline.engine.feed import Feed
-from pipeline.models.backbones import Backbone, state
+from pipeline.models.backbones import Backbone, stored_tensors
 from pipeline.models.stable_diffusion import Denoiser
 
 
@@ -51,13 +51,13 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
     (tower,) = losses(f"{name}-shuffled").values()
     assert losses(name).keys() == {"projection", "tower"}
     assert tower[0] != losses(name)["tower"][0]
-    tuned = state(MODELS / name / "mini")
-    assert any(not tensor.equal(tuned[key]) for key, tensor in state(MODELS / f"{name}-shuffled/mini").items())
+    tuned = stored_tensors(MODELS / name / "mini")
+    assert any(not tensor.equal(tuned[key]) for key, tensor in stored_tensors(MODELS / f"{name}-shuffled/mini").items())
 
     monkeypatch.setattr(feed_, "derangement", in_place)
     run(shuffled, "mini", name)
     assert losses(f"{name}-shuffled") == {"tower": losses(name)["tower"]}
-    assert all(tensor.equal(tuned[key]) for key, tensor in state(MODELS / f"{name}-shuffled/mini").items())
+    assert all(tensor.equal(tuned[key]) for key, tensor in stored_tensors(MODELS / f"{name}-shuffled/mini").items())
 
 
 @pytest.mark.usefixtures("here")

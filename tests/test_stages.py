@@ -35,10 +35,10 @@ from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import check, kinds, write_split
 from pipeline.core import params
 from pipeline.core.compute import generator
-from pipeline.core.outputs import whole
+from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
-from pipeline.diva.condition import ReadOut, TokenRule
+from pipeline.diva.condition import PoolingRule, TokenRule
 from pipeline.diva.pairs import score_pairs
 from pipeline.diva.step import Record
 from pipeline.engine import assemble
@@ -59,22 +59,22 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------------- the mini world
 
 
-def test_no_picture_is_in_two_sets() -> None:
+def test_no_image_is_in_two_sets() -> None:
     sets = {
-        **{name: [world.picture(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
-        "probe": [world.picture("probe", 0, i)[0] for i in range(50)],
+        **{name: [world.image(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
+        "probe": [world.image("probe", 0, i)[0] for i in range(50)],
     }
-    for name in ("scorings", "development", "confirmation"):
-        sets[name] = [world.picture(name, group, i)[0] for group in (1, 2, 3) for i in range(50)]
+    for name in ("scorings", "dev", "test"):
+        sets[name] = [world.image(name, group, i)[0] for group in (1, 2, 3) for i in range(50)]
         pairs = [world.pair(pattern, i, name)[0] for pattern in range(9) for i in range(6)]
-        sets[f"pairs of {name}"] = [picture for pair in pairs for picture in pair]
+        sets[f"pairs of {name}"] = [image for pair in pairs for image in pair]
     assert {name.removeprefix("pairs of ") for name in sets} == set(world.SETS)
-    everything = [picture.tobytes() for pictures in sets.values() for picture in pictures]
+    everything = [image.tobytes() for found in sets.values() for image in found]
     assert len(set(everything)) == len(everything)
 
 
-def test_a_picture_is_a_pure_function_of_its_index() -> None:
-    first, second = (world.picture("probe", 0, 7) for _ in range(2))
+def test_an_image_is_a_pure_function_of_its_index() -> None:
+    first, second = (world.image("probe", 0, 7) for _ in range(2))
     assert first[0].tobytes() == second[0].tobytes()
     assert (first[1] == second[1]).all()
     with pytest.raises(ValueError, match="not in tuple"):
@@ -82,8 +82,8 @@ def test_a_picture_is_a_pure_function_of_its_index() -> None:
 
 
 def seen(scene: np.ndarray) -> np.ndarray:
-    """The picture of a scene, its nuisance and its noise always the same."""
-    nuisance = world.Nuisance.draw(np.random.default_rng(0))
+    """The image of a scene, its nuisance and its noise always the same."""
+    nuisance = world.Nuisance.sample(np.random.default_rng(0))
     return world.render(scene, nuisance, np.random.default_rng(0)).astype(int)
 
 
@@ -91,11 +91,11 @@ def seen(scene: np.ndarray) -> np.ndarray:
 def test_every_value_of_every_attribute_is_visible(attribute: int) -> None:
     for what in range(len(world.OBJECTS)):
         scene = np.array([what, 0, 0, 0, 0, 0, 0, 0, 0, 0])
-        pictures = []
+        images = []
         for value in range(world.CARDINALITIES[attribute]):
             scene[attribute] = value
-            pictures.append(seen(scene))
-        for a, b in itertools.combinations(pictures, 2):
+            images.append(seen(scene))
+        for a, b in itertools.combinations(images, 2):
             assert (np.abs(a - b).max(-1) > 25).sum() >= 8, world.OBJECTS[what]
 
 
@@ -128,7 +128,7 @@ def train_prompt() -> str:
 
 
 def patch_autoencoder() -> nn.Module:
-    pixels, _ = pretrain.pictures("denoiser", 48, "pictures")
+    pixels, _ = pretrain.images("denoiser", 48, "images")
     return pretrain.autoencoder(pixels, latent_channels=4, patch_size=8)
 
 
@@ -161,14 +161,14 @@ def test_a_denoiser_comes_back_as_it_was_saved(here: Path, vae: Callable[[], nn.
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_24_components_keep_a_picture() -> None:
-    pixels, _ = pretrain.pictures("denoiser", 300, "pictures")
+def test_24_components_keep_an_image() -> None:
+    pixels, _ = pretrain.images("denoiser", 300, "images")
     vae = pretrain.autoencoder(pixels[:240], latent_channels=24, patch_size=8)
-    held_out = pretrain.unit_range(pixels[240:])
+    kept = pretrain.unit_range(pixels[240:])
     with torch.no_grad():
-        latent = vae.encode(held_out).latent_dist.mean
+        latent = vae.encode(kept).latent_dist.mean
         restored = vae.decode(latent).sample
-    assert F.mse_loss(restored, held_out) < 0.02
+    assert F.mse_loss(restored, kept) < 0.02
     assert latent.std((0, 2, 3)).sub(1).abs().max() < 0.2  # whitened: noise of one size drowns no component first
 
 
@@ -210,7 +210,7 @@ def test_tokenizers_of_another_length_are_refused(here: Path) -> None:
 
 def test_the_loss_depends_on_the_caption_alone(here: Path) -> None:
     denoiser = Denoiser.load(DATA / "denoiser")
-    pixels, scenes = pretrain.pictures("denoiser", 8, "pictures")
+    pixels, scenes = pretrain.images("denoiser", 8, "images")
     captions = [world.caption(scene) for scene in scenes]
     right, again, empty, wrong = (
         denoiser_stage.conditional_loss(denoiser, pixels, texts)
@@ -227,7 +227,7 @@ def test_the_loss_depends_on_the_caption_alone(here: Path) -> None:
 def test_a_backbone_is_one_of_open_clips_folders(here: Path) -> None:
     folder = MODELS / "pretrained/mini"
     backbone = Backbone.load(folder)
-    image = Image.fromarray(world.picture("probe", 0, 0)[0]).resize((90, 70))
+    image = Image.fromarray(world.image("probe", 0, 0)[0]).resize((90, 70))
     pixels = backbone.preprocess(image)[None]
     pooled, patches = backbone.image_tokens(pixels)
     assert torch.equal(pooled, backbone.encode_image(pixels))
@@ -391,8 +391,8 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_weights(
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.core.outputs import whole
-with whole(Path("models/mini/diva/mini")):
+from pipeline.core.outputs import atomic
+with atomic(Path("models/mini/diva/mini")):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -422,7 +422,7 @@ def test_an_output_is_whole_or_as_it_was(tmp_path: Path, error: type[BaseExcepti
     (old / "content").write_text("old")
 
     def write() -> None:
-        with whole(old, new) as partial:
+        with atomic(old, new) as partial:
             partial[0].mkdir()
             (partial[0] / "content").write_text("new")
             partial[1].write_text("new")
@@ -437,11 +437,11 @@ def test_an_output_is_whole_or_as_it_was(tmp_path: Path, error: type[BaseExcepti
 def test_success_replaces_and_a_missing_output_does_not(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file.json"
     for content in ("first", "second"):
-        with whole(folder, file) as partial:
+        with atomic(folder, file) as partial:
             partial[0].mkdir()
             (partial[0] / content).touch()
             partial[1].write_text(content)
-    with pytest.raises(FileNotFoundError, match=r"file\.json"), whole(folder, file) as partial:
+    with pytest.raises(FileNotFoundError, match=r"file\.json"), atomic(folder, file) as partial:
         partial[0].mkdir()
     assert [path.name for path in folder.iterdir()] == ["second"]
     assert file.read_text() == "second"
@@ -462,7 +462,7 @@ def test_a_generator_is_a_pure_function_of_its_purpose() -> None:
 
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Path:
-    mmvp_vlm.render(tmp_path / "benchmark", 1)
+    mmvp_vlm.make(tmp_path / "benchmark", 1)
     return tmp_path / "benchmark"
 
 
@@ -472,9 +472,9 @@ def test_questions_are_read_in_the_order_of_their_ids(benchmark: Path) -> None:
     assert [question.type for question in questions[::2]] == list(world.PATTERNS)
     for pattern, values in enumerate(world.PATTERNS.values()):
         pair = questions[2 * pattern : 2 * pattern + 2]
-        for question, picture, scene in zip(pair, *world.pair(pattern, 0), strict=True):
+        for question, image, scene in zip(pair, *world.pair(pattern, 0), strict=True):
             assert question.statement == f"a {world.OBJECTS[scene[0]]} {values[scene[1 + pattern]]}"
-            assert np.abs(np.asarray(question.image(), float) - picture).mean() < 8
+            assert np.abs(np.asarray(question.image(), float) - image).mean() < 8
     underscored = benchmark / "MLLM_VLM Images/Structural_Character"
     (benchmark / "MLLM_VLM Images/Structural Character").rename(underscored)
     assert [q.path.parent for q in read_mmvp_vlm(benchmark, 1) if q.type == "Structural Character"] == [underscored] * 2
@@ -525,7 +525,7 @@ def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) 
 
 
 @pytest.mark.parametrize("content", ["half", "ten thousand million pixels"])
-def test_a_damaged_picture_is_refused_where_the_pairs_come_in(
+def test_a_damaged_image_is_refused_where_the_pairs_come_in(
     here: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     render = mmvp_vlm.render
@@ -539,7 +539,7 @@ def test_a_damaged_picture_is_refused_where_the_pairs_come_in(
     write_params(**{"profiles.mini.mmvp_vlm.pairs_per_pattern": 1})
     with pytest.raises(SystemExit):
         run(mmvp_vlm)
-    assert "State/6.jpg: no picture that can be read (" in capsys.readouterr().err
+    assert "State/6.jpg: no image that can be read (" in capsys.readouterr().err
 
 
 def test_a_missing_table_or_image_is_named(benchmark: Path) -> None:
@@ -563,7 +563,7 @@ PAIRS = {
 
 
 class ByHand(nn.Module):
-    """Embeds question n by a table, reading n off the picture's grey or the statement's number."""
+    """Embeds question n by a table, reading n off the image's grey or the statement's number."""
 
     def __init__(self, pairs: list[tuple], patch: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -586,7 +586,7 @@ class ByHand(nn.Module):
 
 
 def by_hand(
-    folder: Path, kinds: dict[str, list[str]], published: ReadOut, patch: Callable[[torch.Tensor], torch.Tensor]
+    folder: Path, kinds: dict[str, list[str]], published: PoolingRule, patch: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[dict, pd.DataFrame]:
     """Score pairs of the given kinds, pattern by pattern."""
     pairs = [PAIRS[kind] for group in kinds.values() for kind in group]
@@ -612,7 +612,7 @@ def swapped(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_scores_of_hand_made_pairs(tmp_path: Path) -> None:
-    summary, table = by_hand(tmp_path, KINDS, ReadOut(TokenRule("all")), swapped)
+    summary, table = by_hand(tmp_path, KINDS, PoolingRule(TokenRule("all")), swapped)
     assert summary["pairs"] == 7
     stock, published = summary["stock"], summary["published"]
     assert stock["statement_to_image"]["patterns"] == {"Color": 50.0, "Text": 100.0, "State": 50.0}
@@ -637,8 +637,8 @@ def test_a_pooling_rule_that_draws_tokens_is_scored_over_its_draws(
         return 100 * torch.stack([images, images.flip(-1)], 1)
 
     kinds = {"Color": ["both"] * 6, "Text": ["both"] * 5}
-    read_out = ReadOut(TokenRule("random", 1), drawn_per=drawn_per)
-    (first, table), (second, _) = (by_hand(tmp_path, kinds, read_out, honest_or_swapped) for _ in range(2))
+    pooling = PoolingRule(TokenRule("random", 1), drawn_per=drawn_per)
+    (first, table), (second, _) = (by_hand(tmp_path, kinds, pooling, honest_or_swapped) for _ in range(2))
     assert first == second
     assert (first["stock"]["statement_to_image"]["average"], first["stock"]["statement_to_image"]["draws"]) == (100, 1)
     result = first["published"]["statement_to_image"]
@@ -671,19 +671,19 @@ def test_a_pooling_rule_has_its_own_way_to_resize(
     (folder / CONFIG).write_text(json.dumps(config))
     backbone, questions, expected = Backbone.load(folder), [], []
     for number in range(8):
-        picture = Image.fromarray(world.picture("scorings", 0, number)[0]).resize((128, 64))
-        picture.save(tmp_path / f"{number}.png")
-        crop = picture.crop((32, 0, 96, 64)) if resize_mode == "shortest" else picture.resize((64, 64), 3)
+        image = Image.fromarray(world.image("scorings", 0, number)[0]).resize((128, 64))
+        image.save(tmp_path / f"{number}.png")
+        crop = image.crop((32, 0, 96, 64)) if resize_mode == "shortest" else image.resize((64, 64), 3)
         expected.append(backbone.preprocess(crop))
         questions.append(Question(number, "Color", f"{number} dots", tmp_path / f"{number}.png"))
-    read_out = ReadOut(TokenRule("none"), unit_sum=False, resize_mode=resize_mode)
+    pooling = PoolingRule(TokenRule("none"), normalize_output=False, resize_mode=resize_mode)
     squashed, _ = mmvp.tokens(backbone, questions, None, 8, CPU)
     pooled, _ = mmvp.tokens(backbone, questions, resize_mode, 8, CPU)
     with torch.no_grad():
         torch.testing.assert_close(pooled, backbone.encode_image(torch.stack(expected)), rtol=1e-3, atol=1e-4)
-    _, table, stock = mmvp.score(backbone, questions, read_out, params.Mmvp(seed=0, draws=1, batch=4), CPU)
+    _, table, stock = mmvp.score(backbone, questions, pooling, params.Mmvp(seed=0, draws=1, batch=4), CPU)
     torch.testing.assert_close(stock, squashed)  # whatever the published read-out is
-    logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], read_out, 0, 0)
+    logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], pooling, 0, 0)
     right = score_pairs(logits).right_P.tolist()
     assert table[table.pooling == "published"].statement_to_image.tolist() == right
 
@@ -693,7 +693,7 @@ def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         return images.masked_fill(images == 1, torch.nan)[:, None]
 
     with pytest.raises(ValueError, match="pair 1: a logit is not finite"):
-        by_hand(tmp_path, {"Color": ["both", "both"]}, ReadOut(TokenRule("all")), broken)
+        by_hand(tmp_path, {"Color": ["both", "both"]}, PoolingRule(TokenRule("all")), broken)
 
 
 # ------------------------------------------------------------------------------------------------------------ zero-shot
@@ -718,7 +718,7 @@ class Blurred(nn.Module):
         return self.words[ids].sum(1)
 
 
-BLUR_MEAN = np.mean([world.picture("probe", 1, i)[0].reshape(4, 16, 4, 16, 3).mean((1, 3)) for i in range(50)], 0)
+BLUR_MEAN = np.mean([world.image("probe", 1, i)[0].reshape(4, 16, 4, 16, 3).mean((1, 3)) for i in range(50)], 0)
 BLUR_MEAN = BLUR_MEAN.transpose(2, 0, 1).ravel().tolist()
 
 
@@ -731,19 +731,19 @@ def members(tar_file: Path, extension: str) -> list[bytes]:
 def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
     sizes = params.MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
-    zeroshot_sets.render(root, sizes)
+    zeroshot_sets.make(root, sizes)
     assert kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
     model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)
 
     def units(tar_file: Path) -> torch.Tensor:
-        pictures = [model.preprocess(Image.open(io.BytesIO(data))) for data in members(tar_file, ".png")]
-        return F.normalize(model.encode_image(torch.stack(pictures)), dim=-1)
+        images = [model.preprocess(Image.open(io.BytesIO(data))) for data in members(tar_file, ".png")]
+        return F.normalize(model.encode_image(torch.stack(images)), dim=-1)
 
     def sentences(texts: list[str]) -> torch.Tensor:
         return F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
 
     labels = torch.tensor([int(data) for data in members(root / "wds/objects/test/0.tar", ".cls")])
-    assert labels.tolist() == [world.picture("scorings", 1, i)[1][0] for i in range(n)]
+    assert labels.tolist() == [world.image("scorings", 1, i)[1][0] for i in range(n)]
     prompts = sentences([f"a photo of a {name}" for name in world.OBJECTS])
     chosen = (units(root / "wds/objects/test/0.tar") @ prompts.T).argmax(1)
     expected = 100 * (chosen == labels).double().mean().item()
@@ -753,7 +753,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     assert answers.right.tolist() == (chosen == labels).tolist()
 
     captions = [data.decode() for data in members(root / "wds/captions/test/0.tar", ".txt")]
-    assert captions == [world.caption(world.picture("scorings", 2, i)[1]) for i in range(30)]
+    assert captions == [world.caption(world.image("scorings", 2, i)[1]) for i in range(30)]
     similarity = units(root / "wds/captions/test/0.tar") @ sentences(captions).T  # [image, text]
     found = {"image_to_text": similarity, "text_to_image": similarity.T}
     recall = {way: 100 * np.mean([i in row.topk(k).indices for i, row in enumerate(s)]) for way, s in found.items()}
@@ -766,7 +766,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
 
 
 def write_set(root: Path, kind: str | None = None, label: str = "cls", labels: tuple[str, ...] = ("0", "1")) -> Path:
-    """A set as clip-benchmark's, of as many grey pictures as there are labels."""
+    """A set as clip-benchmark's, of as many grey images as there are labels."""
     grey = io.BytesIO()
     Image.new("RGB", (4, 4)).save(grey, "JPEG")
     folder = root / "wds/dots"
@@ -811,7 +811,7 @@ def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: 
         (lambda folder: (folder / "zeroshot_classification_templates.txt").write_text("{}"), r"another gap than \{c\}"),
         (lambda folder: (folder / "test/nshards.txt").write_text("two"), r"test/nshards\.txt says 'two'"),
         (lambda folder: (folder / "test/nshards.txt").write_text("2"), r"No such file.*test/1\.tar"),
-        (lambda folder: (folder / "test/nshards.txt").write_text("0"), r"test/ holds no picture"),
+        (lambda folder: (folder / "test/nshards.txt").write_text("0"), r"test/ holds no image"),
         (lambda folder: (folder / "test/0.tar").write_bytes(b"<html>"), r"0\.tar cannot be read \(file could not"),
         (lambda folder: (folder / "dataset_type.txt").write_text("retrieval"), r"0\.tar: 0 lacks .* its \.txt"),
         (lambda folder: relabel(folder, label="npy"), r"0\.tar: 0 lacks .* its \.cls"),
@@ -870,7 +870,7 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
 
 
 def write_details(root: Path) -> None:
-    """A set for the probe: of its two attributes one is the red of the picture, the other is not to be seen."""
+    """A set for the probe: of its two attributes one is the red of the image, the other is not to be seen."""
     draws = np.random.default_rng(0)
 
     def samples(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -890,8 +890,8 @@ def write_details(root: Path) -> None:
 def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
     write_details(tmp_path)
 
-    def embed(pictures: list[Image.Image]) -> torch.Tensor:
-        red, *noise = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]).T
+    def embed(images: list[Image.Image]) -> torch.Tensor:
+        red, *noise = torch.tensor([image.getpixel((0, 0)) for image in images]).T
         return torch.stack([red == 0, red == 100, *noise], 1).float()
 
     scores = 100 * probe(embed, tmp_path, "details", batch=64).groupby("measure").right.mean()
@@ -928,7 +928,7 @@ def committed(name: str) -> dict:
 
 
 def test_the_committed_denoiser_listens_to_its_caption() -> None:
-    loss = committed("denoiser.json")["held_out_loss"]
+    loss = committed("denoiser.json")["validation_loss"]
     assert loss["right"] + 0.02 < loss["empty"]
     assert loss["empty"] + 0.02 < loss["wrong"]
 
@@ -938,4 +938,4 @@ def test_the_committed_backbone_knows_objects_and_has_room_for_details() -> None
     assert next(scores["average"] for scores in sets.values() if scores["kind"] == "classification") > 98
     stock, _ = (block for block in committed("mmvp/mini-pretrained.json").values() if isinstance(block, dict))
     assert 30 <= stock["statement_to_image"]["average"] <= 45
-    assert committed("ceiling/mini.json")["pairs_stock"] > 75
+    assert committed("oracle/mini.json")["pairs_stock"] > 75

@@ -106,15 +106,15 @@ def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[s
 def test_what_is_missing_is_what_no_row_of_this_run_has() -> None:
     add(1, 1.0)
     add(2, 1.0, names=("diva", "diva-shuffled"))
-    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 2]
+    assert sweep.seeds_to_run(params.load(), [3, 1, 2]) == [3, 2]
     write_params(**run_of(["diva", "diva-shuffled"]))
-    assert sweep.missing(params.load(), [3, 1, 2]) == [3]
+    assert sweep.seeds_to_run(params.load(), [3, 1, 2]) == [3]
     write_params(**run_of(["diva", "two_stage"]))
-    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
+    assert sweep.seeds_to_run(params.load(), [3, 1, 2]) == [3, 1, 2]
     add(2, 1.0, names=("diva", "two_stage"), **run_of(["diva", "two_stage"]))
-    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1]
+    assert sweep.seeds_to_run(params.load(), [3, 1, 2]) == [3, 1]
     write_params(**{"profiles.mini.recipes.diva.steps": 7})
-    assert sweep.missing(params.load(), [3, 1, 2]) == [3, 1, 2]
+    assert sweep.seeds_to_run(params.load(), [3, 1, 2]) == [3, 1, 2]
 
 
 def test_seeds_are_ranges_and_lists() -> None:

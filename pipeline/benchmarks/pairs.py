@@ -7,7 +7,7 @@ import pandas as pd
 from PIL import Image
 
 from pipeline.core.stages import UserError
-from pipeline.data.pictures import UndecodableError, decode
+from pipeline.data.decoding import UndecodableError, decode
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Question:
     upright: bool = False
 
     def image(self) -> Image.Image:
-        """Raises UserError for a file that is no picture."""
+        """Raises UserError for a file that is no image."""
         try:
             return decode(self.path, self.upright)
         except UndecodableError as error:
-            raise UserError(f"{self.path}: no picture that can be read ({error}). Choose another file.") from error
+            raise UserError(f"{self.path}: no image that can be read ({error}). Choose another file.") from error
 
 
 def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
     """The questions in the order of their ids. Folder names may spell spaces as underscores, as published copies do.
 
     Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected; whether
-    the images are pictures, `Question.image` tells.
+    an image can be decoded is found out by `Question.image`.
     """
     file = folder / "Questions.csv"
     hint = (

@@ -1,4 +1,4 @@
-"""Sets of pictures in clip-benchmark's wds/ layout, and the table of answers that every scoring of a set gives."""
+"""Sets of images in clip-benchmark's wds/ layout, and the table of answers that every scoring of a set gives."""
 
 import io
 import re
@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from pipeline.core.stages import UserError
 
-LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its picture
-PICTURES = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one
+LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
+IMAGE_ENDINGS = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one
 
 
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -49,7 +49,7 @@ def kinds(root: Path) -> dict[str, str]:
 
 
 def check(root: Path) -> None:
-    """Raises UserError where a set lacks anything that its scoring will read, but for pictures that are damaged."""
+    """Raises UserError where a set lacks anything that its scoring will read, but for images that are damaged."""
     for name, kind in kinds(root).items():
         folder = root / "wds" / name
         try:
@@ -60,7 +60,7 @@ def check(root: Path) -> None:
                     raise ValueError(f"{split}/nshards.txt says {number!r}")
                 shards = [folder / split / f"{i}.tar" for i in range(int(number))]
                 if not sum(_samples(shard, LABELS[kind], classes) for shard in shards):
-                    raise ValueError(f"{split}/ holds no picture")
+                    raise ValueError(f"{split}/ holds no image")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} cannot be scored: {error}. {_without(name)}") from error
 
@@ -82,7 +82,7 @@ def _classes(folder: Path) -> int:
 
 
 def _samples(tar: Path, label: str, classes: int) -> int:
-    """How many pictures a shard has. Raises ValueError for one without its label, or of none of the classes."""
+    """How many images a shard has. Raises ValueError for one without its label, or of none of the classes."""
     found: dict[str, set[str]] = {}
     try:
         with tarfile.open(tar) as file:
@@ -96,12 +96,12 @@ def _samples(tar: Path, label: str, classes: int) -> int:
                         raise ValueError(f"{tar.name}: {member.name} says {said!r}, which is none of {classes} classes")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{tar.name} cannot be read ({str(error).splitlines()[0]})") from error
-    pictures = {key for key, endings in found.items() if endings & PICTURES}
+    images = {key for key, endings in found.items() if endings & IMAGE_ENDINGS}
     labelled = {key for key, endings in found.items() if label in endings}
-    if pictures != labelled:
-        some = min(pictures ^ labelled).removeprefix("/")
-        raise ValueError(f"{tar.name}: {some} lacks a picture ({', '.join(sorted(PICTURES))}) or its .{label}")
-    return len(pictures)
+    if images != labelled:
+        some = min(images ^ labelled).removeprefix("/")
+        raise ValueError(f"{tar.name}: {some} lacks an image ({', '.join(sorted(IMAGE_ENDINGS))}) or its .{label}")
+    return len(images)
 
 
 def answers(measure: str, right: ArrayLike, images: list[int] | None = None) -> pd.DataFrame:

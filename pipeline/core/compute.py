@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pipeline import PINS
 
 
-def device():
+def deterministic_device():
     """The torch device to compute on (the first GPU where there is one), with deterministic kernels asked for.
 
     On a CPU it says which of the package's pins (pipeline/__init__.py) the user's environment overrides.

@@ -15,7 +15,7 @@ from pipeline.core.stages import UserError
 
 
 @contextmanager
-def whole(*outputs: Path) -> Iterator[tuple[Path, ...]]:
+def atomic(*outputs: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary neighbours of `outputs`; rename them into place when the block ends well, remove them otherwise.
 
     What stands under an output's name is therefore always complete. Raises UserError where another process is

@@ -169,8 +169,8 @@ class Autoencoder(Section):
 
 class MiniDenoiser(Section):
     kind: Literal["mini"]
-    pictures: Count
-    held_out: Count
+    images: Count
+    validation: Count
     text_tokens: Count
     autoencoder: Autoencoder
     unet: dict[str, Any]
@@ -203,7 +203,7 @@ class Crop(Section):
 
     @field_validator("scale")
     @classmethod
-    def _share_of_the_picture(cls, value: list[float]) -> list[float]:
+    def _share_of_the_image(cls, value: list[float]) -> list[float]:
         if value[1] > 1:
             raise ValueError(f"found {value}: a crop's share of the area is at most 1")
         return value
@@ -306,15 +306,31 @@ class AdamW(Section):
     weight_decay: NonNegativeFloat
 
 
-RENAMED = {  # keys of earlier versions, and what took their place
+RENAMED = {  # keys of earlier versions, by the end of their full name, and what took their place
+    "run.weights": "run.checkpoints, run.recipes and run.controls",
+    "train.recipe": "run.recipes",
+    "train.held_out": "train.validation",
+    "train.projection_steps": "warmup.steps of a recipe",
+    "train.projection_lr": "warmup.lr of a recipe",
+    **{f"train.{key}": f"optimizer.{key} of a recipe" for key in ("lr", "momentum", "weight_decay")},
+    **{
+        f"train.{key}": f"{key} of a recipe, or of base_recipe"
+        for key in ("batch", "clip_norm", "draw_weights", "steps", "timesteps", "warmup_ratio")
+    },
+    "train.shard": "no key: every GPU holds the model",
+    "train.streams": "no key: any number of processes share a batch",
     "fit": "warmup",
     "warmup.told": "warmup.source (image_embeddings, caption_embeddings)",
     "gap": "gap_correction",
     "gap_correction.pictures": "gap_correction.images",
     "contrast": "losses.info_nce",
     "anchor": "losses.self_distillation",
-    "held_out": "validation",
-    "streams": "no key: any number of processes share a batch",
+    "denoiser.pictures": "denoiser.images",
+    "denoiser.held_out": "denoiser.validation",
+    "image_tower.pictures": "image_tower.images",
+    "published_read_out": "published_pooling",
+    "published_pooling.unit_tokens": "published_pooling.normalize_tokens",
+    "published_pooling.unit_sum": "published_pooling.normalize_output",
 }
 
 
@@ -391,15 +407,15 @@ class Profile(Section):
     zeroshot: Zeroshot
 
 
-class TextTower(Section):
+class MiniTextTower(Section):
     steps: Count
     batch: Count
     lr: PositiveFloat
     detail_share: Share
 
 
-class ImageTower(Section):
-    pictures: Count
+class MiniImageTower(Section):
+    images: Count
     steps: Count
     batch: Count
     lr: PositiveFloat
@@ -421,8 +437,8 @@ class MiniSource(Section):
     kind: Literal["mini"]
     architecture: dict[str, Any]
     preprocessing: Preprocessing
-    text_tower: TextTower
-    image_tower: ImageTower
+    text_tower: MiniTextTower
+    image_tower: MiniImageTower
 
 
 class CheckpointSource(Section):
@@ -442,12 +458,12 @@ class CheckpointSource(Section):
         return weights
 
 
-class ReadOutSection(Section):
-    """diva/condition.py's ReadOut says what the keys mean."""
+class PoolingSection(Section):
+    """diva/condition.py's PoolingRule says what the keys mean."""
 
     tokens: Tokens
-    unit_tokens: bool
-    unit_sum: bool
+    normalize_tokens: bool
+    normalize_output: bool
     drawn_per: Literal["statement", "pair"] = "statement"
     resize_mode: Literal["shortest", "squash"] | None = None
 
@@ -455,7 +471,7 @@ class ReadOutSection(Section):
 class Published(Section):
     """What the paper's table says: million parameters; pairs right in %, average and by pattern.
 
-    later: what later methods report for the same backbone and pairs, each under a read-out of its own.
+    later: what later methods report for the same backbone and pairs, each under a pooling rule of its own.
     """
 
     parameters: PositiveFloat
@@ -473,12 +489,12 @@ class GpuMemory(Section):
     image: PositiveFloat
 
 
-class Backbone(Section):
+class BackboneEntry(Section):
     profile: Name
     source: MiniSource | CheckpointSource = Field(discriminator="kind")
     released: Download | None = None  # the authors' tuned weights
     condition: Condition
-    published_read_out: ReadOutSection
+    published_pooling: PoolingSection
     published: Published | None = None
     gpu_memory: GpuMemory | None = None
 
@@ -487,7 +503,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0)]
     run: Run
     profiles: dict[Name, Profile]
-    backbones: dict[Name, Backbone]
+    backbones: dict[Name, BackboneEntry]
 
     @property
     def profile(self) -> Profile:
@@ -580,7 +596,7 @@ def _explain(error: Any, content: Any) -> str:
     key = ".".join(parts) or "run"
     if error["type"] == "extra_forbidden":
         old = next((old for old in RENAMED if f".{key}".endswith(f".{old}")), None)
-        if old and key.startswith("profiles."):
+        if old:
             return f"  {key}: an old key. Now it is {RENAMED[old]}."
         return f"  {key}: unknown key (found {error['input']!r}). Remove it, or correct its name."
     if error["type"] == "missing":

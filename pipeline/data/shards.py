@@ -39,7 +39,7 @@ from PIL import Image
 from pipeline.core.compute import generator
 from pipeline.core.outputs import remove, write_json
 from pipeline.core.stages import UserError, progress
-from pipeline.data.pictures import UndecodableError, decode
+from pipeline.data.decoding import UndecodableError, decode
 
 INDEX = "shards.json"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # of several with one key, the first
@@ -51,7 +51,7 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
 WINDOW = 16  # shards whose images are mixed with each other
 STUCK = 1800  # seconds without a byte written: longer than any link may take
 REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
-MEND = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
+REMEDY = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
 OPTIONS = {
     "input_format": "parquet",
     "url_col": "url",
@@ -60,7 +60,7 @@ OPTIONS = {
     "output_format": "webdataset",
     "resize_mode": "keep_ratio",
     "resize_only_if_bigger": True,
-    "max_aspect_ratio": 4.0,  # the size bounds the shorter edge only: a banner would become a picture of 15,360 x 512
+    "max_aspect_ratio": 4.0,  # the size bounds the shorter edge only: a banner would become an image of 15,360 x 512
     "encode_format": "jpg",
     "encode_quality": 95,
     "extract_exif": False,
@@ -383,7 +383,7 @@ def _unpacked(folder: Path) -> list[Path]:
                 with unpack(path) as source, unpacked.open("wb") as target:
                     shutil.copyfileobj(source, target)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                raise UserError(f"{path} cannot be unpacked ({type(error).__name__}: {error}). {MEND}") from error
+                raise UserError(f"{path} cannot be unpacked ({type(error).__name__}: {error}). {REMEDY}") from error
             path.unlink()
             unpacked.rename(tar)
         elif start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -423,7 +423,7 @@ def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
         with tarfile.open(tar, "r:") as file:
             members = [member for member in file if not member.isdir()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {MEND}") from error
+        raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {REMEDY}") from error
     found: dict[str, dict[str, list[tuple[int, int]]]] = {}
     others: Counter[str] = Counter()
     for member in members:
@@ -503,9 +503,9 @@ class Shards:
             self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
             whole = sum(count for count, _ in self.found.values()) == index["samples"] > 0
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}). {MEND}") from error
+            raise UserError(f"{path} is damaged ({error!r}). {REMEDY}") from error
         if not whole:
-            raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {MEND}")
+            raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {REMEDY}")
         if not self.counts:
             raise UserError(
                 f"{folder}: none of its {len(self.found)} shards has an image with a caption (KEY.jpg, KEY.txt), but "
@@ -556,13 +556,13 @@ class Shards:
                     raise UserError(
                         f"{self.folder / name}: {len(failed)} of its {len(members)} images cannot be decoded, more "
                         f"than the share {self.max_undecodable:g} allowed; one is {member.key} ({error}). If they came "
-                        f"like this, raise train.max_undecodable in params.yaml or choose other images; else {MEND}"
+                        f"like this, raise train.max_undecodable in params.yaml or choose other images; else {REMEDY}"
                     ) from error
                 continue
             where = member.caption
             caption = self._read(name, where).decode(errors="replace") if where else ""
             return Sample(member.key, image, caption, name)
-        raise UserError(f"{self.folder}: no image of {', '.join(window.shards)} can be decoded. {MEND}")
+        raise UserError(f"{self.folder}: no image of {', '.join(window.shards)} can be decoded. {REMEDY}")
 
     def validation(self) -> list[Image.Image]:
         """The images that are kept from the order, those that cannot be decoded left out."""
@@ -610,7 +610,7 @@ class Shards:
         if (len(members), len(captioned)) != (wanted := self.found[name]):
             raise UserError(
                 f"{self.folder / name} holds {len(members)} images, {len(captioned)} of them with a caption, where "
-                f"{INDEX} says {wanted[0]} and {wanted[1]}. {MEND}"
+                f"{INDEX} says {wanted[0]} and {wanted[1]}. {REMEDY}"
             )
         return captioned if self.captioned else members
 

@@ -30,21 +30,22 @@ class TokenRule:
 
 
 @dataclass(frozen=True)
-class ReadOut:
-    """How one vector is made of an image: pooled + mean(tokens by the rule), with or without unit length.
+class PoolingRule:
+    """How the embedding of an image is made: pooled token + mean of the tokens that the rule selects.
 
-    drawn_per: whether the two statements of a pair meet tokens drawn anew, or the same ones.
-    resize_mode: how the image is brought to the tower's size; None: as the backbone does it.
+    normalize_tokens: scale each token to unit length first. normalize_output: scale the sum to unit length.
+    drawn_per: draw tokens anew for each statement of a pair, or once for both.
+    resize_mode: how the image is resized for the tower; None: as the backbone does it.
     """
 
     tokens: TokenRule
-    unit_tokens: bool = False
-    unit_sum: bool = True
+    normalize_tokens: bool = False
+    normalize_output: bool = True
     drawn_per: Literal["statement", "pair"] = "statement"
     resize_mode: Literal["shortest", "squash"] | None = None
 
 
-PLAIN = ReadOut(TokenRule("none"))
+STOCK = PoolingRule(TokenRule("none"))
 
 
 def draw_positions(rule: TokenRule, patches: int, generators: list[torch.Generator]) -> torch.Tensor | None:
@@ -92,13 +93,13 @@ def condition(
     return text_1LD + projected_BTD
 
 
-def read_out(
-    pooled_BD: torch.Tensor, patches_BND: torch.Tensor, rule: ReadOut, positions_BK: torch.Tensor | None = None
+def pool(
+    pooled_BD: torch.Tensor, patches_BND: torch.Tensor, rule: PoolingRule, positions_BK: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One vector an image, [B, D]. Where `unit_sum` is off its length is kept, and can change which image wins."""
+    """One vector an image, [B, D]. Without `normalize_output` it keeps its length, and that can decide a pair."""
     tokens = select(patches_BND, rule.tokens, positions_BK)
-    if rule.unit_tokens:
+    if rule.normalize_tokens:
         pooled_BD, tokens = F.normalize(pooled_BD, dim=-1), F.normalize(tokens, dim=-1)
     if tokens.shape[1]:
         pooled_BD = pooled_BD + tokens.mean(1)
-    return F.normalize(pooled_BD, dim=-1) if rule.unit_sum else pooled_BD
+    return F.normalize(pooled_BD, dim=-1) if rule.normalize_output else pooled_BD

@@ -242,7 +242,7 @@ def finished(phase: Phase, number: int, values: Values, validation: float | None
 # ------------------------------------------------------------------------------------------------------- what is kept
 
 
-def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
+def tensors_of(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
     """Every tensor that the next step of a phase depends on, by name."""
     return {
         **{f"model.{name}": tensor.detach() for name, tensor in _trained(feedback).items()},
@@ -257,13 +257,13 @@ def state(feedback: Feedback, phase: Phase) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore(feedback: Feedback, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back the parameters that `state` gave."""
+    """Put back the parameters that `tensors_of` gave."""
     for name, parameter in _trained(feedback).items():
         parameter.copy_(tensors[f"model.{name}"])
 
 
 def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back the optimizer that `state` gave, of the same phase."""
+    """Put back the optimizer that `tensors_of` gave, of the same phase."""
     optimizer: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")

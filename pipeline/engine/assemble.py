@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.code import program
-from pipeline.core.compute import device, seeded
-from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.compute import deterministic_device, seeded
+from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Tokens, Train
 from pipeline.core.processes import STARTED_BY
 from pipeline.core.stages import UserError, progress
@@ -198,7 +198,7 @@ class Checkpoint:
 
     def resume(self, feedback: Feedback) -> RunState | None:
         """Put back the state that was saved where it is of this very run; else say why not, and return None."""
-        state = checkpoints.state(self.path) if self.processes.is_main_process else None
+        state = checkpoints.read_state(self.path) if self.processes.is_main_process else None
         if state and (changed := differences(state["fingerprint"], self.fingerprint)):
             print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
             state = None
@@ -223,7 +223,7 @@ class Checkpoint:
     def save(self, feedback: Feedback, phase: Phase, so_far: RunState) -> None:
         """A full disk costs the checkpoint, not the run: the one before it stays."""
         passed_over = of_all(so_far.undecodable)
-        tensors = step.state(feedback, phase)
+        tensors = step.tensors_of(feedback, phase)
         tensors |= {f"start.{name}": tensor for name, tensor in (so_far.start or {}).items()}
         if self.processes.is_main_process:
             state = {
@@ -340,7 +340,7 @@ def train(
     options = {"dvcyaml": None, "save_dvc_exp": False, "report": None, "monitor_system": False}
     with Live(str(curves), **options) if main else nullcontext() as live:
         for record in so_far.records:
-            draw(live, record)
+            plot(live, record)
         for phase in planned:
             first = done[phase.name]
             if so_far.optimizer and so_far.optimizer[0] == phase.name:
@@ -354,7 +354,7 @@ def train(
             speed = Speed(feedback, phase, validation[0], processes, precision)
             for record, at_rest in progress(steps, phase.name, phase.steps, **bar):
                 so_far.records.append(record)
-                draw(live, record)
+                plot(live, record)
                 speed.count()
                 if at_rest:
                     checkpoint.save(feedback, phase, so_far)
@@ -371,7 +371,7 @@ def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
     return backbone.clip.state_dict()
 
 
-def draw(live: Live | None, record: step.Record) -> None:
+def plot(live: Live | None, record: step.Record) -> None:
     """Add a step to the curves, in the process that draws them."""
     if live is None:
         return
@@ -413,11 +413,11 @@ def post_train(
     if fitted and not fitted.is_file():
         raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
     key = f"profiles.{profile}.recipes.{weights.removesuffix('-shuffled')}"
-    found, processes = losses_of(key, recipe), Accelerator(cpu=device().type == "cpu")
+    found, processes = losses_of(key, recipe), Accelerator(cpu=deterministic_device().type == "cpu")
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
-    with whole(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
+    with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         backbone = Backbone.load(original)
         denoiser = Denoiser.load(Path("data", profile, "denoiser"))
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):

@@ -30,7 +30,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
         remove(partial)
 
 
-def state(path: Path) -> Any | None:
+def read_state(path: Path) -> Any | None:
     """The state alone; None where there is no checkpoint, or none that can be read."""
     try:
         with safe_open(path, "pt") as file:

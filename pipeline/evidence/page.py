@@ -38,7 +38,7 @@ def section(p: Params, backbone: str, scores: dict[str, Scores], found: dict, ga
         "controlled": bool(found["effect"]),
         "overview": overview(scores, found, published),
         "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found, published).items()],
-        "headline": headline(scores, found),
+        "headline": headline_rows(scores, found),
         "difference": [
             [name, *cells(change, ("pairs_stock", "zeroshot"))] for name, change in found["difference"].items()
         ],
@@ -91,7 +91,7 @@ def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> 
     return rows
 
 
-def headline(scores: dict[str, Scores], found: dict) -> list[list[str]]:
+def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
     """Every set of weights, every gain and every effect, each column."""
     rows = []
     for weights, of_weights in scores.items():

@@ -62,7 +62,7 @@ def run(p: Params, backbone: str, recipe: str) -> str:
     train = p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
     of_profile = p.profile.model_dump(mode="json", exclude={"train", "recipes"})
     chosen = p.profile.recipes[recipe].model_dump(mode="json")
-    own = p.backbones[backbone].model_dump(mode="json", include={"source", "condition", "published_read_out"})
+    own = p.backbones[backbone].model_dump(mode="json", include={"source", "condition", "published_pooling"})
     together = json.dumps([of_profile, train, chosen, own, program(*DECIDE)], sort_keys=True)
     return hashlib.sha256(together.encode()).hexdigest()[:12]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 
-def render(template: str, values: dict, **filters: Callable) -> str:
+def fill(template: str, values: dict, **filters: Callable) -> str:
     """A template's text. Raises jinja2.UndefinedError where it names what is not among the values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,

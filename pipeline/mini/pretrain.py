@@ -18,7 +18,7 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from pipeline.core.compute import generator, seeded
-from pipeline.core.params import ImageTower, MiniDenoiser, TextTower
+from pipeline.core.params import MiniDenoiser, MiniImageTower, MiniTextTower
 from pipeline.core.stages import progress
 from pipeline.mini import world
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
@@ -52,9 +52,9 @@ def encode(tok: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
     return tok(captions, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
 
 
-def pictures(set_name: str, count: int, what: str) -> tuple[torch.Tensor, np.ndarray]:
-    """The first `count` pictures of a set: pixels uint8 [count, 3, 64, 64] and scenes int64 [count, 10]."""
-    drawn = [world.picture(set_name, i) for i in progress(range(count), what)]
+def images(set_name: str, count: int, what: str) -> tuple[torch.Tensor, np.ndarray]:
+    """The first `count` images of a set: pixels uint8 [count, 3, 64, 64] and scenes int64 [count, 10]."""
+    drawn = [world.image(set_name, i) for i in progress(range(count), what)]
     pixels = torch.from_numpy(np.stack([p for p, _ in drawn])).permute(0, 3, 1, 2).contiguous()
     return pixels, np.stack([s for _, s in drawn])
 
@@ -102,7 +102,7 @@ def new_clip(architecture: dict) -> tuple[open_clip.CLIP, PreTrainedTokenizerFas
         return open_clip.CLIP(**complete), tok, complete
 
 
-def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: TextTower) -> list[float]:
+def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: MiniTextTower) -> list[float]:
     """Train the text side of `clip` against an oracle that reads the scene itself; a share of captions has details."""
     compute, rng, coin = clip.logit_scale.device, choices("text tower"), choices("text tower's captions")
     width = clip.text_projection.shape[1]
@@ -129,11 +129,16 @@ def hardly_a_detail(probability: float) -> Details:
 
 
 def image_tower(
-    clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, preprocessing: dict, p: ImageTower, steps: int, details: Details
+    clip: open_clip.CLIP,
+    tok: PreTrainedTokenizerFast,
+    preprocessing: dict,
+    p: MiniImageTower,
+    steps: int,
+    details: Details,
 ) -> list[float]:
     """Train the image side of `clip` against its frozen text side; `details` chooses the patterns a caption names."""
     compute, rng = clip.logit_scale.device, choices("image tower")
-    pixels, scenes = pictures("image tower", p.pictures, "pictures of the image tower")
+    pixels, scenes = images("image tower", p.images, "images of the image tower")
     clip.requires_grad_(False)
     clip.visual.requires_grad_(True)
 
@@ -177,7 +182,7 @@ def denoiser(
     p: MiniDenoiser,
     compute: torch.device,
 ) -> tuple[Denoiser, list[float]]:
-    """Train a UNet and its text encoder together on fully captioned pictures; a share of the captions is left empty.
+    """Train a UNet and its text encoder together on fully captioned images; a share of the captions is left empty.
 
     pixels: uint8 [N, 3, 64, 64]. The objective follows the scheduler's prediction_type.
     """

@@ -1,11 +1,11 @@
-"""The mini world: procedural 64 px pictures whose every detail is known.
+"""The mini world: procedural 64 px images whose every detail is known.
 
-Ten objects; every picture shows one of them together with one value of each of the nine patterns of MMVP-VLM
+Ten objects; every image shows one of them together with one value of each of the nine patterns of MMVP-VLM
 (orientation, presence, state, quantity, spatial relation, colour, structure, text, camera). All ten choices are
 independent. Place, scale, background and pixel noise are nuisance: no caption speaks of them.
 
-A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Picture `i` of a set is a pure function of
-`(WORLD_SEED, set, i)`, so the seven sets can be made again anywhere, in any order, and never share a picture.
+A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Image `i` of a set is a pure function of
+`(WORLD_SEED, set, i)`, so the seven sets can be made again anywhere, in any order, and never share an image.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw
 
 WORLD_SEED = 2407
 SIZE = 64
-CANVAS = 2 * SIZE  # pictures are drawn at twice the size and averaged down: that is the anti-aliasing
+CANVAS = 2 * SIZE  # images are drawn at twice the size and averaged down: that is the anti-aliasing
 
-# One set per purpose; nothing is scored on a picture that something was trained on.
-SETS = ("image tower", "denoiser", "post-training", "probe", "scorings", "development", "confirmation")
+# One set per purpose; nothing is scored on an image that something was trained on.
+SETS = ("image tower", "denoiser", "post-training", "probe", "scorings", "dev", "test")
 
 OBJECTS = ("fish", "car", "boat", "bird", "house", "cup", "key", "tree", "snail", "plane")
 PATTERNS: dict[str, tuple[str, ...]] = {
@@ -103,7 +103,7 @@ class Nuisance:
     horizon: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Nuisance":
+    def sample(cls, rng: np.random.Generator) -> "Nuisance":
         tints = rng.integers(175, 236, 6)
         return cls(
             x=CANVAS / 2 + rng.uniform(-7, 7),
@@ -115,12 +115,12 @@ class Nuisance:
         )
 
     def jitter(self, rng: np.random.Generator) -> "Nuisance":
-        """The same place a moment later: shifted by at most one and a half pixels of the finished picture."""
+        """The same place a moment later: shifted by at most one and a half pixels of the finished image."""
         return replace(self, x=self.x + rng.uniform(-3, 3), y=self.y + rng.uniform(-3, 3))
 
 
 def generator(set_name: str, *index: int) -> np.random.Generator:
-    """The generator of one picture (or one group of pictures) of a set. Raises ValueError for an unknown set."""
+    """The generator of one image (or one group of images) of a set. Raises ValueError for an unknown set."""
     return np.random.default_rng([WORLD_SEED, SETS.index(set_name), *index])
 
 
@@ -141,7 +141,7 @@ def caption(scene: np.ndarray, details: Iterable[int] = range(9)) -> str:
 
 
 def render(scene: np.ndarray, nuisance: Nuisance, rng: np.random.Generator) -> np.ndarray:
-    """The picture of a scene, uint8 [64, 64, 3]; `rng` is used for the pixel noise only."""
+    """The image of a scene, uint8 [64, 64, 3]; `rng` is used for the pixel noise only."""
     name = OBJECTS[scene[0]]
     facing, hat, broken, balls, star, colour, structure, letter, far = (int(v) for v in scene[1:])
     mirror = 1 if facing == 1 else -1
@@ -208,17 +208,17 @@ def render(scene: np.ndarray, nuisance: Nuisance, rng: np.random.Generator) -> n
     return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
 
 
-def picture(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `index` of a set: (uint8 [64, 64, 3], its scene)."""
+def image(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image `index` of a set: (uint8 [64, 64, 3], its scene)."""
     rng = generator(set_name, *index)
     scene = draw_scene(rng)
-    return render(scene, Nuisance.draw(rng), rng), scene
+    return render(scene, Nuisance.sample(rng), rng), scene
 
 
 def pair(pattern: int, index: int, set_name: str = "scorings") -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Two pictures of a scene that differ in `pattern` alone, but for a small shift and fresh noise; their scenes."""
+    """Two images of a scene that differ in `pattern` alone, but for a small shift and fresh noise; their scenes."""
     rng = generator(set_name, 0, pattern, index)
-    first, nuisance = draw_scene(rng), Nuisance.draw(rng)
+    first, nuisance = draw_scene(rng), Nuisance.sample(rng)
     second = first.copy()
     values = CARDINALITIES[1 + pattern]
     second[1 + pattern] = (first[1 + pattern] + rng.integers(1, values)) % values

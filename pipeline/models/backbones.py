@@ -89,7 +89,7 @@ class Backbone(nn.Module):
         return self.tower(pixels_BCHW)
 
     def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
-        """The backbone's evaluation transform, a picture to float [3, size, size]; resize_mode None: its own."""
+        """The backbone's evaluation transform, an image to float [3, size, size]; resize_mode None: its own."""
         other = {"resize_mode": resize_mode} if resize_mode else {}
         return image_transform_v2(PreprocessCfg(**self.preprocessing | other), is_train=False)(image)
 
@@ -118,7 +118,7 @@ def _entries(tokenizer) -> int:
     return len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
 
 
-def state(folder: Path) -> Tensors:
+def stored_tensors(folder: Path) -> Tensors:
     """The tensors of a model's folder by name, its residual head's among them, as the model's state has them."""
     head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
     return _float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
@@ -168,7 +168,7 @@ def model_config(architecture: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, Any], folder: Path) -> None:
-    """Make `folder` a model's folder without weights; the pictures' size is the architecture's."""
+    """Make `folder` a model's folder without weights; the images' size is the architecture's."""
     config = model_config(architecture)
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"size": config["vision_cfg"]["image_size"], **preprocessing}

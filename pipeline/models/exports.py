@@ -258,7 +258,7 @@ def image_processor(backbone: Backbone) -> CLIPImageProcessor | SiglipImageProce
         return SiglipImageProcessor(**values)
     return CLIPImageProcessor(
         **values, crop_size=square
-    )  # of a squashed picture the crop is all; LLaVA asks for its size
+    )  # of a squashed image the crop is all; LLaVA asks for its size
 
 
 @torch.no_grad()
@@ -268,9 +268,9 @@ def verify(
     """Load the folder as a user would, in each of its formats, and compare with the backbone.
 
     Returns by format the largest distance between an embedding and the backbone's own, as a share of its length, for
-    the same pixels and token ids; and `through_processor`, the same for pictures as transformers' own processor makes
+    the same pixels and token ids; and `through_processor`, the same for images as transformers' own processor makes
     them, whose resizing and cropping are not quite torchvision's. Raises UserError where the former exceeds TOLERANCE,
-    token ids differ, or the processor's pixels of a square picture differ by more than GREY_LEVELS.
+    token ids differ, or the processor's pixels of a square image differ by more than GREY_LEVELS.
     """
     pixels, ids = torch.stack([backbone.preprocess(image) for image in images]).to(compute), backbone.tokenizer(texts)
     wanted = {"image": backbone.encode_image(pixels), "text": backbone.encode_text(ids.to(compute))}
@@ -334,6 +334,6 @@ def _same_pixels(backbone: Backbone, processor, images: list[Image.Image]) -> No
     levels = 255 * (found - wanted).abs().amax((0, 2, 3)) * torch.tensor(backbone.std)
     if not levels.max() <= GREY_LEVELS:
         raise UserError(
-            f"transformers' processor of the export shows square pictures up to {levels.max():.1f} grey levels "
+            f"transformers' processor of the export shows square images up to {levels.max():.1f} grey levels "
             f"otherwise, {GREY_LEVELS} allowed. Please report this with the backbone's name; nothing was written."
         )

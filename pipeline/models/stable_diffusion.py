@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
         return self
 
     def latent_shape(self, size: int) -> torch.Size:
-        """[C, h, w] of the latent of a picture of size x size pixels."""
+        """[C, h, w] of the latent of an image of size x size pixels."""
         vae, pixels = copy.deepcopy(self.vae).to("meta"), torch.empty(1, 3, size, size, device="meta")
         return vae.encode(pixels.to(vae.dtype)).latent_dist.mean.shape[1:]
 

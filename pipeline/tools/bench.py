@@ -3,7 +3,7 @@
     python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
     python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
 
-Weights are random and of true shape, pictures are made here. Both schedules take turns, A B A B, step by step, in one
+Weights are random and of true shape, images are made here. Both schedules take turns, A B A B, step by step, in one
 process, fed by the same loader; the released one runs the tower once for each draw, one UNet batch a draw, under
 autocast with float32 weights. The first step counts operations, the second warms up, the last is profiled. Results
 go to metrics/bench/.
@@ -33,8 +33,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.core import params
-from pipeline.core.compute import device, seeded
-from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.compute import deterministic_device, seeded
+from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.params import Condition, MiniDenoiser, Params, Recipe, Train
 from pipeline.core.processes import cpus
 from pipeline.core.stages import progress, stage
@@ -135,7 +135,7 @@ def _denoiser(name: str, p: Any) -> tuple[Denoiser, int]:
     return Denoiser(vae, unet, None, None, scheduler), unet.config.cross_attention_dim
 
 
-class PublishedDenoiser(Denoiser):
+class ReleasedDenoiser(Denoiser):
     """As the released code runs it: float32 weights under autocast, and one encoding for all draws of an image."""
 
     encoded: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -195,14 +195,14 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
         if schedule == "engine":
             s.denoiser.for_feedback(precision)
         else:
-            s.denoiser.__class__, s.denoiser.precision = PublishedDenoiser, precision
+            s.denoiser.__class__, s.denoiser.precision = ReleasedDenoiser, precision
         feedback = s.feedback(projection).to(compute)
         if schedule == "engine" and s.train.compile:
             compiled += [feedback.tower.compile, s.denoiser.compile, s.denoiser.vae.encoder.compile]
         recipe = s.recipe.model_copy(update={"steps": rounds + 3, "warmup": None})
         (phase,) = phases(feedback, recipe, [Denoise(1.0)])
         schedule_of = [(phase.name, number) for number in range(phase.steps)]
-        shards = Shards(pictures(s.train.size, 64))
+        shards = Shards(photo_shards(s.train.size, 64))
         feed = Feed(
             shards, s.backbone, s.denoiser, feedback.tokens, s.train, recipe, phase.losses, 0, compute, schedule_of
         )
@@ -287,15 +287,15 @@ def matmul_rate(compute: torch.device, precision: torch.dtype) -> float:
 # ------------------------------------------------------------------------------------------------------- the loader
 
 
-def pictures(size: int, count: int, of: int = 64, shard_size: int = 5000) -> Path:
-    """A folder of shards with `count` pictures that compress like photographs, of which `of` are distinct."""
+def photo_shards(size: int, count: int, of: int = 64, shard_size: int = 5000) -> Path:
+    """A folder of shards with `count` images that compress like photographs, of which `of` are distinct."""
     folder = SCRATCH / f"{size}-{count}"
     if (folder / INDEX).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     encoded = [_jpeg(size, i) for i in range(min(of, count))]
     counts = {}
-    for shard in progress(range(-(-count // shard_size)), "shards of pictures"):
+    for shard in progress(range(-(-count // shard_size)), "shards of images"):
         name, numbers = f"{shard:05d}.tar", range(shard * shard_size, min(count, (shard + 1) * shard_size))
         with tarfile.open(folder / name, "w") as tar:
             for i in numbers:
@@ -324,7 +324,7 @@ def _jpeg(size: int, number: int) -> bytes:
 def loader(p: Params, images: int) -> dict[str, Any]:
     """Speed and memory of what feeds openai_224, with one thread and with one for each core."""
     section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
-    folder, cores = pictures(section.size, images), cpus()
+    folder, cores = photo_shards(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     clip: Any = SimpleNamespace(patches=256)  # what is read of the models
     denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
@@ -383,12 +383,12 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--images", type=int, default=100_000)
     arguments = parser.parse_args()
-    p, compute = params.load(), device()
+    p, compute = params.load(), deterministic_device()
     gpu = compute.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
     try:
         if arguments.subjects == ["loader"]:
-            with whole(OUTPUT / "loader.json") as (file,):
+            with atomic(OUTPUT / "loader.json") as (file,):
                 result = loader(p, arguments.images)
                 write_json(file, result)
             print(json.dumps(result, indent=2))
@@ -396,7 +396,7 @@ def main() -> None:
         names = arguments.subjects or (LARGE if gpu else ["mini", "block"])
         results = {name: compare(name, p, arguments.rounds, arguments.micro_batch, compute) for name in names}
         stem = machine.lower().replace(" ", "-")
-        with whole(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
+        with atomic(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})
             markdown_file.write_text(markdown(results, machine), encoding="utf-8")
         print(markdown(results, machine))

@@ -2,8 +2,8 @@
 
     python -m pipeline.tools.experiment         goes on where it was interrupted; 75 min on two cores
 
-Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the development
-benchmark, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
+Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the dev
+split, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
 Every finished run is a row of metrics/recipes/runs.csv and is not made again; delete the file, and the models in
 data/.experiment.scratch (where the workers' logs are, too), to begin anew. At the end stand
 metrics/recipes/results.{csv,md,png}.
@@ -35,8 +35,8 @@ from pipeline import images as images_stage
 from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import remove, whole
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic, remove
 from pipeline.core.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress, stage
@@ -70,26 +70,26 @@ RATES = {
     "two_stage": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
     "contrastive": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
 }
-ALLOWED = 1.0  # points of zero-shot ability that a rate may cost on the development benchmark
+ALLOWED = 1.0  # points of zero-shot accuracy that a rate may cost on the dev split
 OURS = "text_anchored"
-BENCHMARKS = {"development": "development", "test": "confirmation"}  # and the set of the world that each is drawn from
-MEASURES = ("pairs_plain", "image_to_statement_plain", "zeroshot", "zeroshot_unanchored", "probe")
+BENCHMARKS = ("dev", "test")  # splits, each drawn from the set of that name of pipeline/mini/world.py
+MEASURES = ("pairs_stock", "image_to_statement_stock", "zeroshot", "zeroshot_outside_bank", "probe")
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One row: a recipe or a control of it, in one cell, at one rate, on one benchmark."""
 
-    benchmark: str  # development | test
+    benchmark: str  # dev | test
     recipe: str  # `none`: the backbone before training
-    weights: str  # pretrained | diva | shuffled | drift
+    weights: str  # pretrained | trained | shuffled | drift
     detail_share: float
     denoiser_steps: int
     seed: int
     rate: float
 
 
-KEYS = list(Run.__dataclass_fields__)
+KEYS = list(Trial.__dataclass_fields__)
 
 
 def cells() -> list[tuple[float, int, int]]:
@@ -100,38 +100,38 @@ def cells() -> list[tuple[float, int, int]]:
     ]
 
 
-def tuning() -> Iterator[Run]:
+def tuning() -> Iterator[Trial]:
     share, steps, seed = TUNED_IN
-    yield Run("development", "none", "pretrained", share, 0, 0, 0.0)
+    yield Trial("dev", "none", "pretrained", share, 0, 0, 0.0)
     for recipe, rates in RATES.items():
-        yield from (Run("development", recipe, "diva", share, steps, seed, rate) for rate in rates)
+        yield from (Trial("dev", recipe, "trained", share, steps, seed, rate) for rate in rates)
 
 
-def testing(best: dict[str, float]) -> Iterator[Run]:
-    """Untrained backbones first; then every cell: recipe and drift everywhere, shuffled where the seed is the first."""
-    yield from (Run("test", "none", "pretrained", share, 0, 0, 0.0) for share in DETAIL_SHARES)
+def testing(best: dict[str, float]) -> Iterator[Trial]:
+    """Untrained backbones first; then every cell. Only cells of the first seed have the control `shuffled`."""
+    yield from (Trial("test", "none", "pretrained", share, 0, 0, 0.0) for share in DETAIL_SHARES)
     for cell, (recipe, rate) in itertools.product(cells(), best.items()):
-        for weights in ("diva", "drift", *(["shuffled"] if cell[2] == SEEDS[0] else [])):
-            yield Run("test", recipe, weights, *cell, rate)
+        for weights in ("trained", "drift", *(["shuffled"] if cell[2] == SEEDS[0] else [])):
+            yield Trial("test", recipe, weights, *cell, rate)
 
 
 def best_rates(rows: pd.DataFrame) -> dict[str, float]:
-    """Each recipe's rate with the most development pairs right among those that keep zero-shot ability.
+    """Each recipe's rate with the most pairs of the dev split right among those that keep zero-shot ability.
 
     Of equals the smaller. Where none keeps it, the one that loses least of it.
     """
-    development = rows[rows.benchmark == "development"].sort_values("rate")
-    (before,) = development[development.weights == "pretrained"].zeroshot
+    dev = rows[rows.benchmark == "dev"].sort_values("rate")
+    (before,) = dev[dev.weights == "pretrained"].zeroshot
     best = {}
     for recipe in RATES:
-        own = development[development.recipe == recipe].set_index("rate")
+        own = dev[dev.recipe == recipe].set_index("rate")
         kept = own[own.zeroshot >= before - ALLOWED]
-        best[recipe] = float(kept.pairs_plain.idxmax() if len(kept) else own.zeroshot.idxmax())
+        best[recipe] = float(kept.pairs_stock.idxmax() if len(kept) else own.zeroshot.idxmax())
     return best
 
 
-class Tunnel:
-    """The backbones, denoisers and pictures that the runs share, each made when first asked for."""
+class Assets:
+    """The backbones, denoisers and images that the runs share, each made when first asked for."""
 
     def __init__(self, p: params.Params, compute: torch.device) -> None:
         self.p, self.compute, self.processes = p, compute, Accelerator(cpu=compute.type == "cpu")
@@ -151,21 +151,21 @@ class Tunnel:
         folder = SCRATCH / f"backbone-{share}"
         if not folder.exists():
             text_tower = self.source.text_tower.model_copy(update={"detail_share": share})
-            with whole(folder) as (new,):
+            with atomic(folder) as (new,):
                 backbone_stage.make(self.source.model_copy(update={"text_tower": text_tower}), new)
         return folder
 
     def denoiser(self, steps: int) -> Path:
         folder = SCRATCH / f"denoiser-{steps}"
         if not folder.exists():
-            with whole(folder) as (new,):
+            with atomic(folder) as (new,):
                 denoiser_stage.make(self.section.model_copy(update={"steps": steps}), new, self.compute)
         return folder
 
-    def pictures(self, share: float) -> Shards:
+    def post_training(self, share: float) -> Shards:
         folder, section = SCRATCH / f"images-{share}", self.p.profile.train
         if not folder.exists():
-            with whole(folder) as (new,):
+            with atomic(folder) as (new,):
                 images_stage.mini(self.images.model_copy(update={"detail_share": share}), new)
         return Shards(folder, section.max_undecodable, section.validation.images)
 
@@ -173,12 +173,12 @@ class Tunnel:
         """The folders of the pairs and of the sets of zero-shot ability."""
         folder = SCRATCH / name
         if not folder.exists():
-            with whole(folder) as (new,):
-                mmvp_vlm.render(new / "mmvp_vlm", self.pairs.pairs_per_pattern, BENCHMARKS[name])
-                zeroshot_sets.render(new / "zeroshot_sets", self.sets, BENCHMARKS[name])
+            with atomic(folder) as (new,):
+                mmvp_vlm.make(new / "mmvp_vlm", self.pairs.pairs_per_pattern, name)
+                zeroshot_sets.make(new / "zeroshot_sets", self.sets, name)
         return folder / "mmvp_vlm", folder / "zeroshot_sets"
 
-    def trained(self, run: Run) -> Path:
+    def trained(self, run: Trial) -> Path:
         """The model's folder, trained here where it is not there yet."""
         original = self.backbone(run.detail_share)
         if run.weights == "pretrained":
@@ -187,22 +187,24 @@ class Tunnel:
         folder = SCRATCH / f"{run.weights}-{key}"
         if folder.exists():
             return folder
-        diva = self.trained(Run(**asdict(run) | {"weights": "diva"})) if run.weights != "diva" else None
+        trained = None
+        if run.weights != "trained":
+            trained = self.trained(Trial(**asdict(run) | {"weights": "trained"}))
         if run.weights == "drift":
-            assert diva
-            with whole(folder) as (new,):
-                drift_stage.drift(original, diva, run.seed, new)
+            assert trained
+            with atomic(folder) as (new,):
+                drift_stage.drift(original, trained, run.seed, new)
             return folder
         chosen = self.p.profile.recipes[run.recipe]
         recipe = chosen.model_copy(update={"optimizer": chosen.optimizer.model_copy(update={"lr": run.rate})})
-        with whole(folder) as (new,):
-            self.train(run, original, recipe, diva / FITTED if diva else None, new)
+        with atomic(folder) as (new,):
+            self.train(run, original, recipe, trained / FITTED if trained else None, new)
         return folder
 
-    def train(self, run: Run, original: Path, recipe: Recipe, fitted: Path | None, folder: Path) -> None:
+    def train(self, run: Trial, original: Path, recipe: Recipe, fitted: Path | None, folder: Path) -> None:
         """Write the model's folder; fitted: where a control starts from."""
         section, own = self.p.profile.train, self.p.backbones[NAME].condition
-        backbone, shards = Backbone.load(original), self.pictures(run.detail_share)
+        backbone, shards = Backbone.load(original), self.post_training(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
         started, found = without_warmup(recipe) if fitted else recipe, losses_of(run.recipe, recipe)
         feedback = build_feedback(backbone, denoiser, own, section, started, found, run.seed, shards, self.compute)
@@ -218,7 +220,7 @@ class Tunnel:
             assert end.start
             save_fitted(feedback, end.start, folder / FITTED)
 
-    def score(self, run: Run) -> dict[str, float]:
+    def score(self, run: Trial) -> dict[str, float]:
         """The measures in %, all NaN where training came to numbers that are not finite."""
         pairs_folder, sets_folder = self.benchmark(run.benchmark)
         try:
@@ -226,26 +228,23 @@ class Tunnel:
         except NotFiniteError as error:
             print(f"{run}: {error}")
             return dict.fromkeys(MEASURES, float("nan"))
-        p, read_out = self.p.profile, mmvp.read_out_of(self.p.backbones[NAME].published_read_out)
+        p, pooling = self.p.profile, mmvp.pooling_rule(self.p.backbones[NAME].published_pooling)
         questions = read_mmvp_vlm(pairs_folder, self.pairs.pairs_per_pattern)
-        pairs, _, _ = mmvp.score(backbone, questions, read_out, p.mmvp, self.compute)
+        pairs, _, _ = mmvp.score(backbone, questions, pooling, p.mmvp, self.compute)
         sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)
-        stock = {
-            key.replace("stock", "plain"): value for key, value in headline(pairs, sets).items()
-        }  # its tables' name
-        found = stock | {"zeroshot_unanchored": self.unanchored(answers, BENCHMARKS[run.benchmark])}
+        found = headline(pairs, sets) | {"zeroshot_outside_bank": self.outside_bank(answers, run.benchmark)}
         return {key: found[key] for key in MEASURES}
 
-    def unanchored(self, answers: pd.DataFrame, set_name: str) -> float:
-        """Zero-shot accuracy on the pictures whose object no anchor's prompt names, %."""
+    def outside_bank(self, answers: pd.DataFrame, set_name: str) -> float:
+        """Zero-shot accuracy on the images whose object no prompt of the bank names, %."""
         anchored = " ".join(self.p.profile.recipes[OURS].losses["self_distillation"]["prompts"])
         asked = answers[answers.measure == "accuracy"]
-        objects = [world.OBJECTS[world.picture(set_name, 1, int(i))[1][0]] for i in asked.image]
+        objects = [world.OBJECTS[world.image(set_name, 1, int(i))[1][0]] for i in asked.image]
         outside = [name not in anchored.split() for name in objects]
         return 100 * float(asked.right[outside].mean())
 
 
-_tunnel: Tunnel  # of a worker
+_assets: Assets  # of a worker
 
 
 def _end_with_parent() -> None:
@@ -256,7 +255,7 @@ def _end_with_parent() -> None:
 
 
 def _start_worker(p: params.Params) -> None:
-    global _tunnel
+    global _assets
     threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment shall leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
@@ -265,15 +264,15 @@ def _start_worker(p: params.Params) -> None:
     gc.freeze()  # accelerate collects garbage around every training: spare it the objects of the imports
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's and scikit-learn's
-    _tunnel = Tunnel(p, device())
+    _assets = Assets(p, deterministic_device())
 
 
 def _make(what: str, value: float | str) -> None:
-    getattr(_tunnel, what)(value)
+    getattr(_assets, what)(value)
 
 
-def _score(runs: list[Run]) -> list[dict]:
-    return [asdict(run) | _tunnel.score(run) for run in runs]
+def _score(runs: list[Trial]) -> list[dict]:
+    return [asdict(run) | _assets.score(run) for run in runs]
 
 
 @contextmanager
@@ -296,14 +295,14 @@ def read() -> pd.DataFrame:
 
 
 def write(rows: pd.DataFrame) -> None:
-    with whole(OUTPUT / "runs.csv") as (file,):
+    with atomic(OUTPUT / "runs.csv") as (file,):
         rows.sort_values(KEYS).to_csv(file, index=False, float_format="%g")
 
 
-def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Run]) -> None:
+def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Trial]) -> None:
     """Make what has no row yet, writing rows as they come. A worker trains a recipe, then its controls."""
-    done = {Run(**row) for row in read()[KEYS].to_dict("records")}
-    together: dict[tuple, list[Run]] = {}
+    done = {Trial(**row) for row in read()[KEYS].to_dict("records")}
+    together: dict[tuple, list[Trial]] = {}
     for run in runs:
         if run not in done:
             cell = tuple(value for key, value in asdict(run).items() if key != "weights")
@@ -329,18 +328,18 @@ def results(gained: pd.DataFrame) -> pd.DataFrame:
     other denoisers and seeds? The spread of the cells of a text tower; NaN with a cell each. Neither holds the error
     of the questions that were asked: all cells answer the same, and runs.csv has no single answers.
 
-    Two kinds of weights are differences, cell by cell: `remains`, the recipe less its shuffled control, and `behind`,
-    text_anchored less the recipe.
+    Two kinds of weights are differences, cell by cell: `effect`, the recipe minus its mismatched-image control, and
+    `difference`, text_anchored minus the recipe.
     """
     keys, found = ["detail_share", "denoiser_steps", "seed"], []
-    ours = gained[(gained.recipe == OURS) & (gained.weights == "diva")].set_index(keys)[list(MEASURES)]
+    ours = gained[(gained.recipe == OURS) & (gained.weights == "trained")].set_index(keys)[list(MEASURES)]
     for recipe, own in gained.groupby("recipe", sort=False):
         parts = dict(list(own.set_index(keys).groupby("weights", sort=False)))
-        if {"diva", "shuffled"} <= parts.keys():
+        if {"trained", "shuffled"} <= parts.keys():
             shared = parts["shuffled"].index
-            parts["remains"] = parts["diva"].loc[shared, list(MEASURES)] - parts["shuffled"][list(MEASURES)]
+            parts["effect"] = parts["trained"].loc[shared, list(MEASURES)] - parts["shuffled"][list(MEASURES)]
         if recipe != OURS and len(ours):
-            parts["behind"] = ours - parts["diva"].loc[ours.index, list(MEASURES)]
+            parts["difference"] = ours - parts["trained"].loc[ours.index, list(MEASURES)]
         for weights, part in parts.items():
             for measure in MEASURES:
                 new, these = over_groups([group.tolist() for _, group in part[measure].groupby("detail_share")])
@@ -370,9 +369,9 @@ def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
         lines.append(f"| {recipe} | {weights} | {own.cells.iloc[0]} | {' | '.join(texts)} |")
     shares = sorted(set(gained.detail_share), reverse=True)
     texts = [f"{100 * share:.0f} % of captions detailed" for share in shares]
-    lines += ["", f"| pairs_plain, by text tower | {' | '.join(texts)} |", "|---" * (1 + len(shares)) + "|"]
-    for recipe, own in gained[gained.weights == "diva"].groupby("recipe", sort=False):
-        means = own.groupby("detail_share").pairs_plain.mean()
+    lines += ["", f"| pairs_stock, by text tower | {' | '.join(texts)} |", "|---" * (1 + len(shares)) + "|"]
+    for recipe, own in gained[gained.weights == "trained"].groupby("recipe", sort=False):
+        means = own.groupby("detail_share").pairs_stock.mean()
         lines.append(f"| {recipe} | {' | '.join(f'{means[share]:+.1f}' for share in shares)} |")
     return "\n".join(lines) + "\n"
 
@@ -380,15 +379,15 @@ def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
 def figure(table: pd.DataFrame) -> Figure:
     """Each gain with its intervals (thin: other text towers; thick: these): a row for a recipe's weights."""
     drawn = Figure(figsize=(12, 5), layout="constrained")
-    for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_plain", "zeroshot", "probe"), strict=True):
-        own = table[(table.measure == measure) & (table.weights != "behind")]
+    for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_stock", "zeroshot", "probe"), strict=True):
+        own = table[(table.measure == measure) & (table.weights != "difference")]
         colours = ["tab:grey" if weights in ("drift", "shuffled") else "tab:blue" for weights in own.weights]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.hlines(range(len(own)), own.new_low, own.new_high, colors=colours, linewidth=1)
         axis.hlines(range(len(own)), own.these_low, own.these_high, colors=colours, linewidth=4)
         axis.scatter(own.gain, range(len(own)), c=colours)
         axis.set(title=measure, xlabel="gain, points")
-    axis.set_yticks(range(len(own)), own.recipe + ", " + own.weights.replace("diva", "tuned"))
+    axis.set_yticks(range(len(own)), own.recipe + ", " + own.weights)
     axis.invert_yaxis()  # the panels share it
     return drawn
 
@@ -396,9 +395,9 @@ def figure(table: pd.DataFrame) -> Figure:
 @stage
 def main() -> None:
     p = params.load()
-    tunnel = Tunnel(p, device())
-    for share in progress(DETAIL_SHARES, "pictures of post-training"):  # img2dataset has processes of its own
-        tunnel.pictures(share)
+    assets = Assets(p, deterministic_device())
+    for share in progress(DETAIL_SHARES, "images of post-training"):  # img2dataset has processes of its own
+        assets.post_training(share)
     with workers(p) as pool:
         made = [pool.submit(_make, "denoiser", steps) for steps in sorted(DENOISER_STEPS, reverse=True)]
         made += [pool.submit(_make, "backbone", share) for share in DETAIL_SHARES]
@@ -407,11 +406,11 @@ def main() -> None:
             work.result()
         carry_out(pool, tuning())
         best = best_rates(read())
-        print(f"rates chosen on the development benchmark: {best}")
+        print(f"rates chosen on the dev split: {best}")
         carry_out(pool, testing(best))
     gained = gains(read())
     table = results(gained)
-    with whole(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
+    with atomic(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         table.to_csv(csv, index=False)
         md.write_text(markdown(table, gained), encoding="utf-8")
         figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})

@@ -20,19 +20,19 @@ from rich.table import Table
 
 from pipeline.benchmarks.pairs import Question
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import whole
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
-from pipeline.diva.condition import PLAIN
+from pipeline.diva.condition import STOCK
 from pipeline.diva.pairs import score_pairs
-from pipeline.mmvp import PROMPT, logits, read_out_of, tokens
+from pipeline.mmvp import PROMPT, logits, pooling_rule, tokens
 from pipeline.models.backbones import Backbone
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
     """[statement, image] by pooling rule, the mean over `mmvp.draws` draws where it draws tokens."""
     compute, found = next(backbone.parameters()).device, {}
-    for pooling, rule in (("stock", PLAIN), ("published", read_out_of(p.backbones[name].published_read_out))):
+    for pooling, rule in (("stock", STOCK), ("published", pooling_rule(p.backbones[name].published_pooling))):
         pooled, patches = tokens(backbone, questions, rule.resize_mode, len(questions), compute)
         draws = p.profile.mmvp.draws if rule.tokens.positions(patches.shape[1]) else 1
         asked = [logits(backbone, questions, pooled, patches, rule, p.profile.mmvp.seed, draw) for draw in range(draws)]
@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
 
 @stage
 def main() -> None:
-    asked, p, compute = arguments(), params.load(), device()
+    asked, p, compute = arguments(), params.load(), deterministic_device()
     if asked.backbone not in p.backbones:
         raise UserError(f"no backbone '{asked.backbone}' in params.yaml; there are: {', '.join(p.backbones)}")
     models = Path("models", p.backbones[asked.backbone].profile)
@@ -101,7 +101,7 @@ def main() -> None:
             if pooling == "stock":
                 stock[weights] = found
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    with whole(asked.out) as (file,):
+    with atomic(asked.out) as (file,):
         strip(questions, stock).savefig(file, format="png", dpi=110, metadata={"Software": None})
     print(f"images with the stock embedding's scores: {asked.out}")
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.core import params
-from pipeline.core.outputs import whole
+from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
@@ -86,7 +86,7 @@ def reference() -> str:
 
 
 def upper_bound() -> str:
-    found = json.loads(text(MINI / "ceiling" / "mini.json"))
+    found = json.loads(text(MINI / "oracle" / "mini.json"))
     figures = {COLUMNS.get(name, name): value for name, value in found.items() if name != "patterns"}
     rows = [(name, f"{value:.1f}") for name, value in figures.items()]
     return table([("oracle upper bound", "%"), *rows])
@@ -109,7 +109,7 @@ def sensitivity() -> str:
         rows = rows or [("recipe", "conditioned on", *means.columns)]
         recipe = file.stem.removeprefix("mini-")
         rows += [(f"`{recipe}`", f"`{name}`", *(f"{value:.0f}" for value in row)) for name, row in means.iterrows()]
-    patterns = json.loads(text(MINI / "ceiling" / "mini.json"))["patterns"]
+    patterns = json.loads(text(MINI / "oracle" / "mini.json"))["patterns"]
     return table([*rows, ("", "*upper bound: pairs right*", *(f"{patterns[name]:.0f}" for name in rows[0][2:]))])
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     if check and found:
         raise UserError(f"{', '.join(map(str, found))}: not up to date. Run `python -m pipeline.tools.pages`.")
     for page, content in found.items():
-        with whole(page) as (file,):
+        with atomic(page) as (file,):
             file.write_text(content, encoding="utf-8")
         print(f"{page}: written anew")
 

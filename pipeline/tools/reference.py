@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as students_t
 
-from pipeline.core.outputs import remove, whole, write_json
+from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.evidence.results import POOLINGS, recipe_and_control, without_controls
 
@@ -54,7 +54,7 @@ ROUNDINGS: dict[int, dict[str, str]] = {  # of the reference runs, by training s
 }
 
 
-class Run(NamedTuple):
+class MeasuredRun(NamedTuple):
     """figures: what chance moves; counts: what it does not; verdicts: words.
 
     right: which pairs the pretrained backbone has right (0 or 1), a row a pair, a column a pooling rule.
@@ -66,7 +66,7 @@ class Run(NamedTuple):
     right: pd.DataFrame
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path) -> "MeasuredRun":
         """Of a folder such as metrics/mini. Raises UserError."""
 
         def content(name: str) -> Any:
@@ -84,12 +84,12 @@ class Run(NamedTuple):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{folder}: not the metrics of a run of profile mini with the committed `run`: {error}. "
-                "Run `dvc repro`."
+                "MeasuredRun `dvc repro`."
             ) from None
-        loss = denoiser["held_out_loss"]
+        loss = denoiser["validation_loss"]
         figures = {
-            "pretrained": headline(scored["pretrained"]),
-            "gain": {name: headline(gain, name) for name, gain in scored["gain"].items()},
+            "pretrained": judged(scored["pretrained"]),
+            "gain": {name: judged(gain, name) for name, gain in scored["gain"].items()},
             "denoiser": {"right": loss["right"]}
             | {f"{k}_less_right": loss[k] - loss["right"] for k in ("empty", "wrong")},
             "training": {
@@ -117,7 +117,7 @@ class Run(NamedTuple):
         )
 
 
-def headline(row: dict[str, float], weights: str = "pretrained") -> dict[str, float]:
+def judged(row: dict[str, float], weights: str = "pretrained") -> dict[str, float]:
     """The figures of a row of report.json that are judged; NaN where it lacks one."""
     return {key: row.get(key, np.nan) for key in (OF_CONTROLS if recipe_and_control(weights)[1] else HEADLINES)}
 
@@ -150,7 +150,7 @@ def band(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def faults(run: Run, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
+def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
     """(what differs from the reference's first run, the committed one, and what of it chance does not explain)."""
     runs, wrong = reference["runs"], []
     figures = run.figures | agreement(run.right, pairs)
@@ -189,7 +189,7 @@ def check(folder: Path) -> None:
     if folder == METRICS and equal_to_committed():
         print("equal byte for byte: the locks, which have the hash of every output, are the committed ones")
     pairs = pd.read_csv(OUTPUT / "pairs.csv", keep_default_na=False).set_index(["pair", "pattern"])
-    table, wrong = faults(Run.read(folder), json.loads(file.read_text(encoding="utf-8")), pairs)
+    table, wrong = faults(MeasuredRun.read(folder), json.loads(file.read_text(encoding="utf-8")), pairs)
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
@@ -206,7 +206,7 @@ def reference_run(seed: int, rounding: dict[str, str]) -> Path:
     """Make a seed's run in a clone of the last commit, unless it is finished; returns the folder of its metrics."""
     clone = SCRATCH / f"run-{seed}"
     if not (clone / ".git").is_dir():
-        with whole(clone) as (new,):
+        with atomic(clone) as (new,):
             subprocess.run(["git", "clone", "--quiet", "--shared", ".", str(new)], check=True)
             for name in ("images", "mmvp_vlm", "zeroshot_sets"):  # drawn, not computed: the same whatever the rounding
                 if Path("data/mini", name).is_dir():
@@ -232,7 +232,7 @@ def make() -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         working = [pool.submit(reference_run, seed, rounding) for seed, rounding in ROUNDINGS.items()]
         folders = [METRICS, *(work.result() for work in progress(working, "reference runs"))]
-    runs = [Run.read(folder) for folder in folders]
+    runs = [MeasuredRun.read(folder) for folder in folders]
     right = sum(run.right for run in runs[1:])
     rows = [
         {
@@ -243,7 +243,7 @@ def make() -> None:
         }
         for (seed, rounding), run in zip([("committed", {}), *ROUNDINGS.items()], runs, strict=True)
     ]
-    with whole(OUTPUT / "mini.json", OUTPUT / "pairs.csv") as (file, pairs):
+    with atomic(OUTPUT / "mini.json", OUTPUT / "pairs.csv") as (file, pairs):
         write_json(file, {"counts": runs[0].counts, "runs": rows})
         right.to_csv(pairs, float_format="%g")
     remove(SCRATCH)

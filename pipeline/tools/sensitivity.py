@@ -1,23 +1,23 @@
-"""Can feedback carry it? How much worse a picture is restored when the denoiser is told of its pair's other picture.
+"""Conditioning sensitivity: how much worse an image is restored under the condition of its pair's other image.
 
     python -m pipeline.tools.sensitivity mini diva       after `dvc repro`
 
-Writes metrics/<profile>/sensitivity/<backbone>-<recipe>.{csv,png}. The two pictures of a pair differ in one detail.
-Where the denoiser does not restore a picture better when told the right one than when told the other, nothing about
-this detail can be fed back at that timestep. Told in two ways, or three:
+Writes metrics/<profile>/sensitivity/<backbone>-<recipe>.{csv,png}. The two images of a pair differ in one detail.
+Where the right condition does not restore an image better than the wrong one, feedback cannot teach this detail at that
+timestep. The denoiser is conditioned in two or three ways:
 
-    caption     the pair's statements through the denoiser's own text encoder: what it can tell at all
-    text        the statements through the backbone's text tower and the visual projection, where the recipe fits that
-                on captions: what it could be told in the text tower's words, if the image tower showed all
-    image       the pictures through the image tower and the projection, fitted as the recipe says (where it says
-                nothing it is the random one that the published recipe starts from): what it is told before training
+    captions             the pair's statements through the denoiser's own text encoder: the most that it can use
+    caption_embeddings   the statements through the backbone's text tower and the projector; only where the recipe warms
+                         the projector up on captions. It is what a perfect image tower would give in text space.
+    image_embeddings     the images through the image tower and the projector: what training starts from. The projector
+                         is warmed up as the recipe says; in the published recipe it is random.
 
-The table has, by way, pattern and timestep, the mean of wrong minus right loss and the share of pictures (%) restored
-better when told right, with one noise each, the same for both; 50 % is chance.
+The table has a row for each condition, pattern and timestep: the mean of wrong minus right loss, and the share of
+images that the right condition restores better (%; 50 is chance). Both conditions get the same noise.
 
-Of a backbone that was made here the ceiling is printed beside: the pairs that its frozen text tower would get right
-with an image tower taught every detail. Where this is low, feedback that arrives is not read. For a published backbone
-no captions of every detail exist, and the ceiling is unknown.
+For a mini backbone it also prints the oracle upper bound: the pairs that its frozen text tower would get right with an
+image tower that was taught every detail. Where this is low, the text tower does not use a detail even if the image
+embedding holds it. For a published backbone the bound is unknown, because no captions name every detail.
 
 It looks at the benchmark's pairs, so it must not choose a recipe that is then judged by them.
 """
@@ -35,8 +35,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.compute import device, generator
-from pipeline.core.outputs import whole
+from pipeline.core.compute import deterministic_device, generator
+from pipeline.core.outputs import atomic
 from pipeline.core.params import Train
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
@@ -49,6 +49,7 @@ from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 
+WAYS = ("captions", "caption_embeddings", "image_embeddings")
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 
 
@@ -56,7 +57,7 @@ TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 def losses(
     denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error of each picture, [B]."""
+    """Mean squared error of each image, [B]."""
     timestep_B = torch.full((len(latent_BChw),), timestep, device=latent_BChw.device)
     alphas = denoiser.alphas_cumprod
     predicted = denoiser(diffusion.add_noise(latent_BChw, noise_BChw, timestep_B, alphas), timestep_B, condition_BTD)
@@ -67,7 +68,7 @@ def losses(
 def wrong_minus_right(
     denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
 ) -> torch.Tensor:
-    """[B], of whole pairs: pictures 2n and 2n + 1 are each other's wrong ones."""
+    """Loss under the wrong condition minus loss under the right one, [B]; images 2n and 2n + 1 are a pair."""
     other_BTD = condition_BTD.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return losses(denoiser, latent_BChw, noise_BChw, timestep, other_BTD) - losses(
         denoiser, latent_BChw, noise_BChw, timestep, condition_BTD
@@ -77,7 +78,7 @@ def wrong_minus_right(
 def fitted(
     backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, recipe_name: str, compute: torch.device
 ) -> Feedback:
-    """The feedback with its projection fitted, as the first phase of stage train does."""
+    """The feedback after the projector warm-up, as stage train does it."""
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
     own, losses = p.backbones[name].condition, losses_of(recipe_name, recipe)
@@ -100,7 +101,7 @@ def seen(
     p: Train,
     compute: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latent, condition through the projection) of whole pictures, at the size and with the statistics of training."""
+    """(latent, projected condition) of uncropped images, at the size and with the statistics of training."""
     square = [question.image().resize((p.size, p.size), Image.Resampling.BICUBIC) for question in questions]
     images_BCHW = torch.stack([pil_to_tensor(image) for image in square]).to(compute)
     latent_BChw = denoiser.latent(feedback.pixels.generator(images_BCHW))
@@ -119,7 +120,7 @@ def measure(
     recipe_name: str,
     compute: torch.device,
 ) -> pd.DataFrame:
-    """One row a way of telling, pattern and timestep: wrong_minus_right, told_right_is_better (%), pictures."""
+    """One row for each condition, pattern and timestep: wrong_minus_right, right_is_better (%), images."""
     denoiser.to(compute)
     captions = [
         denoiser.text([PROMPT + question.statement]).cpu() for question in questions
@@ -133,38 +134,43 @@ def measure(
         asked = questions[first : first + size]
         with step.autocast(compute, getattr(torch, p.profile.train.precision)):
             latent, projected = seen(feedback, backbone, denoiser, asked, p.profile.train, compute)
-            told = {"caption": torch.cat(captions[first : first + size]).to(compute), "image": projected}
+            conditions = {
+                "captions": torch.cat(captions[first : first + size]).to(compute),
+                "image_embeddings": projected,
+            }
             if on_captions:
                 statements = backbone.embed([PROMPT + question.statement for question in asked])
-                told["text"] = feedback.condition_on_text(statements)
+                conditions["caption_embeddings"] = feedback.condition_on_text(statements)
             for timestep in timesteps:
                 draws = [generator("sensitivity", "noise", timestep, question.id) for question in asked]
                 noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws]).to(compute)
-                for way, condition in told.items():
+                for way, condition in conditions.items():
                     found = wrong_minus_right(denoiser, latent, noise, timestep, condition)
                     for question, value in zip(asked, found.tolist(), strict=True):
                         rows.append((way, question.type, timestep, value))
-    table = pd.DataFrame(rows, columns=["told", "pattern", "timestep", "wrong_minus_right"])
-    table["told_right_is_better"] = 100.0 * (table.wrong_minus_right > 0)
-    groups = table.groupby(["told", "pattern", "timestep"], sort=False)
-    return groups.agg({"wrong_minus_right": "mean", "told_right_is_better": "mean"}).assign(pictures=groups.size())
+    table = pd.DataFrame(rows, columns=["condition", "pattern", "timestep", "wrong_minus_right"])
+    table["right_is_better"] = 100.0 * (table.wrong_minus_right > 0)
+    groups = table.groupby(["condition", "pattern", "timestep"], sort=False)
+    return groups.agg({"wrong_minus_right": "mean", "right_is_better": "mean"}).assign(images=groups.size())
 
 
 def figure(table: pd.DataFrame) -> Figure:
-    """The share of pictures restored better when told right: patterns by timesteps, a panel for each way of telling."""
-    ways = [way for way in ("caption", "text", "image") if way in table.index.unique("told")]
+    """Share of images that the right condition restores better: patterns by timesteps, a panel for each condition."""
+    ways = [
+        way for way in ("captions", "caption_embeddings", "image_embeddings") if way in table.index.unique("condition")
+    ]
     drawn = Figure(figsize=(6 * len(ways), 4.6), layout="constrained")
     for axis, way in zip(drawn.subplots(1, len(ways), sharey=True), ways, strict=True):
-        shares = table.loc[way].told_right_is_better.unstack().reindex(table.index.unique("pattern"))
+        shares = table.loc[way].right_is_better.unstack().reindex(table.index.unique("pattern"))
         image = axis.imshow(shares, cmap="RdBu", vmin=0, vmax=100, aspect="auto")
         axis.set_xticks(range(len(shares.columns)), shares.columns)
         axis.set_yticks(range(len(shares)), shares.index)
-        axis.set(title=f"told by {way}", xlabel="timestep")
+        axis.set(title=f"conditioned on {way}", xlabel="timestep")
         for row, values in enumerate(shares.to_numpy()):
             for column, value in enumerate(values):
                 colour = "white" if abs(value - 50) > 35 else "black"
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    drawn.colorbar(image, ax=drawn.axes, label="restored better when told right, % (50: chance)")
+    drawn.colorbar(image, ax=drawn.axes, label="restored better under the right condition, % (50: chance)")
     return drawn
 
 
@@ -175,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("backbone")
     parser.add_argument("recipe")
-    asked, p, compute = parser.parse_args(), params.load(), device()
+    asked, p, compute = parser.parse_args(), params.load(), deterministic_device()
     name, recipe = asked.backbone, asked.recipe
     profile = p.run.profile
     if name not in p.run.backbones:
@@ -183,7 +189,7 @@ def main() -> None:
     if recipe not in p.profile.recipes:
         raise UserError(f"'{recipe}' is not among profiles.{profile}.recipes: {', '.join(p.profile.recipes)}")
     stem = Path("metrics", profile, "sensitivity", f"{name}-{recipe}")
-    with whole(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
+    with atomic(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
         denoiser = Denoiser.load(Path("data", profile, "denoiser"))
         questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
@@ -191,14 +197,18 @@ def main() -> None:
         table.to_csv(table_file, float_format="%.5f")
         figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
         late = table[table.index.get_level_values("timestep") >= len(denoiser.alphas_cumprod) * 0.6]
-        shares = late.told_right_is_better.unstack("told").groupby("pattern", sort=False).mean().round(1)
-        known = Path("metrics", profile, "ceiling", f"{name}.json")
+        shares = late.right_is_better.unstack("condition").groupby("pattern", sort=False).mean().round(1)
+        known = Path("metrics", profile, "oracle", f"{name}.json")
         if known.is_file():
-            shares["ceiling"] = pd.Series(json.loads(known.read_text(encoding="utf-8"))["patterns"]).round(1)
-        print("restored better when told right, mean of the timesteps from 60 % on (%); ceiling: pairs right (%):")
+            shares["oracle"] = pd.Series(json.loads(known.read_text(encoding="utf-8"))["patterns"]).round(1)
+        print("images restored better under the right condition, mean of the timesteps from 60 % on (%)")
+        print("oracle: pairs right at the oracle upper bound (%)")
         print(shares.to_string())
         if not known.is_file():
-            print(f"The ceiling is unknown: run `python -m pipeline.tools.ceiling {name}`, for a backbone made here.")
+            print(
+                f"The oracle upper bound is unknown. For a backbone of the mini world, run "
+                f"`python -m pipeline.tools.oracle {name}`."
+            )
         print(f"by timestep: {stem.with_suffix('.png')}, {stem.with_suffix('.csv')}")
 
 

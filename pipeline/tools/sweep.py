@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core import params
-from pipeline.core.outputs import whole
+from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import provenance
 from pipeline.evidence.results import CHECKPOINTS, COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
@@ -42,7 +42,7 @@ def runs(p: params.Params) -> Runs:
     return {(b, recipe): provenance.run(p, b, recipe) for b in p.run.backbones for recipe in p.run.recipes}
 
 
-def missing(p: params.Params, seeds: list[int]) -> list[int]:
+def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
     """The seeds that some backbone and weights have no row of, of the runs at hand."""
     there = set(seeds_table(p.run.profile)[["run", "weights", "seed"]].itertuples(index=False, name=None))
     trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.weights if weights not in CHECKPOINTS]
@@ -71,7 +71,7 @@ def add(p: params.Params) -> None:
         SEEDS,
         key=lambda key: key.map(lambda w: order.index(recipe_and_control(w)[1])) if key.name == "weights" else key,
     )
-    with whole(Path("metrics", "seeds", f"{profile}.csv")) as (file,):
+    with atomic(Path("metrics", "seeds", f"{profile}.csv")) as (file,):
         table.to_csv(file, index=False)
 
 
@@ -103,7 +103,7 @@ def restored(file: Path) -> Iterator[int]:
 
 def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
     """Run what is missing, and leave the workspace with its own seed and a new report; returns the rows of this run."""
-    ahead, own = missing(p, seeds), runs(p)
+    ahead, own = seeds_to_run(p, seeds), runs(p)
     print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
     start = time.monotonic()
     with restored(params.PARAMS_FILE) as group:

@@ -1,6 +1,6 @@
 """Oracle upper bound of a mini backbone: its score if its image tower had been trained on captions with every detail.
 
-    python -m pipeline.tools.ceiling mini       after `dvc repro`; writes metrics/<profile>/ceiling/<backbone>.json
+    python -m pipeline.tools.oracle mini       after `dvc repro`; writes metrics/<profile>/oracle/<backbone>.json
 
 The text tower stays frozen; the image tower gets twice the steps that it was made with. Were this score low, the text
 tower itself could not tell details apart, and no feedback through the image could gain anything.
@@ -15,8 +15,8 @@ import torch
 from pipeline import mmvp, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core import params
-from pipeline.core.compute import device
-from pipeline.core.outputs import whole, write_json
+from pipeline.core.compute import deterministic_device
+from pipeline.core.outputs import atomic, write_json
 from pipeline.core.params import MiniSource
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import headline
@@ -35,7 +35,7 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
     steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
     pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, world.any_details)
     questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
-    published = mmvp.read_out_of(entry.published_read_out)
+    published = mmvp.pooling_rule(entry.published_pooling)
     pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
     sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
     return {**headline(pairs, sets), "patterns": pairs["stock"]["statement_to_image"]["patterns"]}
@@ -44,8 +44,8 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
 @stage
 def main() -> None:
     p, name = params.load(), sys.argv[1]
-    with whole(Path("metrics", p.run.profile, "ceiling", f"{name}.json")) as (file,):
-        result = measure(p, name, device())
+    with atomic(Path("metrics", p.run.profile, "oracle", f"{name}.json")) as (file,):
+        result = measure(p, name, deterministic_device())
         write_json(file, result)
         print(f"oracle upper bound of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 

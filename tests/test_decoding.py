@@ -1,4 +1,4 @@
-"""The decoder of pictures: what every viewer shows, and one error for all that can go wrong."""
+"""The decoder of images: what every viewer shows, and one error for all that can go wrong."""
 
 import io
 import warnings
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.pictures import UndecodableError, decode
+from pipeline.data.decoding import UndecodableError, decode
 
-TURNED = {  # orientation tag: what of the stored picture's corners lies upper left and upper right when shown
+TURNED = {  # orientation tag: what of the stored image's corners lies upper left and upper right when shown
     1: "ab", 2: "ba", 3: "dc", 4: "cd", 5: "ac", 6: "ca", 7: "db", 8: "bd"
 }  # fmt: skip
 CORNERS = dict(zip("abcd", [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)], strict=True))
@@ -24,7 +24,7 @@ def stored(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def corners(width: int = 60, height: int = 40) -> Image.Image:
-    """A picture whose quarters are a b / c d."""
+    """An image whose quarters are a b / c d."""
     small = Image.new("RGB", (2, 2))
     small.putdata(list(CORNERS.values()))
     return small.resize((width, height), Image.Resampling.NEAREST)
@@ -38,9 +38,9 @@ def mean(image: Image.Image) -> list[int]:
 def test_formats_and_modes_become_rgb(kind: str, tmp_path: Path) -> None:
     image = Image.fromarray(DOTS)
     data = stored(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    (tmp_path / "picture").write_bytes(data)
+    (tmp_path / "image").write_bytes(data)
     wanted = Image.open(io.BytesIO(data)).convert("RGB")
-    for found in (decode(data, upright=True), decode(tmp_path / "picture", upright=False)):
+    for found in (decode(data, upright=True), decode(tmp_path / "image", upright=False)):
         assert (found.mode, found.size, found.tobytes()) == ("RGB", (60, 40), wanted.tobytes())
 
 
@@ -104,7 +104,7 @@ def test_what_is_transparent_is_white_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_picture(kind: str) -> None:
+def test_of_an_animation_the_first_image(kind: str) -> None:
     first, *more = (Image.new("RGB", (8, 8), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250)))
     data = stored(first, kind, save_all=True, append_images=more)
     assert Image.open(io.BytesIO(data)).n_frames == 3
@@ -134,8 +134,8 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_picture_raises_one_error(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.jpg"
+def test_what_is_no_image_raises_one_error(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
     path.write_bytes(WRONG[what])
     for source in (WRONG[what], path):
         with pytest.raises(UndecodableError) as error:

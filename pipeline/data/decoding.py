@@ -1,4 +1,4 @@
-"""From a file to a picture: the one decoder, of shards, of the pairs and of people's own photos."""
+"""From a file to an image: the one decoder, of shards, of the pairs and of people's own photos."""
 
 import io
 from contextlib import suppress
@@ -8,14 +8,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class UndecodableError(Exception):
-    """Why something is no picture, for whoever counts it or tells its name."""
+    """Why something is no image, for whoever counts it or tells its name."""
 
 
 def decode(source: Path | bytes, upright: bool) -> Image.Image:
-    """The picture in RGB; of an animation the first, 16 bits scaled to 8, on white where it is transparent.
+    """The image in RGB; of an animation the first, 16 bits scaled to 8, on white where it is transparent.
 
     upright: turned as its orientation tag says, which is how viewers show it. Raises UndecodableError for all that is
-    no picture of at least one pixel and at most as many as Pillow takes for honest.
+    no image of at least one pixel and at most as many as Pillow takes for honest.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -26,7 +26,7 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
                 with suppress(Exception):  # a tag that cannot be read says nothing
                     ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
-    except MemoryError:  # says something of the machine, and nothing of the picture
+    except MemoryError:  # says something of the machine, and nothing of the image
         raise
     except UnidentifiedImageError as error:
         raise UndecodableError("in no format that Pillow reads") from error
