@@ -1,7 +1,7 @@
 """Stage backbone@<backbone>: the CLIP to be post-trained, as one of open_clip's local folders.
 
 models/<profile>/pretrained/<backbone>/
-metrics/<profile>/backbone/<backbone>.json      parameters; how it was made, or whence it came
+metrics/<profile>/backbone/<backbone>.json      parameters; training losses, or the source
 """
 
 import sys
@@ -39,7 +39,7 @@ def make(source: MiniSource, folder: Path) -> dict[str, Any]:
 
 
 def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
-    """Fetch a published checkpoint and its tokenizer, and convert them; returns whence they came."""
+    """Fetch a published checkpoint and its tokenizer, and convert them; returns their source."""
     backbones.write_config(source.architecture, source.preprocessing.model_dump(), folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wanted = {Path(scratch): source.weights} | ({folder: source.tokenizer} if source.tokenizer else {})
@@ -59,7 +59,7 @@ def main() -> None:
     )
     with atomic(*outputs) as (folder, metrics_file):
         metrics = make(source, folder) if isinstance(source, MiniSource) else fetch(source, folder)
-        backbone = backbones.Backbone.load(folder)  # what later stages will load can be loaded
+        backbone = backbones.Backbone.load(folder)  # fail here if later stages could not load it
         write_json(metrics_file, {"parameters": sum(q.numel() for q in backbone.parameters()), **metrics})
 
 

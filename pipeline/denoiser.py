@@ -1,7 +1,7 @@
 """Stage denoiser: the frozen text-to-image model, in the layout of stable-diffusion-2-1-base.
 
 data/<profile>/denoiser/{vae,unet,text_encoder,tokenizer,scheduler}/
-metrics/<profile>/denoiser.json     parameters; whence it came or, where it was made here, its validation loss under the
+metrics/<profile>/denoiser.json     parameters; its source or, if it was trained here, its validation loss under the
                                     right, an empty and a wrong caption (and reconstructions.png beside the model)
 """
 
@@ -50,7 +50,7 @@ def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]
 
 @torch.no_grad()
 def conditional_loss(denoiser: Denoiser, pixels: torch.Tensor, captions: list[str]) -> float:
-    """Mean squared error at fixed noise and timesteps, told `captions`; pixels uint8 [N, 3, H, W]."""
+    """Denoising loss conditioned on `captions`, at fixed noise and timesteps; pixels uint8 [N, 3, H, W]."""
     latent = denoiser.latent(pretrain.unit_range(pixels))
     draws = generator("mini", "denoiser", "held out")
     steps = len(denoiser.alphas_cumprod)

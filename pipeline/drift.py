@@ -1,10 +1,10 @@
-"""Stage control@<backbone>-<recipe>-drift: the tower moved as far as by training, at random.
+"""Stage control@<backbone>-<recipe>-drift: the norm-matched random perturbation, a control.
 
 models/<profile>/<recipe>-drift/<backbone>/                         the backbone's folder with the moved weights
 metrics/<profile>/train/<backbone>-<recipe>-drift/metrics.json      how far they were moved: the norm of the change
 
-Each tensor gets Gaussian noise of the norm that its change by training has. What such a tower gains or loses is owed to
-the distance alone.
+Each tensor gets Gaussian noise with the norm of its change in training. What this tower gains or loses is attributable
+to the size of the change alone.
 """
 
 import math

@@ -31,7 +31,7 @@ LIST_PAGE = "https://ai.google.com/research/ConceptualCaptions/download"
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # img2dataset's threads all knock at once; the default queue of 5 makes them wait a second
+    request_queue_size = 128  # img2dataset's threads connect at once; the default queue of 5 makes them wait a second
     count: int
 
 

@@ -1,11 +1,11 @@
-"""Stage plan: what will be fetched, and whether the disk and the GPU suffice, told before anything is fetched.
+"""Stage plan: before anything is fetched, print what will be fetched and check that disk and GPU suffice.
 
-data/<profile>/planned/<what>.json      what decides an input's bytes, on which the stage that brings it depends, and on
-                                        nothing else: of what is fetched its pins (address, revision, sha256), of
-                                        what is made here its parameters and the hash of the code that makes it
+data/<profile>/planned/<what>.json      what decides an input's bytes; the stage that makes the input depends on this
+                                        file alone. For a download: its pins (address, revision, sha256). For an input
+                                        that is made here: its parameters and the hash of the code that makes it
 
-So neither a comment nor another backbone, a licence or a number of threads makes a stage fetch anything twice.
-Asks hubs and servers for sizes only. What stands under the name of a stage's output counts as there, whatever it holds.
+So a comment, another backbone, a licence or a number of threads makes no stage fetch anything twice. Servers are asked
+for sizes only. An output that exists counts as fetched, whatever it holds.
 """
 
 import shutil
@@ -142,7 +142,7 @@ def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
 
 def gpus() -> list[tuple[str, float]]:
     """Names and GB of the GPUs here; the first is the one that trains."""
-    import torch  # not above: most runs of this stage are of the mini profile, which shall not wait for it
+    import torch  # not above: most runs of this stage are of the mini profile, which does not need it
 
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(properties.name, properties.total_memory / 1e9) for properties in found]
@@ -237,9 +237,9 @@ def main() -> None:
         print(f"to download in all: {total:,.1f} GB; there already: {there or 'nothing'}")
         problems = [check_disk(p, items), check_gpu(p) if gpu(p, 1) else None]
         if any(problems):
-            raise UserError("This run would not work here.\n  " + "\n  ".join(filter(None, problems)))
+            raise UserError("This machine cannot hold this run.\n  " + "\n  ".join(filter(None, problems)))
     else:
-        print(f"profile {p.run.profile}: all is made here, nothing is fetched")
+        print(f"profile {p.run.profile}: all inputs are made here, nothing is fetched")
     with atomic(Path("data", p.run.profile, "planned")) as (folder,):
         folder.mkdir()
         for name, pinned in pins(p).items():

@@ -1,7 +1,7 @@
-"""Stage released@<backbone>: the authors' own tuned weights, so that their figures can be checked without training.
+"""Stage released@<backbone>: the authors' tuned weights, to check their published scores without training.
 
 models/<profile>/released/<backbone>/           the backbone's folder with those weights
-metrics/<profile>/released/<backbone>.json      whence they came
+metrics/<profile>/released/<backbone>.json      their source
 """
 
 import sys
@@ -21,7 +21,8 @@ def main() -> None:
     profile, released = p.run.profile, p.backbones[name].released
     if released is None:
         raise UserError(
-            f"backbones.{name}.released: there are none. Name them there, or take 'released' out of run.checkpoints."
+            f"backbones.{name}.released is not set, so there are no published tuned weights to fetch. Set it in "
+            "params.yaml, or remove 'released' from run.checkpoints."
         )
     original = Path("models", profile, "pretrained", name)
     outputs = Path("models", profile, "released", name), Path("metrics", profile, "released", f"{name}.json")
@@ -32,7 +33,7 @@ def main() -> None:
             checkpoint = Path(scratch, *released.files)
             tensors = backbones.fitting(backbones.read_checkpoint(checkpoint), original, checkpoint)
             backbones.save_like(original, tensors, folder)
-        backbones.Backbone.load(folder)  # what later stages will load can be loaded
+        backbones.Backbone.load(folder)  # fail here if later stages could not load it
         write_json(metrics_file, origin)
 
 

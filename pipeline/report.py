@@ -3,9 +3,9 @@
     metrics/<profile>/report.json     a few headline figures per backbone, for `dvc metrics diff`
     metrics/<profile>/evidence.json   intervals, exact tests, controls, verdicts (evidence/results.py says what each is)
     metrics/<profile>/patterns.csv    pairs right per pattern, for `dvc plots`
-    metrics/<profile>/report.html     one self-contained page, and report.md, its twin for a terminal or a code host
+    metrics/<profile>/report.html     one self-contained page; report.md: the same tables for a terminal or a code host
 
-The page and its twin tell wall time and machine, which differ between equal runs: git keeps them, DVC does not hash
+Both pages name wall time and machine, which differ between equal runs: git keeps them, DVC does not hash
 them. Loss curves and the denoiser's figures are read where recipes are trained, but are no dependencies, so that DVC
 can make the report of checkpoints without training; they change only with the weights, whose scores are.
 

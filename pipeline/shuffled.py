@@ -1,13 +1,12 @@
 """Stage control@<backbone>-<recipe>-shuffled: the mismatched-image control.
 
-The tower is shown another image than the one whose restoration is its teacher.
+The denoiser restores one image while it is conditioned on another.
 
 models/<profile>/<recipe>-shuffled/<backbone>/         the backbone's folder with its weights, and diva.json
 metrics/<profile>/train/<backbone>-<recipe>-shuffled/   metrics.json and the curves of the tower phase (DVCLive)
 
-It is the tower phase of stage `train` once more, from the same projection and denoiser, on the same images, crops and
-draws; only what the tower is shown of them is another image of the step. So what it learns of details cannot be owed to
-feedback.
+It repeats the tower phase of stage `train` from the same projector and denoiser, on the same images, crops and noise;
+but the tower sees another image of the same step. So what it gains is not attributable to feedback about its image.
 """
 
 import sys

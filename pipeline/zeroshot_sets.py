@@ -1,4 +1,4 @@
-"""Stage zeroshot_sets: what zero-shot ability is measured on, in clip-benchmark's local wds/ layout.
+"""Stage zeroshot_sets: sets for zero-shot classification, retrieval and a linear probe, in clip-benchmark's layout.
 
 data/<profile>/zeroshot_sets/wds/<name>/dataset_type.txt          classification, retrieval, or probe (ours)
 data/<profile>/zeroshot_sets/wds/<name>/classnames.txt, zeroshot_classification_templates.txt
@@ -24,7 +24,7 @@ from pipeline.mini import world
 
 
 def make(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:
-    """Draw the mini world's three sets: objects, captions, details; what they are scored on is of the world's set."""
+    """Draw the mini world's three sets: objects, captions, details. Their test splits come from `set_name`."""
     objects, captions, details = (root / "wds" / name for name in ("objects", "captions", "details"))
     write_split(objects, "test", "classification", _samples(set_name, 1, sizes.classification, _label))
     (objects / "classnames.txt").write_text("\n".join(world.OBJECTS) + "\n", encoding="utf-8")
@@ -55,9 +55,9 @@ def _attributes(scene: np.ndarray) -> dict[str, bytes]:
 
 
 def fetch(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str, Any]:
-    """Fetch clip-benchmark's sets; returns whence they came, by set, and null for those that are not there.
+    """Fetch clip-benchmark's sets; returns the source of each set, and null for a set that is not on the hub.
 
-    earlier: what an earlier run fetched, of which nothing is fetched again.
+    earlier: the folder of an earlier run; files that are there are not fetched again.
     """
     absent = [name for name, revision in section.sets.items() if revision is None]
     if absent:

@@ -1,4 +1,4 @@
-"""Token rules, read-outs and the drawing of positions, against naive loops over the eight published backbones."""
+"""Token rules, pooling rules and the drawing of positions, against naive loops over the eight published backbones."""
 
 from dataclasses import dataclass
 

@@ -155,7 +155,7 @@ def test_the_record_of_many_files_is_small(hub: Hub) -> None:
     assert named["files"].keys() == content.keys()
 
 
-def test_plain_files_are_unverified_unless_pinned(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
+def test_plain_files_are_not_verified_unless_pinned(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
     hub.add_files("/folder/a b", {"pinned.pt": BODY, "sub/free #1.pt": CONFIG})
     at = f"{hub.endpoint}/folder/a%20b/"
     record = fetch(wanted("sub/free #1.pt", at=at, **{"pinned.pt": sha256(BODY)}), Path("out"))
@@ -166,7 +166,10 @@ def test_plain_files_are_unverified_unless_pinned(hub: Hub, capfd: pytest.Captur
         "sub/free #1.pt": "nothing",
     }
     err = capfd.readouterr().err
-    assert "unverified, for nothing states what its bytes should be. To pin those that came, write under `files` in "
+    assert (
+        "not verified, because neither params.yaml nor the server gives its hash. To pin the bytes that came, write"
+        in err
+    )
     assert f"sub/free #1.pt: {sha256(CONFIG)}\n" in err
     assert "pinned.pt" not in err
 
@@ -412,10 +415,8 @@ def test_a_server_that_is_busy_for_long_is_not_replaced_by_a_mirror(hub: Hub, wa
     hub.add_repo("owner/mirror", MODEL, lfs=1000)
     hub.fail("model/revision/main", 429, body=body, Retry_After="86400")
     download = wanted(WEIGHTS, at=[AT, "hf://owner/mirror@main"])
-    said = refused(
-        download, "HTTP 429", "/owner/model/revision/main: come back tomorrow. It would have to be asked again"
-    )
-    assert all(part in said for part in ("in 86400 s", "more than 900 are not", "HF_TOKEN"))
+    said = refused(download, "HTTP 429", "/owner/model/revision/main: come back tomorrow. The server is busy and wants")
+    assert all(part in said for part in ("in 86400 s", "waits 900 s at most", "HF_TOKEN"))
     assert [request for request in hub.requests if "mirror" in request.path] == waits == []
 
 
@@ -424,11 +425,11 @@ def test_waiting_for_a_busy_server_has_an_end(hub: Hub, waits: list[float]) -> N
     hub.add_files("/folder", {"weights.pt": BODY})
     hub.fail("weights.pt", 429, Retry_After="0")
     said = refused(
-        wanted(WEIGHTS), "unet/weights.bin could not be fetched: HTTP 429", "800 s were waited", "are kept in"
+        wanted(WEIGHTS), "unet/weights.bin could not be fetched: HTTP 429", "this run has waited 800 s", "are kept in"
     )
     assert f"0 of its {len(BODY)} bytes" in said
     assert waits == [200] * 4
-    refused(wanted("weights.pt", at=f"{hub.endpoint}/folder"), "s were waited")  # it says at once, every time
+    refused(wanted("weights.pt", at=f"{hub.endpoint}/folder"), "this run has waited")  # it says at once, every time
     assert sum(waits[4:]) <= downloads.PATIENCE
 
 
@@ -560,7 +561,7 @@ def test_a_body_that_never_comes(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("piece", "comes"), [(1024, True), (0, False)])
-def test_a_bad_line_is_borne_with_as_long_as_it_brings_bytes(
+def test_a_bad_connection_is_tried_on_as_long_as_it_makes_progress(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, piece: int, comes: bool
 ) -> None:
     asked = []

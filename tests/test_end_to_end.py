@@ -180,7 +180,7 @@ def test_a_training_interrupted_and_killed_ends_with_the_same_bytes(
     assert int(holder[1]) in {process.pid for process in clone.processes()} - {dvc.pid}
     os.killpg(dvc.pid, signal.SIGCONT)
     os.killpg(dvc.pid, signal.SIGINT)
-    assert "interrupted: nothing unfinished is left behind" in printed_at_its_end(clone, dvc)
+    assert "interrupted: no unfinished output is left" in printed_at_its_end(clone, dvc)
     assert clone.contents(*made) == {}
 
     dvc = start_until(clone, writing, TRAIN)
@@ -212,7 +212,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
 
     dvc = start_until(clone, "data/mini/.denoiser.partial")
     os.killpg(dvc.pid, signal.SIGINT)
-    assert "interrupted: nothing unfinished is left behind" in printed_at_its_end(clone, dvc)
+    assert "interrupted: no unfinished output is left" in printed_at_its_end(clone, dvc)
     left.append(clone.contents("data", "models", "metrics"))
 
     dvc = start_until(clone, "metrics/mini/train/.mini-diva.partial")

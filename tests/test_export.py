@@ -207,7 +207,7 @@ def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
         vocabulary["dots</w>"], vocabulary["one</w>"] = vocabulary["one</w>"], vocabulary["dots</w>"]
     path.write_text(json.dumps(content))
     assert re.search(
-        r"(transformers|open_clip)'s? tokenizer of the export reads \d of 4 texts otherwise", refused(spoilt)
+        r"(transformers|open_clip)'s? tokenizer of the export gives other token ids for \d of 4 texts", refused(spoilt)
     )
 
 

@@ -773,7 +773,7 @@ def encode(mode: str, size: tuple[int, int], color, kind: str = "JPEG") -> bytes
 
 
 @pytest.mark.slow
-def test_the_stage_follows_a_list_with_all_that_the_web_brings(
+def test_the_stage_follows_a_list_with_everything_that_the_web_returns(
     server: Server, working: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answers = {

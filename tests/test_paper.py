@@ -54,7 +54,7 @@ from pipeline.models.stable_diffusion import Denoiser
 ROOT = Path(__file__).parents[1]
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
 CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_fraction", 0.5), TokenRule("all")
-RULES = {  # patches, tokens of the condition, its rule, its text, the read-out of the published scores
+RULES = {  # patches, tokens of the condition, its rule, its text, the pooling rule of the published scores
     "openai_224": (256, 77, CLS_AND_76, "sequence", PoolingRule(CLS_AND_76)),
     "openai_336": (576, 77, CLS_AND_76, "sequence", PoolingRule(CLS_AND_76)),
     "metaclip_l14": (256, 257, ALL, "mean", PoolingRule(ALL, normalize_tokens=True)),
@@ -117,7 +117,7 @@ def test_openai_s_checkpoints_have_two_addresses_which_name_the_hash(name: str) 
     assert weights.at == [f"https://{host}/clip/models/{sha256}" for host in hosts]
 
 
-def test_the_text_towers_take_clip_s_own_tokenizer_or_bring_theirs() -> None:
+def test_the_text_towers_take_clip_s_own_tokenizer_or_have_theirs() -> None:
     for name, entry in PAPER.items():
         text = open_clip.get_model_config(entry.source.architecture)["text_cfg"]
         assert (entry.source.tokenizer is not None) == ("hf_tokenizer_name" in text) == name.startswith("siglip")

@@ -104,7 +104,7 @@ def test_mini_fetches_nothing_and_does_not_wait_for_torch() -> None:
     code = "import sys; from pipeline import plan; plan.main(); assert 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == "profile mini: all is made here, nothing is fetched\n"
+    assert ended.stdout == "profile mini: all inputs are made here, nothing is fetched\n"
     planned = {path.stem: json.loads(path.read_text()) for path in Path("data/mini/planned").iterdir()}
     assert planned.keys() == {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "pretrained-mini"}
     assert all(re.fullmatch(r"[0-9a-f]{64}", pinned["code"]) for pinned in planned.values())

@@ -682,7 +682,7 @@ def test_a_pooling_rule_has_its_own_way_to_resize(
     with torch.no_grad():
         torch.testing.assert_close(pooled, backbone.encode_image(torch.stack(expected)), rtol=1e-3, atol=1e-4)
     _, table, stock = mmvp.score(backbone, questions, pooling, params.Mmvp(seed=0, draws=1, batch=4), CPU)
-    torch.testing.assert_close(stock, squashed)  # whatever the published read-out is
+    torch.testing.assert_close(stock, squashed)  # whatever the published pooling is
     logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], pooling, 0, 0)
     right = score_pairs(logits).right_P.tolist()
     assert table[table.pooling == "published"].statement_to_image.tolist() == right

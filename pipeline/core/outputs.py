@@ -1,4 +1,4 @@
-"""Whole-or-nothing outputs, one writer at a time."""
+"""Outputs that are complete or absent (atomic), with one writer at a time."""
 
 import fcntl
 import json
@@ -16,10 +16,9 @@ from pipeline.core.stages import UserError
 
 @contextmanager
 def atomic(*outputs: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield temporary neighbours of `outputs`; rename them into place when the block ends well, remove them otherwise.
+    """Yield temporary paths beside `outputs`; rename them to `outputs` if the block succeeds, remove them if it fails.
 
-    What stands under an output's name is therefore always complete. Raises UserError where another process is
-    already writing one of them.
+    So a path of `outputs` is always complete. Raises UserError if another process is writing the first of them.
     """
     partial = tuple(path.with_name(f".{path.name}.partial") for path in outputs)
     with _only_writer(outputs[0]):
@@ -30,7 +29,7 @@ def atomic(*outputs: Path) -> Iterator[tuple[Path, ...]]:
             yield partial
             for path, final in zip(partial, outputs, strict=True):
                 if not path.exists():
-                    raise FileNotFoundError(f"{final}: the stage ended without writing it")
+                    raise FileNotFoundError(f"{final}: the stage ended without writing this output")
             for path, final in zip(partial, outputs, strict=True):
                 remove(final)
                 path.rename(final)

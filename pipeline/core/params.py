@@ -64,9 +64,9 @@ class Run(Section):
 class Download(Section):
     """Files from elsewhere. Of the addresses `at` (mirrors) the first that answers is used.
 
-    An address is https://host/folder, hf://owner/name@revision, or hf://datasets/owner/name@revision. A mirror may call
-    a file whose sha256 is given otherwise: a hub's is found by its hash; elsewhere an address that ends like the only
-    file's name (.pt) is the file's own.
+    An address is https://host/folder, hf://owner/name@revision, or hf://datasets/owner/name@revision. A mirror may name
+    a file differently if its sha256 is given: on a hub the file is found by this hash. An https address with the ending
+    of the only file (.pt) is taken as the address of that file.
     """
 
     at: list[Address] = Field(min_length=1)
@@ -448,7 +448,7 @@ class CheckpointSource(Section):
     architecture: str | dict[str, Any]  # the name of one of open_clip's configurations, or a configuration
     preprocessing: Preprocessing
     weights: Download
-    tokenizer: Download | None = None  # its files; null: CLIP's own, which open_clip brings
+    tokenizer: Download | None = None  # its files; null: CLIP's own, a part of open_clip
 
     @field_validator("weights")
     @classmethod

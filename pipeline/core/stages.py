@@ -28,7 +28,7 @@ TIMINGS = Path("metrics/timings.jsonl")
 
 
 class UserError(Exception):
-    """Something a user can mend: the message says what was found, where, and what to do."""
+    """An error that the user can fix: the message says what was found, where, and what to do."""
 
 
 def stage(main: Callable[[], None]) -> Callable[[], None]:
@@ -45,7 +45,7 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
-            print("interrupted: nothing unfinished is left behind; run the same command again", file=sys.stderr)
+            print("interrupted: no unfinished output is left; run the same command again to continue", file=sys.stderr)
             sys.exit(130)
         note_timing({})
 

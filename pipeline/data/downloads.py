@@ -50,7 +50,7 @@ SETTINGS = (  # what the client reads by itself
 
 
 class FinalError(UserError):
-    """What no other address would mend."""
+    """A failure that no other address would fix."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def locate(download: Download) -> Listing:
                 print(f"{reasons[-1]}; trying the next address", file=sys.stderr)
     raise UserError(
         "\n  ".join(["The files could not be located:", *reasons])
-        + "\nMend what is named, or give another address under `at` in params.yaml."
+        + "\nFix the causes above, or give another address under `at` in params.yaml."
     )
 
 
 def fetch(download: Download, folder: Path) -> dict[str, Any]:
-    """Bring the files into `folder`; see `fetch_all`."""
+    """Fetch the files into `folder`; see `fetch_all`."""
     return fetch_all({folder: download})[folder]
 
 
@@ -161,7 +161,7 @@ def _gather(download: Download, earlier: Path | None = None) -> tuple[Listing, P
         desc="fetching", total=listing.size, initial=here, unit="B", unit_scale=True,
         mininterval=interval, maxinterval=interval, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        found = {remote.name: _bring(remote, scratch / remote.name, headers, bar) for remote in listing.files}
+        found = {remote.name: _fetch_one(remote, scratch / remote.name, headers, bar) for remote in listing.files}
 
     record = {
         "address": listing.address,
@@ -215,7 +215,7 @@ def _hub(address: str, download: Download) -> Listing:
 def _chosen(download: Download, there: dict[str, RepoFile]) -> dict[str, str]:
     """The files that are asked for, in order of their names, and what the hub calls them.
 
-    A mirror may call a file whose sha256 is given otherwise. Raises UserError for a name or a pattern that none fits.
+    A mirror may name a file differently if its sha256 is given. Raises UserError for a name or pattern without a file.
     """
     by_hash = {entry.lfs.sha256: path for path, entry in there.items() if entry.lfs}
     chosen: dict[str, str] = {}
@@ -274,9 +274,9 @@ class _Client(httpx2.Client):
                 waited += wait
             elif response.status_code == TOO_MANY:
                 raise FinalError(
-                    f"{refused}. It would have to be asked again in {wait:.0f} s; {waited:.0f} s were waited, and more "
-                    f"than {PATIENCE} are not. It is busy, not gone, so no other address is tried. Run again then: "
-                    "what came is kept. Hubs let those who set HF_TOKEN ask more often."
+                    f"{refused}. The server is busy and wants the next request in {wait:.0f} s; this run has waited "
+                    f"{waited:.0f} s and waits {PATIENCE} s at most. It exists, so no other address is tried. "
+                    "Run again later: the files so far are kept. A hub answers more often if HF_TOKEN is set."
                 )
             else:
                 raise httpx2.HTTPStatusError(_words(response), request=request, response=response)
@@ -290,8 +290,8 @@ def _client() -> httpx2.Client:
     except (ImportError, httpx2.InvalidURL, OSError, ValueError) as error:
         raise FinalError(
             f"nothing can be fetched with these settings: {_settings()} ({type(error).__name__}: {error}). A proxy is "
-            "written http://host:port, and one of kind socks5:// needs `pip install socksio`; SSL_CERT_FILE is a file "
-            "of certificates, SSL_CERT_DIR a folder of them. Correct or unset them."
+            "written http://host:port; socks5:// needs `pip install socksio`. SSL_CERT_FILE is a file of "
+            "certificates, SSL_CERT_DIR a folder of them. Correct or unset them."
         ) from error
 
 
@@ -311,7 +311,7 @@ def _wait(response: httpx2.Response, tries: int) -> float | None:
     if later.isdecimal():
         asked = float(later)
     elif later:
-        with suppress(ValueError, TypeError):  # by the server's own clock, if it tells it
+        with suppress(ValueError, TypeError):  # by the server's own clock, if it sends its time
             now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
             asked = (parsedate_to_datetime(later) - now).total_seconds()
     if asked is None and status == TOO_MANY:  # RateLimit: "api";r=0;t=55, of which r is what remains until t
@@ -384,11 +384,11 @@ def _incomplete(path: Path) -> Path:
 
 
 def _held(path: Path) -> int:
-    """Bytes of a file of scratch that are there already, be it whole or not."""
+    """Bytes of a file of scratch that are there already, complete or not."""
     return next((p.stat().st_size for p in (path, _incomplete(path)) if p.exists()), 0)
 
 
-def _bring(remote: Remote, path: Path, headers: dict[str, str], bar: tqdm) -> str:
+def _fetch_one(remote: Remote, path: Path, headers: dict[str, str], bar: tqdm) -> str:
     """Fetch and check a file of scratch, unless it is there already. Returns its sha256."""
     if not path.exists():
         partial = _incomplete(path)
@@ -413,12 +413,12 @@ def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> N
             with partial.open("ab") as file:
                 http_get(remote.url, file, resume_size=done, headers=headers, _tqdm_bar=bar, _nb_retries=0)
             if (done := partial.stat().st_size) < remote.size:
-                os.truncate(partial, 0)  # a body that is whole and too short is another one, some proxy's page maybe
+                os.truncate(partial, 0)  # a complete body that is too short is not the file, but perhaps a proxy's page
                 bar.update(-done)
                 raise httpx2.RemoteProtocolError(f"the body has {done} bytes where {remote.size} were stated")
         except (httpx2.HTTPError, FinalError) as error:
             done = partial.stat().st_size
-            if done > best:  # a bad line that still brings bytes is borne with
+            if done > best:  # a bad connection that still makes progress gets all its tries again
                 tries, best = 0, done
             if isinstance(error, FinalError) or not _try_again(error, tries):
                 raise UserError(
@@ -468,7 +468,7 @@ def _writing(path: Path, size: int) -> Iterator[None]:
         _clear(path)
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. It takes {_gb(size)}; {_gb(free)} were free there. "
-            "Make room or mend what is named, then run again: files that are whole are kept."
+            "Make room or fix the cause that is named, then run again: complete files are kept."
         ) from error
 
 
@@ -492,7 +492,7 @@ def _gb(size: int) -> str:
 
 
 def _record(download: Download, listing: Listing, found: dict[str, str]) -> dict[str, Any]:
-    """`files` of the record; says on stderr what nothing vouches for."""
+    """`files` of the record; prints on stderr the files that no hash verified."""
     files = {}
     for remote in listing.files:
         sha256 = found[remote.name]
@@ -500,8 +500,8 @@ def _record(download: Download, listing: Listing, found: dict[str, str]) -> dict
         files[remote.name] = {"bytes": remote.size, "sha256": sha256, "verified": verified}
         if verified == "nothing":
             print(
-                f"{remote.url}: unverified, for nothing states what its bytes should be. To pin those that came, write "
-                f"under `files` in params.yaml: {remote.name}: {sha256}",
+                f"{remote.url}: not verified, because neither params.yaml nor the server gives its hash. To pin the "
+                f"bytes that came, write under `files` in params.yaml: {remote.name}: {sha256}",
                 file=sys.stderr,
             )
     if download.match and len(files) > NAMED:

@@ -50,7 +50,7 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
 }
 WINDOW = 16  # shards whose images are mixed with each other
 STUCK = 1800  # seconds without a byte written: longer than any link may take
-REASONS = 20  # how many reasons of failure are told apart; three million URLs fail in thousands of ways
+REASONS = 20  # reasons of failure that are counted by name; three million URLs fail in thousands of ways
 REMEDY = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
 OPTIONS = {
     "input_format": "parquet",
@@ -127,7 +127,7 @@ def download(
         raise UserError(
             f"{downloaded} of {links.num_rows} images came ({rate:.1%}), too few for min_success = "
             f"{min_success:.1%}. What went wrong:\n{table}\n"
-            "Mend the cause (network? an outdated list?) and run again, or lower min_success in params.yaml."
+            "Fix the cause (network? an outdated list?) and run again, or lower min_success in params.yaml."
         )
     output.mkdir(parents=True, exist_ok=True)
     for name in progress(successes, "repacking"):
@@ -137,7 +137,7 @@ def download(
 
 
 def _prepare(scratch: Path, links: pyarrow.Table, options: dict[str, Any]) -> None:
-    """Keep what is in `scratch` if it came from the same links with the same options; begin anew otherwise."""
+    """Keep what is in `scratch` if it came from the same links with the same options; else start anew."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for column in ("url", "caption"):
         digest.update("\n".join(links[column].to_pylist()).encode())
@@ -171,7 +171,7 @@ def _complete(scratch: Path, number: int, links: pyarrow.Table, names: list[str]
 
 
 def _run(options: dict[str, Any], log: Path, total: int) -> None:
-    """Run img2dataset in a process of its own, until there are `total` shards or it ends otherwise."""
+    """Run img2dataset in a process of its own, until there are `total` shards or it ends early."""
     process = multiprocessing.get_context("spawn").Process(target=_img2dataset, args=(options, log))
     process.start()
     try:
@@ -230,9 +230,9 @@ def _appearing(process: BaseProcess, shards: Path) -> Iterator[Path]:
             written, since = now, time.monotonic()
         elif time.monotonic() - since > STUCK:
             raise UserError(
-                f"img2dataset has written nothing into {shards} for {STUCK:.0f} s: one of its workers was killed, for "
-                "want of memory maybe, or stopped. What came is kept there. Run the same command again, with fewer "
-                f"images.links.processes or threads if memory was short. img2dataset's own words: {shards.parent}/log."
+                f"img2dataset has written nothing into {shards} for {STUCK:.0f} s: one of its workers was stopped or "
+                "killed, perhaps for lack of memory. The images so far are kept there. Run the same command again, "
+                f"with fewer images.links.processes or threads if memory was short. Its log is {shards.parent}/log."
             )
         running = process.is_alive()  # asked before looking, so that the last files are seen
         new = set(shards.glob("*_stats.json")) - seen
@@ -267,7 +267,7 @@ def _checked(scratch: Path, names: list[str], urls: int) -> tuple[dict[str, int]
         last = "\n".join((scratch / "log").read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
         raise UserError(
             f"img2dataset did not finish: {len(stats)} of {len(names)} shards and {rows} of {urls} rows in {scratch}. "
-            f"The last lines that it printed:\n{last}\nMend what they name, then run again."
+            f"The last lines that it printed:\n{last}\nFix the cause that they name, then run again."
         )
     reasons: Counter[str] = Counter()
     for stat in stats.values():
@@ -414,7 +414,7 @@ def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
     """A tar's images in its order, and how many of its files are neither these nor their captions, by their endings.
 
     A key that occurs several times has as many images, each with the caption in the same place among the key's
-    captions; where there are not as many captions, nobody knows whose they are. Raises UserError for a tar that cannot
+    captions; where the numbers differ, no caption is assigned. Raises UserError for a tar that cannot
     be read.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch
@@ -501,10 +501,10 @@ class Shards:
                 for name, count in sorted(index["shards"].items())
             }
             self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
-            whole = sum(count for count, _ in self.found.values()) == index["samples"] > 0
+            adds_up = sum(count for count, _ in self.found.values()) == index["samples"] > 0
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}). {REMEDY}") from error
-        if not whole:
+        if not adds_up:
             raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {REMEDY}")
         if not self.counts:
             raise UserError(

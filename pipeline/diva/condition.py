@@ -1,4 +1,4 @@
-"""The visual dense recap: what the denoiser is told about an image (paper section 3.3), and what an image embeds to.
+"""The visual dense recap, on which the denoiser is conditioned (paper section 3.3), and the rules of pooling.
 
 Every rule is data, so that a backbone's differences are an entry in params.yaml. All functions are pure: token
 positions are drawn by `draw_positions` from generators that the caller names, and handed in.

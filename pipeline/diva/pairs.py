@@ -20,7 +20,7 @@ def score_pairs(logits_P22: torch.Tensor) -> PairScores:
     candidate 2: wrong for the first query, right for the second. With statements as queries and images as candidates
     this is the published rule; transpose the last two dimensions to ask the other way round, image to statement.
 
-    Raises ValueError on a logit that is not finite: a model that returns NaN would otherwise be scored by that rule.
+    Raises ValueError on a logit that is not finite; else a model that returns NaN would be scored by that rule.
     """
     if not torch.isfinite(logits_P22).all():
         bad = int((~torch.isfinite(logits_P22)).flatten(1).any(1).nonzero()[0])

@@ -176,7 +176,7 @@ def run(
 ) -> Iterator[tuple[Record, bool]]:
     """Train one phase from step `start` on, yielding a record of every step, and whether the parameters are at rest.
 
-    A GPU has its next step in its queue before the values of this one are read: nobody waits for it. `pause` asks
+    A GPU has its next step in its queue before the values of this one are read, so it never idles. `pause` asks
     for a rest; it comes in all processes alike, soon after one of them has asked, and a record that comes with it is
     of the last step that the parameters have gone.
 

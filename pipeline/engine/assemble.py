@@ -59,7 +59,7 @@ def start_on_every_gpu(module: str) -> None:
 
 
 CLASS_TOKEN = Condition(tokens=Tokens(kind="none"), text="mean")
-PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # what the names of a trained part's parameters tell
+PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of the names of a trained part's parameters
 
 
 def condition_of(recipe: Recipe, own: Condition) -> Condition:

@@ -214,7 +214,7 @@ class Feed:
         return micro_batches, len(images)
 
     def _there(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """On the device; from pinned memory nobody waits for it."""
+        """On the device; the copy from pinned memory is asynchronous."""
         return pixels_BCHW.to(self.compute, non_blocking=True)
 
     def _on_device(self, draws: list[diffusion.Draw]) -> list[diffusion.Draw]:

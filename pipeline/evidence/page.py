@@ -1,4 +1,4 @@
-"""What the page and its twin in Markdown show, as text, rows and images; their wording is in the two templates."""
+"""What report.html and report.md show, as text, rows and images; the two templates hold the wording."""
 
 from collections.abc import Iterable
 from pathlib import Path

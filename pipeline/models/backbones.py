@@ -1,6 +1,6 @@
 """CLIP models: published checkpoints made into open_clip's local folders, read from there, and their tokens.
 
-open_clip_config.json  open_clip_model.safetensors  tokenizer files where the model brings its own
+open_clip_config.json  open_clip_model.safetensors  tokenizer files, if the model has its own
 residual_head.safetensors where a recipe trained one
 """
 

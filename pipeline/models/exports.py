@@ -123,7 +123,7 @@ def tokenizer(backbone: Backbone) -> PreTrainedTokenizerFast:
     Not part of it is the mending of broken Unicode and HTML (open_clip's basic_clean).
     """
     own = backbone.tokenizer
-    if not isinstance(own, HFTokenizer):  # CLIP's; transformers spells its last two entries otherwise
+    if not isinstance(own, HFTokenizer):  # CLIP's; transformers spells its last two entries differently
         words = [*list(own.encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
         vocabulary, merges = {word: i for i, word in enumerate(words)}, list(own.bpe_ranks)
         return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=own.context_length)
@@ -324,7 +324,9 @@ def _distances(found: Tensors, wanted: Tensors, form: str) -> dict[str, float]:
 def _same_ids(found: torch.Tensor, wanted: torch.Tensor, texts: list[str], what: str) -> None:
     wrong = [text for text, a, b in zip(texts, found, wanted, strict=True) if not torch.equal(a, b)]
     if wrong:
-        raise UserError(f"{what} of the export reads {len(wrong)} of {len(texts)} texts otherwise, first: {wrong[0]!r}")
+        raise UserError(
+            f"{what} of the export gives other token ids for {len(wrong)} of {len(texts)} texts, first: {wrong[0]!r}"
+        )
 
 
 def _same_pixels(backbone: Backbone, processor, images: list[Image.Image]) -> None:
@@ -335,5 +337,5 @@ def _same_pixels(backbone: Backbone, processor, images: list[Image.Image]) -> No
     if not levels.max() <= GREY_LEVELS:
         raise UserError(
             f"transformers' processor of the export shows square images up to {levels.max():.1f} grey levels "
-            f"otherwise, {GREY_LEVELS} allowed. Please report this with the backbone's name; nothing was written."
+            f"differently, {GREY_LEVELS} allowed. Please report this with the backbone's name; nothing was written."
         )

@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
         vae_class = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))["_class_name"]
         if vae_class not in AUTOENCODERS:
             raise UserError(f"{folder}/vae: unknown autoencoder {vae_class}; known: {', '.join(AUTOENCODERS)}")
-        # Unlike diffusers, transformers computes in the type that a folder is stored in, unless it is told another.
+        # Unlike diffusers, transformers computes in the type that a folder is stored in, unless another is given.
         text_encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder", local_files_only=True, dtype=torch.float32
         )

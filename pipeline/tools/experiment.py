@@ -256,7 +256,7 @@ def _end_with_parent() -> None:
 
 def _start_worker(p: params.Params) -> None:
     global _assets
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment shall leave no second writer
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment must leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
         "w", buffering=1, encoding="utf-8"

@@ -84,7 +84,7 @@ class MeasuredRun(NamedTuple):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{folder}: not the metrics of a run of profile mini with the committed `run`: {error}. "
-                "MeasuredRun `dvc repro`."
+                "Run `dvc repro`."
             ) from None
         loss = denoiser["validation_loss"]
         figures = {
