@@ -83,7 +83,7 @@ def main() -> None:
     with atomic(*outputs) as (folder, metrics_file):
         backbone, pairs = Backbone.load(original).to(compute), p.profile.mmvp_vlm.pairs_per_pattern
         no_transformers = exports.write(backbone, original, folder)
-        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), pairs)
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
         shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
         texts = [f"a photo of {question.statement}" for question in shown]
         distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)

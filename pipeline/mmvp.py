@@ -1,8 +1,9 @@
-"""Stage mmvp@<backbone>-<weights>: score the image pairs under both pooling rules and in both directions.
+"""Stage score@mmvp-<backbone>-<weights>: score the image pairs under both pooling rules and in both directions.
 
-metrics/<profile>/mmvp/<backbone>-<weights>.json    averages and patterns in %, ties, spread over evaluation draws
-metrics/<profile>/mmvp/<backbone>-<weights>.csv     one row a pair and pooling rule: share of draws that were right
-data/<profile>/embeddings/<backbone>-<weights>.safetensors    the images' stock embeddings, to measure how they drift
+metrics/<profile>/scores/mmvp/<backbone>-<weights>/
+  scores.json    averages and patterns in %, ties, spread over evaluation draws
+  pairs.csv      one row a pair and pooling rule: share of draws that were right
+  images.csv     one row an image: the cosine between its stock embedding and the one of the pretrained weights
 """
 
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from torch.nn.functional import cosine_similarity
 
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.core import params
@@ -101,18 +102,20 @@ def pooling_rule(section: PoolingSection) -> PoolingRule:
 def main() -> None:
     p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
     profile = p.run.profile
-    stem = Path("metrics", profile, "mmvp", f"{name}-{weights}")
-    embeddings = Path("data", profile, "embeddings", f"{stem.name}.safetensors")
-    with atomic(stem.with_suffix(".json"), stem.with_suffix(".csv"), embeddings) as (
-        summary_file, table_file, embeddings_file
-    ):  # fmt: skip
-        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+    with atomic(Path("metrics", profile, "scores", "mmvp", f"{name}-{weights}")) as (folder,):
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
         published = pooling_rule(p.backbones[name].published_pooling)
         summary, table, pooled = score(backbone, questions, published, p.profile.mmvp, compute)
-        write_json(summary_file, {"weights_sha256": backbone.sha256, **summary})
-        table.to_csv(table_file, index=False, float_format="%.4f")
-        save_file({"images": pooled}, embeddings_file)
+        folder.mkdir()
+        write_json(folder / "scores.json", {"weights_sha256": backbone.sha256, **summary})
+        table.to_csv(folder / "pairs.csv", index=False, float_format="%.4f")
+        if weights != "pretrained":
+            original = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+            before, _ = tokens(original, questions, None, p.profile.mmvp.batch, compute)
+            cosines = cosine_similarity(before.cpu().double(), pooled.double())
+            ids = [question.id for question in questions]
+            pd.DataFrame({"question": ids, "cosine": cosines}).to_csv(folder / "images.csv", index=False)
 
 
 if __name__ == "__main__":

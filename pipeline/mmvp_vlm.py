@@ -1,7 +1,7 @@
 """Stage mmvp_vlm: the benchmark of image pairs, in the folder format of the hub's MMVP-VLM.
 
-data/<profile>/mmvp_vlm/Questions.csv                       Question ID,Type,Statement
-data/<profile>/mmvp_vlm/MLLM_VLM Images/<Type>/<id>.jpg     ids 1.., the two of a pair one after the other
+data/<profile>/mmvp/Questions.csv                       Question ID,Type,Statement
+data/<profile>/mmvp/MLLM_VLM Images/<Type>/<id>.jpg     ids 1.., the two of a pair one after the other
 """
 
 import csv
@@ -36,7 +36,7 @@ def make(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> No
 def main() -> None:
     p = params.load()
     section = p.profile.mmvp_vlm
-    outputs = Path("data", p.run.profile, "mmvp_vlm"), Path("metrics", p.run.profile, "mmvp_vlm.json")
+    outputs = Path("data", p.run.profile, "mmvp"), Path("metrics", p.run.profile, "mmvp_vlm.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniMmvpVlm):
             origin = None

@@ -3,11 +3,14 @@
 data/<profile>/planned/<what>.json      what decides an input's bytes; the stage that makes the input depends on this
                                         file alone. For a download: its pins (address, revision, sha256). For an input
                                         that is made here: its parameters and the hash of the code that makes it
+data/<profile>/planned/<benchmark>-<backbone>-<weights>.json    the same of a scoring: its values, its code's hash
+metrics/<profile>/scores/planned.json   the benchmarks that are scored, with the hash of the code of each
 
 So a comment, another backbone, a licence or a number of threads makes no stage fetch anything twice. Servers are asked
 for sizes only. An output that exists counts as fetched, whatever it holds.
 """
 
+import itertools
 import shutil
 import sys
 import tempfile
@@ -53,9 +56,9 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
     images, denoiser = p.profile.images, p.profile.denoiser
     wanted = []
     if isinstance(mmvp_vlm, PublishedMmvpVlm):
-        wanted.append((data / "mmvp_vlm", mmvp_vlm.download))
-    if isinstance(sets, PublishedZeroshotSets):
-        wanted += [(data / "zeroshot_sets", download) for download in sets.downloads().values()]
+        wanted.append((data / "mmvp", mmvp_vlm.download))  # every export is verified on images and statements of it
+    if isinstance(sets, PublishedZeroshotSets) and "zeroshot" in p.run.benchmarks:
+        wanted += [(data / "zeroshot", download) for download in sets.downloads().values()]
     for backbone in p.run.backbones:
         source, released = p.backbones[backbone].source, p.backbones[backbone].released
         if isinstance(source, CheckpointSource):
@@ -200,6 +203,17 @@ def pins(p: params.Params) -> dict[str, dict]:
         found[f"pretrained-{name}"] = _pinned(backbone.source, "backbone", p.profile.threads)
         if backbone.released:
             found[f"released-{name}"] = {"released": _only_pins(backbone.released)}
+        for benchmark, weights in itertools.product(p.run.benchmarks, p.run.weights):
+            found[f"{benchmark}-{name}-{weights}"] = _scoring(p, benchmark, backbone)
+    return found
+
+
+def _scoring(p: params.Params, benchmark: str, backbone: params.BackboneEntry) -> dict:
+    """What decides a scoring, but for its data and weights: code, threads, and every value that it takes."""
+    found = {"code": program(f"{benchmark}.py"), "threads": p.profile.threads}
+    found |= {benchmark: getattr(p.profile, benchmark).model_dump(mode="json")}
+    if benchmark == "mmvp":
+        found |= {"published_pooling": backbone.published_pooling.model_dump(mode="json")}
     return found
 
 
@@ -240,7 +254,9 @@ def main() -> None:
             raise UserError("This machine cannot hold this run.\n  " + "\n  ".join(filter(None, problems)))
     else:
         print(f"profile {p.run.profile}: all inputs are made here, nothing is fetched")
-    with atomic(Path("data", p.run.profile, "planned")) as (folder,):
+    scores = Path("metrics", p.run.profile, "scores", "planned.json")
+    with atomic(Path("data", p.run.profile, "planned"), scores) as (folder, benchmarks_file):
+        write_json(benchmarks_file, {benchmark: program(f"{benchmark}.py") for benchmark in p.run.benchmarks})
         folder.mkdir()
         for name, pinned in pins(p).items():
             write_json(folder / f"{name}.json", pinned)

@@ -6,8 +6,8 @@
     metrics/<profile>/report.html     one self-contained page; report.md: the same tables for a terminal or a code host
 
 Both pages name wall time and machine, which differ between equal runs: git keeps them, DVC does not hash
-them. Loss curves and the denoiser's figures are read where recipes are trained, but are no dependencies, so that DVC
-can make the report of checkpoints without training; they change only with the weights, whose scores are.
+them. Loss curves, the denoiser's figures and the images of the pairs are read where recipes are trained and pairs are
+scored, but are no dependencies, so that DVC can make the report without them; they change only with the scores.
 
     python -m pipeline.report --show                    the table of the last report
     python -m pipeline.report --compare [a [b]]         two commits (default: the last, and the workspace), pair by pair
@@ -23,7 +23,6 @@ import dvc.api
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file
 
 from pipeline.core import params
 from pipeline.core.outputs import atomic, write_json
@@ -47,14 +46,13 @@ def summary(scores: dict[str, Scores], found: dict, published: tuple[float, floa
 def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
     """(report.json, evidence.json, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
-    metrics, data = Path("metrics", profile), Path("data", profile)
+    metrics = Path("metrics", profile)
     report, evidence, tables, sections = {}, {}, [], []
     for backbone in p.run.backbones:
         entry = p.backbones[backbone].published
         published = (entry.before, entry.after) if entry else None
-        scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w) for w in p.run.weights}
-        embeddings = {w: load_file(data / "embeddings" / f"{backbone}-{w}.safetensors")["images"] for w in scores}
-        found = evidence[backbone] = results.evidence(scores, embeddings, published)
+        scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
+        found = evidence[backbone] = results.evidence(scores, published)
         report[backbone] = summary(scores, found, published)
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         sections.append(section(p, backbone, scores, found, report[backbone]["gain"]))
@@ -104,10 +102,14 @@ def compare(p: params.Params, first: str, second: str | None) -> list[str]:
 
     profile, reads = p.run.profile, (reader(first), reader(second))
     reports = [json.loads(read(Path("metrics", profile, "report.json"))) for read in reads]
+    scored = [json.loads(read(Path("metrics", profile, "scores", "planned.json"))) for read in reads]
     table, worse = Table("backbone", "weights", "figure", first, second or "workspace", "change [95 %]", "verdict"), []
     for backbone in (backbone for backbone in reports[0] if backbone in reports[1]):
         for weights in (w for w in reports[0][backbone]["score"] if w in reports[1][backbone]["score"]):
-            before, after = (Scores.read(profile, backbone, weights, read) for read in reads)
+            before, after = (
+                Scores.read(profile, backbone, weights, benchmarks, read)
+                for benchmarks, read in zip(scored, reads, strict=True)
+            )
             for column, change in results.gains(before, after).items():
                 preserved = column == "zeroshot"
                 verdict = statistics.preserved_verdict(change) if preserved else statistics.gain_verdict(change, None)

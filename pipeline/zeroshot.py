@@ -1,7 +1,8 @@
-"""Stage zeroshot@<backbone>-<weights>: what the tower can still do, and what its embedding holds.
+"""Stage score@zeroshot-<backbone>-<weights>: what the tower can still do, and what its embedding holds.
 
-metrics/<profile>/zeroshot/<backbone>-<weights>.json       accuracy, recall and probe accuracy in %, by set
-metrics/<profile>/zeroshot/<backbone>-<weights>.parquet    what of it was right: one row an answer (set, measure, image)
+metrics/<profile>/scores/zeroshot/<backbone>-<weights>/
+  scores.json        accuracy, recall and probe accuracy in %, by set
+  answers.parquet    what of it was right: one row an answer (set, measure, image)
 """
 
 import sys
@@ -48,12 +49,12 @@ def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) ->
 def main() -> None:
     p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
     profile = p.run.profile
-    stem = Path("metrics", profile, "zeroshot", f"{name}-{weights}")
-    with atomic(stem.with_suffix(".json"), stem.with_suffix(".parquet")) as (summary_file, answers_file):
+    with atomic(Path("metrics", profile, "scores", "zeroshot", f"{name}-{weights}")) as (folder,):
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        summary, answers = score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
-        write_json(summary_file, summary)
-        answers.to_parquet(answers_file, index=False)
+        summary, answers = score(backbone, Path("data", profile, "zeroshot"), p.profile.zeroshot, compute)
+        folder.mkdir()
+        write_json(folder / "scores.json", summary)
+        answers.to_parquet(folder / "answers.parquet", index=False)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Stage zeroshot_sets: sets for zero-shot classification, retrieval and a linear probe, in clip-benchmark's layout.
 
-data/<profile>/zeroshot_sets/wds/<name>/dataset_type.txt          classification, retrieval, or probe (ours)
-data/<profile>/zeroshot_sets/wds/<name>/classnames.txt, zeroshot_classification_templates.txt
-data/<profile>/zeroshot_sets/wds/<name>/<split>/nshards.txt, 0.tar
+data/<profile>/zeroshot/wds/<name>/dataset_type.txt          classification, retrieval, or probe (ours)
+data/<profile>/zeroshot/wds/<name>/classnames.txt, zeroshot_classification_templates.txt
+data/<profile>/zeroshot/wds/<name>/<split>/nshards.txt, 0.tar
 """
 
 import io
@@ -71,7 +71,7 @@ def fetch(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str
 def main() -> None:
     p = params.load()
     section = p.profile.zeroshot_sets
-    outputs = Path("data", p.run.profile, "zeroshot_sets"), Path("metrics", p.run.profile, "zeroshot_sets.json")
+    outputs = Path("data", p.run.profile, "zeroshot"), Path("metrics", p.run.profile, "zeroshot_sets.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniZeroshotSets):
             origin = None

@@ -29,6 +29,13 @@ FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on whic
     "released": "backbones.${item.backbone}.released",
 }
 DECLARED |= {name: [section] for name, section in FETCHED.items()}
+DECLARED |= {  # likewise of a scoring's
+    "mmvp": [
+        "profiles.${run.profile}.mmvp", "profiles.${run.profile}.mmvp_vlm",
+        "backbones.${item.backbone}.published_pooling",
+    ],
+    "zeroshot": ["profiles.${run.profile}.zeroshot"],
+}  # fmt: skip
 DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {
     "profiles.${run.profile}.threads",  # taken by pipeline/__init__.py

@@ -15,7 +15,20 @@ import yaml
 from noting import watched
 from PIL import Image
 
-from pipeline import backbone, denoiser, drift, images, mmvp, mmvp_vlm, report, shuffled, train, zeroshot, zeroshot_sets
+from pipeline import (
+    backbone,
+    denoiser,
+    drift,
+    images,
+    mmvp,
+    mmvp_vlm,
+    plan,
+    report,
+    shuffled,
+    train,
+    zeroshot,
+    zeroshot_sets,
+)
 from pipeline.core.outputs import write_json
 from pipeline.mini import world
 
@@ -68,6 +81,7 @@ def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
     """The lists of `run` under which these weights are scored, of which every recipe has the same controls."""
     recipes = [name for name in weights if name not in ("pretrained", "released") and "-" not in name]
     return {
+        "run.benchmarks": ["mmvp", "zeroshot"],
         "run.checkpoints": [name for name in weights if name == "released"],
         "run.recipes": recipes,
         "run.controls": list(dict.fromkeys(name.partition("-")[2] for name in weights if "-" in name)),
@@ -116,7 +130,7 @@ def run_every_stage() -> None:
     """Fill the working directory with what every stage makes; the images stage has tests of its own."""
     write_params()
     write_shards(Path("data/mini/images"), 12)
-    for stage in (mmvp_vlm, zeroshot_sets, denoiser):
+    for stage in (plan, mmvp_vlm, zeroshot_sets, denoiser):
         run(stage)
     run(backbone, "mini")
     for stage in (train, shuffled, drift):

@@ -14,7 +14,8 @@ from test_end_to_end import reproduced, weights  # noqa: F401  (fixtures)
 pytestmark = pytest.mark.slow
 FETCH = {"input@images", "input@denoiser", "mmvp_vlm", "zeroshot_sets", "backbone@mini"}
 TRAIN = {"train@mini-diva"}
-SCORE = {"mmvp@mini-pretrained", "mmvp-recipes@mini-diva", "zeroshot@mini-pretrained", "zeroshot-recipes@mini-diva"}
+SCORE = {"score@{}-mini-pretrained", "score-recipes@{}-mini-diva"}
+SCORE = {name.format(benchmark) for name in SCORE for benchmark in ("mmvp", "zeroshot")}
 EXPORT = {"export@mini-pretrained", "export-recipes@mini-diva"}
 
 
@@ -40,7 +41,7 @@ def values(**changes: Any) -> Callable[[Path], None]:
 
 
 EDITS = {
-    "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | SCORE | EXPORT),
+    "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | EXPORT),
     "a comment in data": (comment("pipeline/data/shards.py"), {"plan"} | TRAIN),
     "a comment in diva": (comment("pipeline/diva/losses.py"), TRAIN),
     "a value of the recipe": (values(profiles__mini__recipes__diva__steps=5), {"plan"} | TRAIN),
@@ -51,13 +52,13 @@ EDITS = {
             profiles__mini__recipes__other=lambda content: content["profiles"]["mini"]["recipes"]["diva"],
             run__recipes=["diva", "other"],
         ),
-        {"plan", "report", "train@mini-other", "mmvp-recipes@mini-other", "zeroshot-recipes@mini-other"}
+        {"plan", "report", "train@mini-other", "score-recipes@mmvp-mini-other", "score-recipes@zeroshot-mini-other"}
         | {"export-recipes@mini-other"},
     ),
     "a new backbone": (
         values(backbones__other=lambda content: content["backbones"]["mini"], run__backbones=["mini", "other"]),
         {"plan", "report", "backbone@other", "train@other-diva"}
-        | {each.replace("@mini", "@other") for each in SCORE | EXPORT},
+        | {each.replace("mini", "other") for each in SCORE | EXPORT},
     ),
     "a larger benchmark": (values(profiles__mini__zeroshot_sets__retrieval=7), {"plan"}),
 }

@@ -65,7 +65,7 @@ def group(weights: str) -> str:
 
 
 def scored(*weights: str) -> set[str]:
-    return {f"{scoring}{group(w)}@mini-{w}" for scoring in ("mmvp", "zeroshot") for w in weights}
+    return {f"score{group(w)}@{benchmark}-mini-{w}" for benchmark in ("mmvp", "zeroshot") for w in weights}
 
 
 def exported(*weights: str) -> set[str]:

@@ -27,7 +27,7 @@ TOOLS = {
     "webdataset",
 }  # fmt: skip
 # Stages whose bytes torch makes.
-COMPUTE = {"train", "control", "mmvp", "zeroshot", "export"}
+COMPUTE = {"train", "control", "export"}  # and scorings, of which the planned file has it
 BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
@@ -50,11 +50,7 @@ def defines_main(file: Path) -> bool:
 
 RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
     **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets", "backbone", "train", "report")},
-    **{
-        f"{stage}{of}": [stage]
-        for stage in ("mmvp", "zeroshot")
-        for of in ("", "-checkpoints", "-recipes", "-controls")
-    },
+    **{f"score{of}": PARAMS["run"]["benchmarks"] for of in ("", "-checkpoints", "-recipes", "-controls")},
     **{f"export{of}": ["export"] for of in ("", "-checkpoints", "-recipes")},
     "input": ["images", "denoiser"],
     "checkpoint": ["released"],
@@ -169,15 +165,15 @@ def closure(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("stage", DVC)
 def test_dependencies_are_the_import_closure(stage: str) -> None:
-    """Of what is fetched, nothing but its pins; plan, which hashes the code of what is made here, depends on that."""
+    """Of what is fetched or scored, nothing but a planned file; plan, which hashes code for them, depends on that."""
     deps = [dep for dep in DVC[stage]["deps"] if dep.startswith("pipeline/")]
     code, runs = [dep for dep in deps if dep.endswith(".py")], RUNS[stage]
-    if FETCH.issuperset(runs):
+    if FETCH.issuperset(runs) or stage.startswith("score"):
         assert deps == []
         assert sum("/planned/" in dep for dep in DVC[stage]["deps"]) == 1
         return
     if stage == "plan":
-        runs = [*runs, *(FETCH - {"released"})]
+        runs = [*runs, *(FETCH - {"released"}), *RUNS["score"]]
     assert len(code) == len(set(code))
     assert set(code) == set().union(*(closure(Path("pipeline", f"{file}.py")) for file in runs))
     assert all((ROOT / dep).is_file() for dep in deps)
@@ -229,11 +225,11 @@ def test_a_stage_runs_its_own_file(stage: str) -> None:
     offline = ["HF_HUB_OFFLINE=1"] if not FETCH.issuperset(RUNS[stage]) and matrix else []
     module, *arguments = command[6 if offline else 5 :]
     assert command[: 6 if offline else 5] == ["exec", "env", "STARTED_BY=$PPID", *offline, "python", "-m"]
-    axis = {"input", "checkpoint", "control"} & {stage}
-    assert module == (f"pipeline.${{item.{stage}}}" if axis else f"pipeline.{RUNS[stage][0]}")
+    axis = {"input", "checkpoint", "control"} & {stage} or {"benchmark"} & {*matrix}
+    assert module == (f"pipeline.${{item.{next(iter(axis))}}}" if axis else f"pipeline.{RUNS[stage][0]}")
     assert set(re.findall(r"item\.(\w+)", " ".join(arguments))) == matrix.keys() - axis
     assert ("wdir" in DVC[stage]) == (stage not in WANTED)
-    pretrained = {"weights": ["pretrained"]} if stage in ("mmvp", "zeroshot", "export") else {}
+    pretrained = {"weights": ["pretrained"]} if stage in ("score", "export") else {}
     lists = {name: values for name, values in matrix.items() if name not in pretrained}
     assert matrix == lists | pretrained
     assert all(re.fullmatch(r"\$\{run\.\w+s\}", values) for values in lists.values())

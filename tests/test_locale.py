@@ -47,11 +47,11 @@ def test_the_report_is_the_same(here: Path, locale: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_library_reads_the_same_class_names(here: Path, locale: dict[str, str]) -> None:
-    file = Path("data/mini/zeroshot_sets/wds/objects/classnames.txt")
+    file = Path("data/mini/zeroshot/wds/objects/classnames.txt")
     first, rest = file.read_text(encoding="utf-8").split("\n", 1)
     file.write_text(f"{first}, Übersee 像\n{rest}", encoding="utf-8")
     written = []
     for environment in ({"PYTHONUTF8": "1"}, locale):
         stage("-m", "pipeline.zeroshot", "mini", "pretrained", **environment)
-        written.append((METRICS / "zeroshot/mini-pretrained.parquet").read_bytes())
+        written.append((METRICS / "scores/zeroshot/mini-pretrained/answers.parquet").read_bytes())
     assert written[0] == written[1]

@@ -464,8 +464,8 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
     everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "report"}
     for name in ("openai_224", "dfn_378"):
         everything |= {f"backbone@{name}", f"train@{name}-diva"}
-        for scoring in ("mmvp", "zeroshot", "export"):
-            everything |= {f"{scoring}@{name}-pretrained", f"{scoring}-recipes@{name}-diva"}
+        for which in ("score@mmvp-", "score@zeroshot-", "export@"):
+            everything |= {f"{which}{name}-pretrained", f"{which.replace('@', '-recipes@')}{name}-diva"}
     assert sorted(stages_run(output)) == sorted(everything)
     assert stages_run(output)[0] == "plan"
     assert "their licence: apple-amlr" in output
@@ -480,8 +480,8 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
         "-S", "run.recipes=[]", "-S", "run.inputs=[]",
     )  # fmt: skip
     expected = {"plan", "backbone@siglip_224", "checkpoint@siglip_224-released", "report"}
-    for scoring in ("mmvp", "zeroshot", "export"):
-        expected |= {f"{scoring}@siglip_224-pretrained", f"{scoring}-checkpoints@siglip_224-released"}
+    for which in ("score@mmvp-", "score@zeroshot-", "export@"):
+        expected |= {f"{which}siglip_224-pretrained", f"{which.replace('@', '-checkpoints@')}siglip_224-released"}
     assert sorted(stages_run(output)) == sorted(expected)
     assert sorted(fetched(hub.requests)) == [
         "open_clip_model.safetensors", "siglip.pth", "special_tokens_map.json", "tokenizer.json",
@@ -574,7 +574,7 @@ def test_another_model_of_open_clip_takes_one_entry(hub: Hub) -> None:
     write(content, ["other"], ["pretrained"])
     for stage, *arguments in ((plan,), (mmvp_vlm,), (backbone_stage, "other"), (mmvp, "other", "pretrained")):
         run(stage, *arguments)
-    assert read("metrics/paper/mmvp/other-pretrained.json")["pairs"] == 9
+    assert read("metrics/paper/scores/mmvp/other-pretrained/scores.json")["pairs"] == 9
     found = Backbone.load(Path("models/paper/pretrained/other"))
     pixels = torch.stack([found.preprocess(checkpoints.image(i)) for i in range(2)])
     with torch.no_grad():

@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from shrunk import run_of
+from shrunk import SCORED, run_of
 from torch._subclasses import FakeTensorMode
 
 from pipeline import plan
-from pipeline.core import params
+from pipeline.core import code, params
 from pipeline.core.params import Download
 from pipeline.data import downloads
 from pipeline.data.downloads import Listing, Remote
@@ -37,7 +37,7 @@ from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 GB = 10**9
-ALWAYS = {"data/paper/mmvp_vlm", "data/paper/zeroshot_sets", "models/paper/pretrained/openai_224"}
+ALWAYS = {"data/paper/mmvp", "data/paper/zeroshot", "models/paper/pretrained/openai_224"}
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,10 @@ def test_mini_fetches_nothing_and_does_not_wait_for_torch() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "profile mini: all inputs are made here, nothing is fetched\n"
     planned = {path.stem: json.loads(path.read_text()) for path in Path("data/mini/planned").iterdir()}
-    assert planned.keys() == {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "pretrained-mini"}
+    scorings = {f"{benchmark}-mini-{weights}" for benchmark in ("mmvp", "zeroshot") for weights in SCORED}
+    assert planned.keys() == {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "pretrained-mini"} | scorings
+    written = json.loads(Path("metrics/mini/scores/planned.json").read_text())
+    assert written == {benchmark: planned[f"{benchmark}-mini-pretrained"]["code"] for benchmark in ("mmvp", "zeroshot")}
     assert all(re.fullmatch(r"[0-9a-f]{64}", pinned["code"]) for pinned in planned.values())
     assert planned["denoiser"]["threads"] == 2
 
@@ -193,13 +196,44 @@ def test_links_are_estimated(asked: list[Download], capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("asked")
+def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that score depend on these files, their data and their weights."""
+
+    def planned(weights: str = "released", **changes: Any) -> dict[str, bytes]:
+        write(weights=weights, **changes)
+        plan.main()
+        found = {path.stem: path.read_bytes() for path in Path("data/paper/planned").iterdir()}
+        return {name: found[name] for name in found if name.startswith(("mmvp-", "zeroshot-"))}
+
+    before = planned()
+    names = {f"{b}-openai_224-{w}" for b in ("mmvp", "zeroshot") for w in ("pretrained", "released")}
+    assert before.keys() == names
+    later = planned("released diva", **{"zeroshot_sets.sets": {"imagenet1k": "abc124"}})
+    assert {name: later[name] for name in before} == before
+    for changes, changed in (({"mmvp.draws": 3}, "mmvp"), ({"zeroshot.recall": 3}, "zeroshot"), ({"threads": 3}, "")):
+        other = planned(**changes)
+        assert {name for name in before if other[name] != before[name]} == {n for n in names if n.startswith(changed)}
+    monkeypatch.setattr(plan, "program", lambda file: "another" if file == "mmvp.py" else code.program(file))
+    other = planned()
+    assert {name for name in before if other[name] != before[name]} == {n for n in names if n.startswith("mmvp-")}
+    p = write()
+    for benchmark, folder in (("mmvp", "data/paper/zeroshot"), ("zeroshot", None)):
+        alone = p.model_copy(update={"run": p.run.model_copy(update={"benchmarks": [benchmark]})})
+        assert {str(path) for path, _ in plan.downloads_of(alone)} == ALWAYS - {folder}
+
+
+@pytest.mark.usefixtures("asked")
 def test_what_is_fetched_depends_on_its_pins_alone() -> None:
     """Stages that fetch depend on these files and on nothing else."""
 
     def planned(backbones: str, weights: str, **changes: Any) -> dict[str, bytes]:
         write(backbones, weights, **changes)
         plan.main()
-        return {path.stem: path.read_bytes() for path in Path("data/paper/planned").iterdir()}
+        return {
+            path.stem: path.read_bytes()
+            for path in Path("data/paper/planned").iterdir()
+            if not path.name.startswith(("mmvp-", "zeroshot-"))
+        }
 
     before = planned("openai_224", "pretrained")
     assert b"abc123" in before["zeroshot_sets"]
@@ -265,7 +299,7 @@ def test_disk_does_not_count_what_stopped_fetches_left(monkeypatch: pytest.Monke
     assert found == pytest.approx(405 * GB + 3 * 4e6 * 427.6 - 5 * 2**20, abs=1)
     for folder in ("pretrained/openai_224", "export/openai_224-pretrained"):
         Path("models/paper", folder).mkdir(parents=True)
-    assert plan.disk(write(), items(("data/paper/mmvp_vlm", 0.001))) == 0
+    assert plan.disk(write(), items(("data/paper/mmvp", 0.001))) == 0
 
 
 def test_a_model_without_published_figures_counts_as_a_large_one() -> None:

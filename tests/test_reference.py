@@ -41,14 +41,14 @@ def made(here: Path, finished: Path) -> Path:
         content["mini"][part]["text_anchored"] = content["mini"][part]["diva"]
         write_json(METRICS / f"{name}.json", content)
     shutil.copytree(METRICS / "train/mini-diva", METRICS / "train/mini-text_anchored")
-    shutil.copy(METRICS / "mmvp/mini-diva.json", METRICS / "mmvp/mini-text_anchored.json")
+    shutil.copytree(METRICS / "scores/mmvp/mini-diva", METRICS / "scores/mmvp/mini-text_anchored")
     rng = np.random.default_rng(generator("test", "reference").initial_seed())
     pairs = pd.DataFrame({"pair": range(1, 181), "pattern": np.repeat([f"pattern {i}" for i in range(9)], 20)})
     answers = [
         pairs.assign(pooling=pooling, statement_to_image=rng.integers(0, 2, len(pairs)))
         for pooling in ("stock", "published")
     ]
-    pd.concat(answers).to_csv(METRICS / "mmvp/mini-pretrained.csv", index=False)
+    pd.concat(answers).to_csv(METRICS / "scores/mmvp/mini-pretrained/pairs.csv", index=False)
     found = reference.MeasuredRun.read(METRICS)
     right = 7 * found.right + rng.integers(0, 3, found.right.shape)
     figures = found.figures | reference.agreement(found.right, right)
@@ -119,7 +119,7 @@ def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytes
         ),
         ("train/mini-diva/metrics.json", ("steps",), 5, "training.diva.steps is 5, wanted 4"),
         (
-            "mmvp/mini-diva.json",
+            "scores/mmvp/mini-diva/scores.json",
             ("stock", "statement_to_image", "draws"),
             3,
             "draws.diva.stock.statement_to_image is 3, wanted 1",

@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from shrunk import METRICS, run, write_seeds
+from shrunk import METRICS, run, write_params, write_seeds
 
 from pipeline import report
 from pipeline.core import params
@@ -121,9 +122,9 @@ def evidence(published: tuple[float, float] | None) -> dict:
         "pretrained": BEFORE, "diva": AFTER, "diva-shuffled": BEFORE, "diva-drift": AFTER,
         "idle": BEFORE, "idle-shuffled": AFTER,
     }  # fmt: skip
-    turned = np.array([[0.0, 1.0], [1.0, 0.0]])
-    embeddings = dict.fromkeys(scores, np.eye(2)) | {"diva": 3 * turned, "diva-drift": turned}
-    return results.evidence(scores, embeddings, published)
+    moved = {name: np.zeros(2) if name in ("diva", "diva-drift") else np.ones(2) for name in scores}
+    scores = {name: replace(of_weights, cosines=moved[name]) for name, of_weights in scores.items()}
+    return results.evidence(scores, published)
 
 
 def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
@@ -180,10 +181,12 @@ def test_over_seeds_a_published_gain_is_judged_with_its_pooling_rule() -> None:
     """Gains by the published pooling, plus what the pooling rule alone gives: as the paper's table counts."""
     group = pd.DataFrame({"pairs_stock": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
     assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in page.seeds_verdict(
-        group, 4.0, (20.0, 26.6)
+        group, {"pooling": [4.0, 3.0, 5.0]}, (20.0, 26.6)
     )
-    assert "pairs not reproduced, +2.0 [" in page.seeds_verdict(group, 0.0, (20.0, 26.6))
-    assert "pairs gained, +9.0" in page.seeds_verdict(group, 4.0, None)
+    assert "pairs not reproduced, +2.0 [" in page.seeds_verdict(group, {"pooling": [0.0, 0.0, 0.0]}, (20.0, 26.6))
+    assert "pairs gained, +9.0" in page.seeds_verdict(group, {"pooling": [4.0, 3.0, 5.0]}, None)
+    unscored = group.assign(pairs_stock=np.nan, pairs_published=np.nan)
+    assert "training seeds: pairs not measured; zero-shot" in page.seeds_verdict(unscored, {}, (20.0, 26.6))
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
@@ -197,8 +200,8 @@ def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:
     }  # fmt: skip
     score = written["score"]
     for weights in ("pretrained", "diva"):
-        pairs = json.loads((metrics / f"mmvp/mini-{weights}.json").read_text())
-        sets = json.loads((metrics / f"zeroshot/mini-{weights}.json").read_text())
+        pairs = json.loads((metrics / f"scores/mmvp/mini-{weights}/scores.json").read_text())
+        sets = json.loads((metrics / f"scores/zeroshot/mini-{weights}/scores.json").read_text())
         assert score[weights]["pairs_published"] == round(pairs["published"]["statement_to_image"]["average"], 2)
         assert score[weights]["probe"] == round(sets["details"]["average"], 2)
         assert score[weights].keys() == COLUMNS.keys()
@@ -206,8 +209,8 @@ def test_the_report_says_what_the_stages_wrote(finished: Path) -> None:
         assert gain == pytest.approx(score["diva"][column] - score["pretrained"][column], abs=0.011)
     patterns = pd.read_csv(metrics / "patterns.csv")
     assert patterns.pattern.tolist() == [f"{w}: {p}" for w in ("pretrained", "diva") for p in world.PATTERNS]
-    answers = pd.read_parquet(metrics / "zeroshot/mini-diva.parquet")
-    sets = json.loads((metrics / "zeroshot/mini-diva.json").read_text())
+    answers = pd.read_parquet(metrics / "scores/zeroshot/mini-diva/answers.parquet")
+    sets = json.loads((metrics / "scores/zeroshot/mini-diva/scores.json").read_text())
     for (name, measure), right in answers.groupby(["set", "measure"]).right:
         assert sets[name][measure] == pytest.approx(100 * right.mean(), abs=1e-3)
 
@@ -234,10 +237,10 @@ def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path
 @pytest.fixture
 def both(here: Path) -> Path:
     """A folder in which a second recipe was scored, too: one that did what diva's random perturbation does."""
-    for path in [*METRICS.glob("*/mini-*"), *Path("data/mini/embeddings").iterdir()]:
+    for path in [*METRICS.glob("scores/*/mini-*")]:
         for old, new in (("diva-shuffled", "-shuffled"), ("diva-drift", "-drift"), ("diva-drift", "")):
-            if path.stem == f"mini-{old}":
-                shutil.copy(path, path.with_stem(f"mini-text_anchored{new}"))
+            if path.name == f"mini-{old}":
+                shutil.copytree(path, path.with_name(f"mini-text_anchored{new}"))
     content = yaml.safe_load(Path("params.yaml").read_text())
     content["run"]["recipes"] = ["diva", "text_anchored"]
     Path("params.yaml").write_text(yaml.safe_dump(content))
@@ -276,7 +279,7 @@ def test_recipes_stand_side_by_side() -> None:
 
 
 def read(folder: Path, weights: str) -> Scores:
-    return Scores.read("mini", "mini", weights, lambda path: (folder / path).read_bytes())
+    return Scores.read("mini", "mini", weights, ("mmvp", "zeroshot"), lambda path: (folder / path).read_bytes())
 
 
 def by_pattern(changed: dict[str, list[int]]) -> list[int]:
@@ -331,11 +334,44 @@ def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFi
     assert ended.value.code == 1
     assert "the check fails:\n  mini, diva: pairs" in capsys.readouterr().err
     found = json.loads((METRICS / "evidence.json").read_text())
-    found["mini"]["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
-    (METRICS / "evidence.json").write_text(json.dumps(found))
-    run(report, "--check")
+    for verdict in ({"pairs": "gained", "zeroshot": "preserved"}, {"pairs": "gained", "zeroshot": "not measured"}):
+        found["mini"]["weights"]["diva"]["verdict"] = verdict
+        (METRICS / "evidence.json").write_text(json.dumps(found))
+        run(report, "--check")
     run(report, "--show")
     assert (METRICS / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "left_out", "columns"),
+    [
+        (["mmvp"], ["zeroshot"], [column for column in COLUMNS if column in results.PAIRS]),
+        (["zeroshot"], ["pairs"], ["zeroshot", "retrieval", "probe"]),
+        ([], ["pairs", "zeroshot"], []),
+    ],
+    ids=str,
+)
+def test_what_was_not_scored_is_not_measured(
+    here: Path, benchmarks: list[str], left_out: list[str], columns: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(**{"run.benchmarks": benchmarks})
+    for name in {"mmvp", "zeroshot"} - {*benchmarks}:  # as where they never ran
+        shutil.rmtree(METRICS / "scores" / name)
+        shutil.rmtree(here / "data/mini" / name)
+    run(report)
+    written = json.loads((METRICS / "report.json").read_text())["mini"]
+    assert all(list(figures) == columns for part in written.values() for figures in part.values())
+    verdict = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]["verdict"]
+    assert {what for what, said in verdict.items() if said == "not measured"} == {*left_out}
+    shown = rows(re.search(r"(?:^\|.*\n)+", (METRICS / "report.md").read_text(), re.MULTILINE)[0])  # type: ignore[index]
+    names = {"pairs": "pairs", "zeroshot": "zero-shot classification"}
+    said = {row[0]: row[-1] for row in shown}
+    assert all(said[f"{names[what]}: verdict"] == "not measured" for what in left_out)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(report, "--check")
+    failed = capsys.readouterr().err
+    assert all((f"{what} not measured" in failed) == (benchmarks == []) for what in left_out)
 
 
 @pytest.mark.slow
@@ -351,12 +387,12 @@ def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.Captur
     Path("dvc.yaml").write_text("metrics:\n- metrics/mini/report.json\n")
     commit = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "--message", "x")
     files = (
-        *(f"metrics/mini/{kind}" for kind in ("mmvp", "zeroshot", "report.json")),
+        *(f"metrics/mini/{kind}" for kind in ("scores", "report.json")),
         "dvc.yaml",
         ".dvc",
         "params.yaml",
     )
-    mmvp, summary = METRICS / "mmvp/mini-diva.csv", METRICS / "report.json"
+    mmvp, summary = METRICS / "scores/mmvp/mini-diva/pairs.csv", METRICS / "report.json"
     table, figures = pd.read_csv(mmvp), json.loads(summary.read_text())
 
     def score(right: float) -> None:

@@ -95,7 +95,7 @@ def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> 
     )
     p, cpu = params.load(), torch.device("cpu")
     backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
-    questions = read_mmvp_vlm(Path("data/mini/mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+    questions = read_mmvp_vlm(Path("data/mini/mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
     table = sensitivity.measure(backbone, denoiser, questions, p, "mini", "text_anchored", cpu).sort_index()
     assert set(table.index.unique("condition")) == {*sensitivity.WAYS}
     for pattern in world.PATTERNS:

@@ -934,8 +934,8 @@ def test_the_committed_denoiser_listens_to_its_caption() -> None:
 
 
 def test_the_committed_backbone_knows_objects_and_has_room_for_details() -> None:
-    sets = committed("zeroshot/mini-pretrained.json")
+    sets = committed("scores/zeroshot/mini-pretrained/scores.json")
     assert next(scores["average"] for scores in sets.values() if scores["kind"] == "classification") > 98
-    stock, _ = (block for block in committed("mmvp/mini-pretrained.json").values() if isinstance(block, dict))
+    stock = committed("scores/mmvp/mini-pretrained/scores.json")["stock"]
     assert 30 <= stock["statement_to_image"]["average"] <= 45
     assert committed("oracle/mini.json")["pairs_stock"] > 75

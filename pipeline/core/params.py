@@ -52,6 +52,7 @@ class Run(Section):
     checkpoints: list[Literal["released"]]
     recipes: list[Name]
     controls: list[Literal["shuffled", "drift"]]
+    benchmarks: list[Literal["mmvp", "zeroshot"]]
     inputs: list[Literal["images", "denoiser"]]
 
     @property

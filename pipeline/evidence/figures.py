@@ -29,7 +29,12 @@ def colours(scores: Iterable[str]) -> dict[str, str | tuple[str, float]]:
 
 
 def patterns(scores: dict[str, Scores], published: Published | None):
-    """Pairs right per pattern and pooling rule, a bar for each set of weights; diamonds: the paper's."""
+    """Pairs right per pattern and pooling rule, a bar for each set of weights; diamonds: the paper's.
+
+    None where no pairs were scored.
+    """
+    if not scores["pretrained"].mmvp:
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, pooling in zip(axes, POOLINGS, strict=True):
         tables = {w: scores[w].mmvp[pooling]["statement_to_image"]["patterns"] for w in without_controls(scores)}
@@ -44,8 +49,13 @@ def patterns(scores: dict[str, Scores], published: Published | None):
 
 
 def gains(weights: dict[str, dict]):
-    """Change of every column with its interval: recipes and controls side by side; weights: of evidence.json."""
+    """Change of every column with its interval: recipes and controls side by side; weights: of evidence.json.
+
+    None where there is none.
+    """
     columns = [column for column in COLUMNS if all(column in result["gain"] for result in weights.values())]
+    if not weights or not columns:
+        return None
     figure, axis = plt.subplots(figsize=(11, 0.9 + (0.2 + 0.1 * len(weights)) * len(columns)), layout="constrained")
     for i, (name, result) in enumerate(weights.items()):
         value, low, high = zip(*(result["gain"][column] for column in columns), strict=True)
@@ -145,6 +155,7 @@ def by_pattern(scores: dict[str, Scores]) -> pd.DataFrame:
     rows = [
         (f"{weights}: {name}", right)
         for weights in without_controls(scores)
+        if scores[weights].mmvp
         for name, right in scores[weights].mmvp["stock"]["statement_to_image"]["patterns"].items()
     ]
     return pd.DataFrame(rows, columns=["pattern", "right"]).round(2)

@@ -29,10 +29,14 @@ def section(p: Params, backbone: str, scores: dict[str, Scores], found: dict, ga
     runs = table.recipe.map({recipe: provenance.run(p, backbone, recipe) for recipe in p.run.recipes})
     counting, others = table[table.run == runs], table[runs.notna() & (table.run != runs)]
     groups = {str(w): group for w, group in counting.groupby("weights", sort=False) if len(group) > 1}
-    judged = {w: seeds_verdict(groups[w], found["pooling"][0], published) for w in p.run.recipes if w in groups}
+    judged = {w: seeds_verdict(groups[w], found, published) for w in p.run.recipes if w in groups}
     curves = {w: Path("metrics", profile, "train", f"{backbone}-{w}", "plots", "metrics") for w in scores}
-    drawn = [figures.patterns(scores, entry), *([figures.gains(found["weights"])] if found["weights"] else [])]
-    drawn += [figures.probe(scores), figures.losses(curves)]
+    drawn = [
+        figures.patterns(scores, entry),
+        figures.gains(found["weights"]),
+        figures.probe(scores),
+        figures.losses(curves),
+    ]
     return {
         "backbone": backbone,
         "controlled": bool(found["effect"]),
@@ -48,12 +52,12 @@ def section(p: Params, backbone: str, scores: dict[str, Scores], found: dict, ga
         "tests": [
             [label(w), pooling, *test.values(), "{:.3f} [{:.3f}, {:.3f}]".format(*result["cosine"])]
             for w, result in found["weights"].items()
-            for pooling, test in result["pairs"].items()
+            for pooling, test in result.get("pairs", {}).items()
         ],
         "seeds": seeds(groups, gain, p.seed),
         "other_seeds": ", ".join(map(str, sorted(set(others.seed)))),
-        "changed": pairs_changed(scores, Path("data", profile, "mmvp_vlm")),
-        "weights": {weights: of_weights.mmvp["weights_sha256"] for weights, of_weights in scores.items()},
+        "changed": pairs_changed(scores, Path("data", profile, "mmvp")) if scores["pretrained"].mmvp else [],
+        "weights": {weights: s.mmvp["weights_sha256"] for weights, s in scores.items() if s.mmvp},
     }
 
 
@@ -72,10 +76,11 @@ def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> 
     rows = [["", *("original" if weights == "pretrained" else weights for weights in shown)]]
     for name, column in (("pairs", "pairs_stock"), ("zeroshot", "zeroshot")):
         values = [scores[weights].headline().get(column) for weights in shown]
-        if None in values:
-            continue
         what = COLUMNS[column].partition(",")[0]
         tuned = [found["weights"].get(weights, {}) for weights in shown]
+        if None in values:
+            rows.append([f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)])
+            continue
         gained = [
             t.get("as_published") if as_published and name == "pairs" else t.get("gain", {}).get(column) for t in tuned
         ]
@@ -107,7 +112,7 @@ def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
 def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
     """Average and patterns of pretrained and tuned weights by both pooling rules, each gain by one of them."""
     before, rows = scores["pretrained"], []
-    for weights in without_controls(scores)[1:]:
+    for weights in without_controls(scores)[1:] if before.mmvp else ():
         after = scores[weights]
         for pattern in [None, *before.strata("pairs_stock")]:
             row = [weights, pattern or "average"]
@@ -133,19 +138,18 @@ def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
     texts = {}
     for weights in without_controls(found["weights"]):
         result = found["weights"][weights]
-        judged, tests = result["verdict"], result["pairs"]["stock"]
+        judged = result["verdict"]
+        if "pairs" not in result:
+            texts[weights] = f"{weights}: pairs {judged['pairs']}.{_cost(result)}"
+            continue
+        tests = result["pairs"]["stock"]
         gain = Interval(*(result["as_published"] if published else result["gain"]["pairs_stock"])).text()
         said = f"{weights}: pairs {judged['pairs']}, {gain} points (stock embedding"
         if published:
             alone = Interval(*found["pooling"]).text()
             said += " before, published pooling after, as in the paper's table; published "
             said += f"{published[1] - published[0]:+.1f}; the published pooling alone gives {alone}"
-        said += ")."
-        if "zeroshot" in judged:
-            cost = Interval(*result["gain"]["zeroshot"]).text()
-            said += f" Zero-shot classification {judged['zeroshot']}, {cost}."
-            if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
-                said += " The gain comes at the cost of zero-shot ability."
+        said += f").{_cost(result)}"
         shows, smallest = "so few pairs show no gain reliably", tests["smallest_gain"]
         if smallest is not None:
             shows = f"so many pairs show gains of {smallest:g} points and more in 80 of 100 experiments"
@@ -156,11 +160,28 @@ def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
     return texts
 
 
-def seeds_verdict(group: pd.DataFrame, pooling: float, published: Pair | None) -> str:
-    """The rule, applied to the interval over seeds of a recipe's gains; pooling: what the pooling rule alone gives."""
-    judged = (group.pairs_published + pooling, published[1] - published[0]) if published else (group.pairs_stock, None)
-    gain, zeroshot = statistics.over_seeds(judged[0]), group.zeroshot.dropna()
-    said = f"Over {len(group)} training seeds: pairs {statistics.gain_verdict(gain, judged[1])}, {gain.text()}"
+def _cost(result: dict) -> str:
+    """What these weights' part of evidence.json says of zero-shot ability."""
+    judged = result["verdict"]
+    if judged["zeroshot"] == results.NOT_MEASURED:
+        return f" Zero-shot classification {results.NOT_MEASURED}."
+    said = f" Zero-shot classification {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()}."
+    if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
+        said += " The gain comes at the cost of zero-shot ability."
+    return said
+
+
+def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> str:
+    """The rule, applied to the interval over seeds of a recipe's gains; found: the backbone's part of evidence.json."""
+    zeroshot, said = group.zeroshot.dropna(), f"Over {len(group)} training seeds: pairs "
+    if group.pairs_stock.isna().any() or "pooling" not in found:
+        said += results.NOT_MEASURED
+    else:
+        judged, gain = group.pairs_stock, None
+        if published:
+            judged, gain = group.pairs_published + found["pooling"][0], published[1] - published[0]
+        over = statistics.over_seeds(judged.tolist())
+        said += f"{statistics.gain_verdict(over, gain)}, {over.text()}"
     if len(zeroshot) == len(group):
         cost = statistics.over_seeds(zeroshot)
         said += f"; zero-shot classification {statistics.preserved_verdict(cost)}, {cost.text()}"

@@ -71,13 +71,10 @@ def scored(p: Params) -> list[str]:
     """What the figures were read from."""
     profile = p.run.profile
     return [
-        output
+        f"metrics/{profile}/scores/{benchmark}/{backbone}-{weights}"
         for backbone in p.run.backbones
         for weights in p.run.weights
-        for output in (
-            f"data/{profile}/embeddings/{backbone}-{weights}.safetensors",
-            f"metrics/{profile}/zeroshot/{backbone}-{weights}.json",
-        )
+        for benchmark in p.run.benchmarks
     ]
 
 
@@ -138,7 +135,7 @@ def hashes(paths: list[str]) -> dict[str, str]:
         path = ahead.pop()
         found[path] = md5s.get(path, "unknown: no dvc.lock here tells of it")
         ahead |= made.get(path, {}).keys() - found.keys()
-    return {path: found[path] for path in sorted(found) if path.startswith(("data/", "models/"))}
+    return {path: found[path] for path in sorted(found) if re.match("(data|models)/(?!.*/planned/)", path)}
 
 
 def times() -> dict[str, str]:

@@ -9,8 +9,9 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,7 @@ COLUMNS = {
     "retrieval": "retrieval, recall@k",
     "probe": "detail probe",
 }
+NOT_MEASURED = "not measured"
 CHECKPOINTS = ("pretrained", "released")
 CONTROLS = {"shuffled": "mismatched images", "drift": "random perturbation"}
 
@@ -43,23 +45,36 @@ Read = Callable[[Path], bytes]
 
 @dataclass(frozen=True)
 class Scores:
-    """All that the scorings say of one backbone with one set of weights."""
+    """All that the scorings say of one backbone with one set of weights; empty where a benchmark was not scored.
+
+    cosines: of the pairs' images' stock embeddings to the pretrained ones; of the pretrained weights there are none.
+    """
 
     mmvp: dict
     pairs: pd.DataFrame
     zeroshot: dict
     answers: pd.DataFrame
+    cosines: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @classmethod
-    def read(cls, profile: str, backbone: str, weights: str, read: Read = Path.read_bytes) -> "Scores":
+    def read(
+        cls, profile: str, backbone: str, weights: str, benchmarks: Iterable[str], read: Read = Path.read_bytes
+    ) -> "Scores":
         """`read` gives the bytes of a path, of this folder or of another commit."""
-        mmvp, zeroshot = (Path("metrics", profile, kind, f"{backbone}-{weights}") for kind in ("mmvp", "zeroshot"))
-        return cls(
-            json.loads(read(mmvp.with_suffix(".json"))),
-            pd.read_csv(io.BytesIO(read(mmvp.with_suffix(".csv")))),
-            json.loads(read(zeroshot.with_suffix(".json"))),
-            pd.read_parquet(io.BytesIO(read(zeroshot.with_suffix(".parquet")))),
-        )
+        root, found = Path("metrics", profile, "scores"), cls({}, pd.DataFrame(), {}, pd.DataFrame())
+        if "mmvp" in benchmarks:
+            folder = root / "mmvp" / f"{backbone}-{weights}"
+            mmvp = json.loads(read(folder / "scores.json"))
+            found = replace(found, mmvp=mmvp, pairs=pd.read_csv(io.BytesIO(read(folder / "pairs.csv"))))
+            if weights != "pretrained":
+                images = pd.read_csv(io.BytesIO(read(folder / "images.csv")))
+                found = replace(found, cosines=images.cosine.to_numpy())
+        if "zeroshot" in benchmarks:
+            folder = root / "zeroshot" / f"{backbone}-{weights}"
+            zeroshot = json.loads(read(folder / "scores.json"))
+            answers = pd.read_parquet(io.BytesIO(read(folder / "answers.parquet")))
+            found = replace(found, zeroshot=zeroshot, answers=answers)
+        return found
 
     def headline(self) -> dict[str, float]:
         """The figures of COLUMNS that there are, in %."""
@@ -85,7 +100,8 @@ class Scores:
 
 def headline(mmvp: dict, zeroshot: dict) -> dict[str, float]:
     """The figures of COLUMNS that there are, in %, of the summaries that the scorings write."""
-    values = {column: mmvp[pooling][direction]["average"] for column, (pooling, direction) in PAIRS.items()}
+    of_pairs = PAIRS if mmvp else {}
+    values = {column: mmvp[pooling][direction]["average"] for column, (pooling, direction) in of_pairs.items()}
     for column, kind in KINDS.items():
         averages = [scores["average"] for scores in zeroshot.values() if scores["kind"] == kind]
         if averages:
@@ -143,42 +159,42 @@ def without_controls(scores: Iterable[str]) -> list[str]:
     return [weights for weights in scores if not recipe_and_control(weights)[1]]
 
 
-def evidence(
-    scores: dict[str, Scores], embeddings: dict[str, np.ndarray], published: tuple[float, float] | None
-) -> dict:
+def evidence(scores: dict[str, Scores], published: tuple[float, float] | None) -> dict:
     """Everything that follows from one backbone's scores; intervals as [value, low, high].
 
     weights, by weights: gain: over pretrained, each column. as_published: stock embedding before, published pooling
     after, as the paper's table has it. pairs: won, lost, McNemar's p, smallest gain. cosine: of the pairs' images'
     stock embeddings to the original ones. verdict: by the rule of metrics/README.md.
+    Without pairs there is nothing of theirs, and a verdict on what was not scored is "not measured".
     pooling: the part of as_published that the pooling rule alone gives. effect, by control's weights: the recipe's gain
     minus the control's (difference in differences). difference, by two recipes: the first's gain minus the second's.
 
     published: the paper's pairs before and after, in %.
     """
-    before, found = scores["pretrained"], {}
+    before, found = scores["pretrained"], dict[str, dict[str, Any]]()
     for weights, after in scores.items():
         if weights == "pretrained":
             continue
-        gain = gains(before, after)
-        as_published = change(before.strata("pairs_stock"), after.strata("pairs_published"))
-        judged = (as_published, published[1] - published[0]) if published else (gain["pairs_stock"], None)
-        cosine = statistics.stratified([_cosine(embeddings["pretrained"], embeddings[weights])])
-        found[weights] = {
-            "gain": _rounded(gain),
-            **_rounded({"as_published": as_published}),
-            "pairs": {pooling: won_and_lost(before, after, pooling) for pooling in POOLINGS},
-            **_rounded({"cosine": cosine}, 4),
-            "verdict": {
-                "pairs": statistics.gain_verdict(*judged),
-                **({"zeroshot": statistics.preserved_verdict(gain["zeroshot"])} if "zeroshot" in gain else {}),
-            },
-        }
+        gain, verdict = gains(before, after), {"pairs": NOT_MEASURED, "zeroshot": NOT_MEASURED}
+        found[weights] = {"gain": _rounded(gain)}
+        if "pairs_stock" in gain:
+            as_published = change(before.strata("pairs_stock"), after.strata("pairs_published"))
+            judged = (as_published, published[1] - published[0]) if published else (gain["pairs_stock"], None)
+            verdict["pairs"] = statistics.gain_verdict(*judged)
+            found[weights] |= {
+                **_rounded({"as_published": as_published}),
+                "pairs": {pooling: won_and_lost(before, after, pooling) for pooling in POOLINGS},
+                **_rounded({"cosine": statistics.stratified([after.cosines])}, 4),
+            }
+        if "zeroshot" in gain:
+            verdict["zeroshot"] = statistics.preserved_verdict(gain["zeroshot"])
+        found[weights]["verdict"] = verdict
     recipes = [weights for weights in without_controls(scores) if weights not in CHECKPOINTS]
     controls = {weights: recipe_and_control(weights)[0] for weights in scores.keys() - {*recipes, *CHECKPOINTS}}
+    pooling = {"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))} if before.mmvp else {}
     return {
         "weights": found,
-        **_rounded({"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))}),
+        **_rounded(pooling),
         "effect": {w: _rounded(gains(scores[w], scores[controls[w]])) for w in scores if w in controls},
         "difference": {
             f"{second} minus {first}": _rounded(gains(scores[first], scores[second], ("pairs_stock", "zeroshot")))
@@ -188,19 +204,19 @@ def evidence(
 
 
 def failures(evidence: dict) -> list[str]:
-    """What keeps a backbone from passing: a gain that is not there, a zero-shot ability that is not preserved."""
-    return [
-        f"{backbone}, {weights}: {what} {verdict}"
-        for backbone, found in evidence.items()
-        for weights in without_controls(found["weights"])
-        for what, verdict in found["weights"][weights]["verdict"].items()
-        if verdict not in ("reproduced", "gained", "preserved")
-    ]
+    """What keeps a backbone from passing: a gain that is not there, a zero-shot ability that is not preserved.
 
-
-def _cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    units = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (first, second)]
-    return (units[0] * units[1]).sum(1).astype(float)
+    What was not measured does not, but for weights of which nothing was.
+    """
+    failed = []
+    for backbone, found in evidence.items():
+        for weights in without_controls(found["weights"]):
+            verdicts = found["weights"][weights]["verdict"]
+            good = {"reproduced", "gained", "preserved"}
+            if {*verdicts.values()} != {NOT_MEASURED}:
+                good.add(NOT_MEASURED)
+            failed += [f"{backbone}, {weights}: {what} {said}" for what, said in verdicts.items() if said not in good]
+    return failed
 
 
 def _rounded(intervals: dict[str, Interval], digits: int = 2) -> dict[str, list[float]]:

@@ -34,10 +34,10 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
     image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
     steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
     pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, world.any_details)
-    questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+    questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
     published = mmvp.pooling_rule(entry.published_pooling)
     pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
-    sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot_sets"), p.profile.zeroshot, compute)
+    sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot"), p.profile.zeroshot, compute)
     return {**headline(pairs, sets), "patterns": pairs["stock"]["statement_to_image"]["patterns"]}
 
 

@@ -77,8 +77,8 @@ class MeasuredRun(NamedTuple):
             recipes = without_controls(weights)
             denoiser, images, backbone = content("denoiser"), content("images"), content("backbone/mini")
             training = {recipe: content(f"train/mini-{recipe}/metrics") for recipe in recipes}
-            mmvp = {name: content(f"mmvp/mini-{name}") for name in ("pretrained", *recipes)}
-            pairs = pd.read_csv(folder / "mmvp/mini-pretrained.csv", keep_default_na=False)
+            mmvp = {name: content(f"scores/mmvp/mini-{name}/scores") for name in ("pretrained", *recipes)}
+            pairs = pd.read_csv(folder / "scores/mmvp/mini-pretrained/pairs.csv", keep_default_na=False)
             right = pairs.pivot(index=["pair", "pattern"], columns="pooling", values="statement_to_image")
             scored = {"pretrained": report["score"]["pretrained"], "gain": report["gain"]}
         except (OSError, ValueError, KeyError) as error:
@@ -208,7 +208,7 @@ def reference_run(seed: int, rounding: dict[str, str]) -> Path:
     if not (clone / ".git").is_dir():
         with atomic(clone) as (new,):
             subprocess.run(["git", "clone", "--quiet", "--shared", ".", str(new)], check=True)
-            for name in ("images", "mmvp_vlm", "zeroshot_sets"):  # drawn, not computed: the same whatever the rounding
+            for name in ("images", "mmvp", "zeroshot"):  # drawn, not computed: the same whatever the rounding
                 if Path("data/mini", name).is_dir():
                     shutil.copytree(Path("data/mini", name), new / "data/mini" / name)
             text = (new / "params.yaml").read_text(encoding="utf-8")

@@ -192,7 +192,7 @@ def main() -> None:
     with atomic(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
         denoiser = Denoiser.load(Path("data", profile, "denoiser"))
-        questions = read_mmvp_vlm(Path("data", profile, "mmvp_vlm"), p.profile.mmvp_vlm.pairs_per_pattern)
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
         table = measure(backbone, denoiser, questions, p, name, recipe, compute)
         table.to_csv(table_file, float_format="%.5f")
         figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
