@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pipeline.core import params
 from pipeline.core.stages import stage
-from pipeline.engine import assemble
+from pipeline.engine import assemble, hosts
 
 
 @stage
 def main() -> None:
-    assemble.start_on_every_gpu("pipeline.shuffled")
     p, (name, recipe) = params.load(), sys.argv[1:3]
+    hosts.start("pipeline.shuffled", p.launch)
     own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
     fitted = Path("models", p.run.profile, recipe, name, assemble.FITTED)
     assemble.post_train(p.run.profile, name, f"{recipe}-shuffled", p.profile.train, chosen, own, p.seed, fitted)

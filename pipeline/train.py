@@ -10,13 +10,13 @@ import sys
 
 from pipeline.core import params
 from pipeline.core.stages import stage
-from pipeline.engine import assemble
+from pipeline.engine import assemble, hosts
 
 
 @stage
 def main() -> None:
-    assemble.start_on_every_gpu("pipeline.train")
     p, (name, recipe) = params.load(), sys.argv[1:3]
+    hosts.start("pipeline.train", p.launch)
     own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
     assemble.post_train(p.run.profile, name, recipe, p.profile.train, chosen, own, p.seed)
 

@@ -40,6 +40,8 @@ DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {
     "profiles.${run.profile}.threads",  # taken by pipeline/__init__.py
     "profiles.${run.profile}.base_recipe",  # params.load puts it into the recipes
+    "launch.train",  # the same result whoever starts the processes
+    "launch.processes",
     "run.profile",  # in the paths of every stage, so DVC sees it
 }
 taken: dict[str, set[str]] = defaultdict(set)  # by stage, what it took in this process

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import random
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -35,7 +33,7 @@ from pipeline.diva.condition import TokenRule
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise, InfoNCE
 from pipeline.diva.step import MicroBatch, terms
-from pipeline.engine import assemble, checkpoints
+from pipeline.engine import assemble, checkpoints, hosts
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
@@ -316,23 +314,6 @@ def curves(folder: Path) -> dict[str, list[float]]:
     }
 
 
-def test_a_machine_with_several_gpus_uses_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda path, arguments: called.append(arguments))
-    monkeypatch.setattr(sys, "argv", ["train.py", "openai_224"])
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("STARTED_BY", "DVC")
-    for gpus in (0, 1, 4):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assemble.start_on_every_gpu("pipeline.train")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224"]]
-    assert os.environ["STARTED_BY"] == str(os.getpid())  # the other processes end with torchrun
-    monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
-    assemble.start_on_every_gpu("pipeline.train")
-    assert len(called) == 1
-
-
 # ----------------------------------------------------------------------------------------------------- kills and resume
 
 LONGER = {
@@ -475,7 +456,7 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
 
     before = mark()
     files[what].write_text(files[what].read_text() + "\n")
-    assert assemble.differences(before, mark()) == [what]
+    assert hosts.differences(before, mark()) == [what]
 
 
 def test_a_checkpoint_tells_what_all_processes_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

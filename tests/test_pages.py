@@ -182,7 +182,17 @@ def test_every_command_is_of_a_program_that_is_checked() -> None:
             case ["make", *asked]:
                 assert set(asked) <= set(targets[1].split())
             case ["dvc", command, *rest]:
-                known = {"repro", "status", "exp run", "exp show", "metrics diff", "plots show"}
+                known = {
+                    "repro",
+                    "status",
+                    "pull",
+                    "push",
+                    "remote add",
+                    "exp run",
+                    "exp show",
+                    "metrics diff",
+                    "plots show",
+                }
                 assert command in known or f"{command} {rest[0]}" in known, words
             case ["python" | "torchrun", *_] if "-m" in words:
                 module, *arguments = words[words.index("-m") + 1 :]

@@ -62,6 +62,13 @@ class Run(Section):
         return ["pretrained", *self.checkpoints, *chain.from_iterable(trained)]
 
 
+class Launch(Section):
+    """Who starts the processes of a training (engine/hosts.py). No result depends on it, and no stage."""
+
+    train: str
+    processes: Count
+
+
 class Download(Section):
     """Files from elsewhere. Of the addresses `at` (mirrors) the first that answers is used.
 
@@ -503,6 +510,7 @@ class BackboneEntry(Section):
 class Params(Section):
     seed: Annotated[int, Field(ge=0)]
     run: Run
+    launch: Launch
     profiles: dict[Name, Profile]
     backbones: dict[Name, BackboneEntry]
 

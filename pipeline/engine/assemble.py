@@ -1,7 +1,7 @@
 """Post-training, from a recipe to tuned weights: what stage `train` runs, and the control `shuffled` after it.
 
-It runs on every GPU of the machine, or as one of the processes that torchrun started (on several machines: with one
-folder, shared). From models/<profile>/<weights>/.<backbone>.checkpoint a killed run goes on; the end of the run removes
+It runs on every GPU of the machine, or as one of the processes that a launcher started (engine/hosts.py), on as many
+machines. From models/<profile>/<weights>/.<backbone>.checkpoint a killed run goes on; the end of the run removes
 it.
 """
 
@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.code import program
-from pipeline.core.compute import deterministic_device, seeded
+from pipeline.core.compute import seeded
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Tokens, Train
-from pipeline.core.processes import STARTED_BY
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import adapters, losses, pixels, step
@@ -38,7 +36,7 @@ from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, Loss
 from pipeline.diva.schedule import Phase, learning_rate
-from pipeline.engine import checkpoints
+from pipeline.engine import checkpoints, hosts
 from pipeline.engine.feed import Feed
 from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
@@ -47,15 +45,6 @@ from pipeline.models.stable_diffusion import Denoiser
 
 FITTED = "fitted.safetensors"
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
-
-
-def start_on_every_gpu(module: str) -> None:
-    """Become torchrun with a process of `module` for each GPU, unless there is one at most, or torchrun started us."""
-    gpus = torch.cuda.device_count()
-    if gpus > 1 and "WORLD_SIZE" not in os.environ:
-        os.environ[STARTED_BY] = str(os.getpid())  # torchrun, which takes this process's place, starts the others
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
 
 
 CLASS_TOKEN = Condition(tokens=Tokens(kind="none"), text="mean")
@@ -199,14 +188,15 @@ class Checkpoint:
     def resume(self, feedback: Feedback) -> RunState | None:
         """Put back the state that was saved where it is of this very run; else say why not, and return None."""
         state = checkpoints.read_state(self.path) if self.processes.is_main_process else None
-        if state and (changed := differences(state["fingerprint"], self.fingerprint)):
+        if state and (changed := hosts.differences(state["fingerprint"], self.fingerprint)):
             print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
             state = None
         (state,) = broadcast_object_list([state])
         if not state:
             return None
         records = [step.Record(**record) for record in state["records"]]
-        last, tensors = records[-1], checkpoints.tensors(self.path)
+        own = checkpoints.tensors(self.path) if self.processes.is_main_process else None
+        last, tensors = records[-1], hosts.to_all(self.processes, own)
         step.restore(feedback, tensors)
         if self.processes.is_main_process:
             print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
@@ -256,24 +246,12 @@ def save_fitted(feedback: Feedback, start: Projection, path: Path) -> None:
 
 
 @torch.no_grad()
-def put_fitted(feedback: Feedback, path: Path) -> None:
-    """Put back what `save_fitted` wrote."""
+def put_fitted(feedback: Feedback, path: Path, processes: Accelerator) -> None:
+    """Put back what `save_fitted` wrote; the first process alone has the file."""
     own = dict(feedback.named_parameters())
-    for name, tensor in load_file(path).items():
+    saved = hosts.to_all(processes, load_file(path) if processes.is_main_process else None)
+    for name, tensor in saved.items():
         own[name].copy_(tensor)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
-    found = []
-    for key in {**old, **new}:
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += [f"{key}.{inner}" for inner in differences(before, now)]
-        elif before != now:
-            short = max(len(str(before)), len(str(now))) < 40
-            found.append(f"{key} ({before}, now {now})" if short else key)
-    return found
 
 
 def fingerprint(
@@ -315,7 +293,7 @@ def train(
     the run it is compared with.
     """
     if fitted:
-        put_fitted(feedback, fitted)
+        put_fitted(feedback, fitted, processes)
     planned = phases(feedback, without_warmup(recipe) if fitted else recipe, found)
     precision = getattr(torch, p.precision)
     so_far = checkpoint.resume(feedback) or RunState([], shards.undecodable)
@@ -410,24 +388,33 @@ def post_train(
     fitted: Path | None = None,
 ) -> None:  # fmt: skip
     """Make models/<profile>/<weights>/<name> and its curves; own: the backbone's condition; fitted: see `train`."""
-    if fitted and not fitted.is_file():
-        raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
     key = f"profiles.{profile}.recipes.{weights.removesuffix('-shuffled')}"
-    found, processes = losses_of(key, recipe), Accelerator(cpu=deterministic_device().type == "cpu")
+    processes = hosts.join()
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
+    models = Path("data", profile, "denoiser")
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
-    with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
-        backbone = Backbone.load(original)
-        denoiser = Denoiser.load(Path("data", profile, "denoiser"))
+
+    def load() -> tuple[tuple[list[Loss], Backbone, Denoiser, Shards, dict[str, Any]], dict[str, Any]]:
+        """What is read, and what of it must be the same on all hosts."""
+        found = losses_of(key, recipe)
+        backbone, denoiser = Backbone.load(original), Denoiser.load(models)
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
                 f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
         shards = Shards(images, section.max_undecodable, section.validation.images, recipe.reads_captions)
-        models = Path("data", profile, "denoiser")
-        mark = fingerprint(section, recipe, own, seed, backbone, models, images, fitted)
+        if fitted and processes.is_main_process and not fitted.is_file():
+            raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
+        mark = fingerprint(
+            section, recipe, own, seed, backbone, models, images, fitted if processes.is_main_process else None
+        )
+        alike = {**mark, "fitted": bool(fitted), "packages": hosts.packages()}
+        return (found, backbone, denoiser, shards, mark), alike
+
+    with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
+        found, backbone, denoiser, shards, mark = hosts.agreed(processes, load)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
         started = without_warmup(recipe) if fitted else recipe
         feedback = build_feedback(backbone, denoiser, own, section, started, found, seed, shards, processes.device)

@@ -24,10 +24,8 @@ from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
 from pipeline.plan import MARGIN
 
-PAGES = [
-    Path(folder, "README.md")
-    for folder in ("", "pipeline", "pipeline/mini", "metrics", "metrics/recipes", "models", "data", "tests")
-]
+FOLDERS = "", "pipeline", "pipeline/mini", "pipeline/launch", "metrics", "metrics/recipes", "models", "data", "tests"
+PAGES = [Path(folder, "README.md") for folder in FOLDERS]
 MINI = Path("metrics/mini")
 BLOCK = re.compile(r"(<!-- begin: ([\w ]+) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
 

@@ -1,0 +1,182 @@
+"""From one process to many: who starts them, what all must have in common, and what they give each other.
+
+`launch.train` of params.yaml, where it is set, takes the place of `python`: it starts the processes of a training, on
+one machine or on several. The hosts share no folder: each has its own clone with the same inputs, the first process
+alone reads checkpoints and writes outputs, and the others are sent what they need.
+"""
+
+import errno
+import importlib.metadata
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from pipeline.core.compute import deterministic_device
+from pipeline.core.params import PARAMS_FILE, Launch
+from pipeline.core.processes import STARTED_BY
+from pipeline.core.stages import UserError
+
+T = TypeVar("T")
+
+LAUNCHED = "LAUNCHED"  # by the launcher: the folder in which it was called, and what was asked for
+PACKAGES = ("accelerate", "diffusers", "numpy", "open_clip_torch", "pillow", "safetensors", "timm", "transformers")
+
+
+def start(module: str, launch: Launch) -> None:
+    """Become what starts the processes of `module`: launch.train, or torchrun on a machine with several GPUs.
+
+    Returns in the processes that it started, and where one process is all. Raises UserError for a launcher that cannot
+    be called, whose port is taken, or that has started another number of processes than launch.processes.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if launch.train and int(os.environ["WORLD_SIZE"]) != launch.processes:
+            raise UserError(
+                f"launch.train has started a group of {os.environ['WORLD_SIZE']} processes, where launch.processes is "
+                f"{launch.processes}. Correct the one or the other; a group for each host means that the hosts do not "
+                "find each other: torchrun needs the same --rdzv-endpoint on all, and no --standalone."
+            )
+        return
+    if LAUNCHED in os.environ:
+        raise UserError(
+            "launch.train has started this process without saying to which group it belongs (WORLD_SIZE is not set). "
+            "It takes the place of `python`, and has to end with torchrun and its options."
+        )
+    if launch.train:
+        command = shlex.split(os.path.expandvars(launch.train))
+        if not shutil.which(command[0]):
+            raise UserError(f"launch.train begins with '{command[0]}', and no such program is on PATH. Correct it.")
+        check_port(command)
+        os.environ[LAUNCHED] = folder_id()
+        # Hosts have their own process ids: a process is tied to the torchrun that started it, as DVC_STAGE asks for.
+        os.environ.pop(STARTED_BY, None)
+        os.execvp(command[0], [*command, "-m", module, *sys.argv[1:]])
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        os.environ[STARTED_BY] = str(os.getpid())  # torchrun, which takes this process's place, starts the others
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
+
+
+def check_port(command: list[str]) -> None:
+    """Raise UserError where the hosts are to meet at a port of this one that another program has: torchrun's c10d
+    rendezvous would wait at it without a word."""
+    options = [word for argument in command for word in argument.split("=", 1)]
+    found = [b for a, b in itertools.pairwise(options) if a.replace("_", "-") == "--rdzv-endpoint"]
+    if not found:
+        return
+    host, _, port = found[-1].rpartition(":")
+    try:
+        address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"launch.train: --rdzv-endpoint is '{found[-1]}', wanted a known host and a port ({error}). Correct it."
+        ) from None
+    with socket.socket(address[0]) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(address[4])
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:  # else the address is another host's
+                raise UserError(
+                    f"launch.train: port {port} of {host}, at which the hosts are to meet, is in use. Name another in "
+                    "--rdzv-endpoint, or end the program that has it (`ss -ltnp` names it)."
+                ) from None
+
+
+def folder_id() -> str:
+    """The same on every host that has this very folder, by whatever file system they share it."""
+    found = PARAMS_FILE.stat()
+    return f"{found.st_ino}:{found.st_mtime_ns}"
+
+
+def join() -> Accelerator:
+    """The group of processes that this one belongs to. Raises UserError where they cannot meet."""
+    try:
+        return Accelerator(cpu=deterministic_device().type == "cpu")
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the processes of this training cannot meet at {where}: {error}. If the port is in use, choose another; "
+            "if the host is not reached, see its name and the firewall."
+        ) from error
+
+
+def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]]) -> T:
+    """What make() makes, in every process. Its second value must be the same in all of them.
+
+    Raises UserError in all of them where one could not make it, or where they differ, naming the hosts.
+    """
+    host, made, mark, problem = socket.gethostname(), None, None, None
+    try:
+        made, mark = make()
+    except UserError as error:
+        if processes.num_processes == 1:
+            raise
+        problem = str(error)
+    if processes.is_main_process and os.environ.get(LAUNCHED, folder_id()) != folder_id():
+        problem = (
+            "the first process writes what DVC waits for, but its folder is not the one in which launch.train was "
+            "called. torchrun's c10d rendezvous gives the first place to the host whose name sorts first "
+            "(--local-addr takes another name); with --rdzv-backend static --node-rank 0 has it"
+        )
+    found = gather_object([(host, mark, problem)])
+    problems = list(dict.fromkeys(f"on {host}: {problem}" for host, _, problem in found if problem))
+    if not problems:
+        first, of_first, _ = found[0]
+        for host, mark, _ in found[1:]:
+            if changed := differences(of_first, mark, "there"):
+                problems.append(f"{host} differs from {first} in {', '.join(changed)}")
+        problems = list(dict.fromkeys(problems))
+    if problems:
+        _refuse("The hosts of this training are not alike, or not ready:\n  " + "\n  ".join(problems))
+    return made  # type: ignore[return-value]
+
+
+def _refuse(problem: str) -> NoReturn:
+    """Once on every host."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        sys.exit(1)
+    raise UserError(f"{problem}\nBring all hosts to the same commit and packages, and the inputs to each (dvc pull).")
+
+
+def packages() -> dict[str, str]:
+    """Versions of what decides the numbers, by name."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], word: str = "now") -> list[str]:
+    """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
+    found = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [f"{key}.{inner}" for inner in differences(before, after, word)]
+        elif before != after:
+            short = max(len(str(before)), len(str(after))) < 40
+            found.append(f"{key} ({before}, {word} {after})" if short else key)
+    return found
+
+
+def to_all(processes: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The first process's tensors, on the CPU of each; the others give None. One at a time: all may fill a GPU."""
+    first = tensors or {}
+    (kinds,) = broadcast_object_list([{name: (tensor.shape, tensor.dtype) for name, tensor in first.items()}])
+    if processes.num_processes == 1:
+        return first
+    found = {}
+    for name, (shape, dtype) in kinds.items():
+        here = first[name] if processes.is_main_process else torch.empty(shape, dtype=dtype)
+        moved = here.to(processes.device).contiguous()
+        torch.distributed.broadcast(moved, 0)
+        found[name] = moved.cpu()
+    return found

@@ -1,0 +1,217 @@
+"""Trainings on several hosts that share no folder: who starts them, what is refused, the same bytes."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import torch
+import yaml
+from shrunk import DATA, METRICS, MODELS, write_params
+from test_engine import outputs
+
+from pipeline.core.params import Launch
+from pipeline.core.stages import UserError
+from pipeline.engine import hosts
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """What a process would have become."""
+    programs: list[list[str]] = []
+    for name in ("execv", "execvp"):
+        monkeypatch.setattr(os, name, lambda path, arguments: programs.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["train.py", "openai_224", "diva"])
+    for variable in ("WORLD_SIZE", hosts.LAUNCHED):
+        monkeypatch.setenv(variable, "set, so that it is put back")
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("STARTED_BY", "DVC")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").touch()
+    return programs
+
+
+ALONE = Launch(train="", processes=1)
+
+
+def test_a_machine_with_several_gpus_uses_them_all(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus in (0, 1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        hosts.start("pipeline.train", ALONE)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert called == [[sys.executable, *torchrun, "-m", "pipeline.train", "openai_224", "diva"]]
+    assert os.environ["STARTED_BY"] == str(os.getpid())  # the other processes end with torchrun
+    monkeypatch.setenv("WORLD_SIZE", "4")  # torchrun has started us
+    hosts.start("pipeline.train", ALONE)
+    assert len(called) == 1
+
+
+def test_a_launcher_takes_the_place_of_python(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEAD", "nowhere.invalid")
+    asked = Launch(train="env A=1 torchrun --nnodes 2 --rdzv-id '$HEAD 7'", processes=2)
+    hosts.start("pipeline.train", asked)
+    torchrun = ["env", "A=1", "torchrun", "--nnodes", "2", "--rdzv-id", "nowhere.invalid 7"]
+    assert called == [[*torchrun, "-m", "pipeline.train", "openai_224", "diva"]]
+    assert "STARTED_BY" not in os.environ  # a number of this host's
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hosts.start("pipeline.train", asked)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "environment", "said"),
+    [
+        ("a_launcher", {}, "begins with 'a_launcher', and no such program is on PATH"),
+        ("torchrun", {"WORLD_SIZE": "8"}, "has started a group of 8 processes, where launch.processes is 16"),
+        ("env", {"LAUNCHED": "1:1"}, "has started this process without saying to which group it belongs"),
+        ("env --rdzv-endpoint here", {}, "--rdzv-endpoint is 'here', wanted a known host and a port"),
+        ("env --rdzv_endpoint=nowhere.invalid:1", {}, "'nowhere.invalid:1', wanted a known host and a port"),
+    ],
+)
+@pytest.mark.usefixtures("called")
+def test_a_wrong_launcher_is_refused(
+    train: str, environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        hosts.start("pipeline.train", Launch(train=train, processes=16))
+
+
+def test_a_port_in_use_is_told(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun would wait at it for its time-out, if it belongs to another program."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        asked = Launch(train=f"env --rdzv-endpoint=127.0.0.1:{port}", processes=1)
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1, at which the hosts are to meet, is in use"):
+            hosts.start("pipeline.train", asked)
+    hosts.start("pipeline.train", asked)
+    assert len(called) == 1
+    monkeypatch.delenv(hosts.LAUNCHED)
+    hosts.start("pipeline.train", Launch(train="env --rdzv-endpoint 192.0.2.1:29400", processes=1))  # of another host
+    assert len(called) == 2
+
+
+def test_a_taken_port_of_the_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(**options: Any) -> None:
+        raise torch.distributed.DistNetworkError("address already in use")
+
+    monkeypatch.setattr(hosts, "Accelerator", taken)
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    with pytest.raises(UserError, match="cannot meet at head:29400: address already in use"):
+        hosts.join()
+
+
+def copies(here: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders with the same inputs."""
+    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.steps": 6})
+    other = tmp_path / "other host"
+    shutil.copytree(here, other)
+    return here, other
+
+
+@pytest.mark.slow
+def test_hosts_share_no_folder_and_their_clocks_may_differ(here: Path, tmp_path: Path) -> None:
+    """Killed and started again, to the bytes of one host; the control's start is sent as well."""
+    first, other = copies(here, tmp_path)
+    one_host = tmp_path / "one host"
+    shutil.copytree(here, one_host)
+    for stage in ("train", "shuffled"):
+        launch.finish(one_host, 2, stage)
+
+    processes, checkpoint = launch.start(first, 2, others=other), first / MODELS / "diva/.mini.checkpoint"
+    while not checkpoint.exists() and processes[0].exitcode is None:
+        time.sleep(0.002)
+    processes[1].kill()
+    launch.join(processes)
+    assert outputs(first) == {}
+    assert "going on after step" in launch.finish(first, 2, others=other)
+    launch.finish(first, 2, "shuffled", others=other)
+    assert outputs(first) == outputs(one_host)
+    weights = MODELS / "diva-shuffled/mini/open_clip_model.safetensors"
+    assert (first / weights).read_bytes() == (one_host / weights).read_bytes()
+    assert not (other / MODELS / "diva").exists()
+    assert not (other / METRICS / "train").exists()
+
+
+def other_recipe(other: Path) -> None:
+    content = yaml.safe_load((other / "params.yaml").read_text())
+    content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"] = 0.25
+    (other / "params.yaml").write_text(yaml.safe_dump(content))
+
+
+def other_images(other: Path) -> None:
+    (other / DATA / "images/shards.json").write_text((other / DATA / "images/shards.json").read_text() + "\n")
+
+
+def no_images(other: Path) -> None:
+    shutil.rmtree(other / DATA / "images")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_recipe, "differs from HOST in recipe.optimizer.lr (0.5, there 0.25)"),
+        (other_images, "differs from HOST in images"),
+        (no_images, "on HOST: data/mini/images is no folder of shards"),
+    ],
+)
+@pytest.mark.slow
+def test_hosts_that_are_not_alike_are_refused_on_all(here: Path, tmp_path: Path, change: Any, said: str) -> None:
+    first, other = copies(here, tmp_path)
+    change(other)
+    processes = launch.start(first, 2, others=other)
+    launch.join(processes)
+    assert [process.exitcode for process in processes] == [1, 1]
+    printed = (first / "output0").read_text() + (other / "output1").read_text()
+    assert "The hosts of this training are not alike, or not ready" in printed
+    assert said.replace("HOST", socket.gethostname()) in printed
+    assert outputs(first) == {}
+
+
+class Group:
+    """What `agreed` asks of accelerate."""
+
+    is_main_process, num_processes = True, 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("code", "b" * 64, "far differs from HOST in code"),
+        ("torch", "2.14.0", "far differs from HOST in torch (2.15.0, there 2.14.0)"),
+        ("packages", {"pillow": "11"}, "far differs from HOST in packages.pillow (12, there 11)"),
+    ],
+)
+@pytest.mark.usefixtures("called")
+def test_other_code_and_other_packages_are_named(
+    key: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark: dict[str, Any] = {"code": "a" * 64, "torch": "2.15.0", "packages": {"pillow": "12"}}
+    far = ("far", {**mark, key: value}, None)
+    monkeypatch.setattr(hosts, "gather_object", lambda own: [*own, far, far])
+    with pytest.raises(UserError) as refused:
+        hosts.agreed(Group(), lambda: (None, mark))
+    assert said.replace("HOST", socket.gethostname()) in str(refused.value)
+    assert str(refused.value).count("far") == 1
+    assert hosts.packages()["numpy"]
+
+
+@pytest.mark.usefixtures("called")
+def test_the_first_process_must_work_where_dvc_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives the first place to the host whose name sorts first, which DVC may not run on."""
+    monkeypatch.setattr(hosts, "gather_object", lambda own: own)
+    monkeypatch.setenv(hosts.LAUNCHED, hosts.folder_id())
+    assert hosts.agreed(Group(), lambda: ("made", {})) == "made"
+    monkeypatch.setenv(hosts.LAUNCHED, "of:another")
+    with pytest.raises(UserError, match="its folder is not the one in which"):
+        hosts.agreed(Group(), lambda: ("made", {}))
