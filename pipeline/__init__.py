@@ -1,9 +1,9 @@
 """Post-training of CLIP image encoders by diffusion feedback, as DVC stages.
 
-Importing this package pins what decides the bytes of arithmetic on a CPU, before numpy and torch are imported: the
-instructions that their libraries use, and the number of threads. Each library would else use the widest instructions of
-the processor and all of its cores, sum in another order on another machine, and training would carry the difference on.
-A variable that the user has set stays as it is; `core.compute.deterministic_device` says so.
+Before numpy and torch are imported, importing this package pins the instruction set that their libraries use and the
+number of threads. Without pins each library uses the widest instructions and all cores of the processor, and so sums in
+another order on another machine; training amplifies the difference. A variable that the user has set is kept;
+`core.compute.deterministic_device` prints a note about it.
 """
 
 import os
@@ -19,8 +19,8 @@ if sys.platform == "win32":  # no locks of files, no `exec`, no groups of proces
 def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("params.yaml")) -> dict[str, str]:
     """The environment variables and their values. AVX2 is what every x86-64 server processor since 2015 has.
 
-    Without AVX2 no instructions are pinned: the libraries would take the order and crash. Threads are those of the
-    profile of ./params.yaml, whose faults pipeline.core.params tells.
+    Without AVX2 no instruction set is pinned, because the libraries would crash. The number of threads is that of the
+    profile in ./params.yaml; pipeline.core.params reports what is wrong with that file.
     """
     wanted: dict[str, str] = {}
     if processor.exists() and "avx2" in processor.read_text(encoding="utf-8").split():

@@ -22,12 +22,12 @@ from pipeline.models import backbones
 
 
 def make(source: MiniSource, folder: Path) -> dict[str, Any]:
-    """Train the mini backbone: the text tower first, then the image tower on captions that hardly name a detail."""
+    """Train the mini backbone: the text tower first, then the image tower on captions that rarely name a detail."""
     clip, tok, architecture = pretrain.new_clip(source.architecture)
     clip.to(deterministic_device())
     image, preprocessing = source.image_tower, source.preprocessing.model_dump()
     text_losses = pretrain.text_tower(clip, tok, source.text_tower)
-    blind = pretrain.hardly_a_detail(image.detail_probability)
+    blind = pretrain.rarely_a_detail(image.detail_probability)
     image_losses = pretrain.image_tower(clip, tok, preprocessing, image, image.steps, blind)
     backbones.write_config(architecture, preprocessing, folder)
     tok.save_pretrained(folder)

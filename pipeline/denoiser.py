@@ -25,7 +25,7 @@ from pipeline.models.stable_diffusion import Denoiser
 
 
 def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]:
-    """Pre-train the mini denoiser and save it with an image of what its latents keep; returns its metrics."""
+    """Pre-train the mini denoiser; save it with an image of its reconstructions; return its metrics."""
     pixels, scenes = pretrain.images("denoiser", p.images + p.validation, "images of the denoiser")
     vae = pretrain.autoencoder(pixels[: p.images], **p.autoencoder.model_dump())
     scheduler = DDPMScheduler(**p.scheduler.model_dump())
@@ -83,7 +83,7 @@ def main() -> None:
         if (tokens := denoiser.text_encoder.config.max_position_embeddings) != section.text_tokens:
             raise UserError(
                 f"the denoiser's text has {tokens} tokens, but profiles.{p.run.profile}.denoiser.text_tokens is "
-                f"{section.text_tokens}, which conditions are held against. Set it to {tokens} in params.yaml."
+                f"{section.text_tokens}, which every condition is checked against. Set it to {tokens} in params.yaml."
             )
         write_json(metrics_file, {"unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()), **metrics})
 

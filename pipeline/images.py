@@ -1,8 +1,7 @@
 """Stage `images`: the images to post-train on, as shards.
 
-Three ways, by `kind`: a published list of links through img2dataset; a mirror's shards as they are; and for the mini
-profile images that are rendered while img2dataset asks a server on this machine for them, so that they go the way
-that the links go.
+Three ways, by `kind`. links: a published list of links, fetched by img2dataset. shards: a mirror's shards, as they are.
+mini: images that a server on this machine renders while img2dataset fetches them, so that they take the path of links.
 """
 
 import hashlib
@@ -143,8 +142,8 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
             urls.append(url)
     if len(urls) != rows:
         raise UserError(
-            f"{tsv}: found {len(urls)} lines, wanted images.links.rows = {rows}. If the list is whole and the one that "
-            f"you mean, set rows to {len(urls)} in params.yaml; else fetch it again from {LIST_PAGE}."
+            f"{tsv}: found {len(urls)} lines, wanted images.links.rows = {rows}. If the list is complete and the one "
+            f"that you mean, set rows to {len(urls)} in params.yaml; else fetch it again from {LIST_PAGE}."
         )
     return links(captions, urls)
 

@@ -460,7 +460,7 @@ def test_a_hub_may_call_a_file_of_known_hash_otherwise(hub: Hub) -> None:
     shutil.rmtree("out")
     refused(
         wanted("ViT-L-14.pt", at=at),
-        "found nothing named ViT-L-14.pt there; there are for instance README.md, clip/vit.pt",
+        "found no file ViT-L-14.pt there; it has for instance README.md, clip/vit.pt",
     )
 
 

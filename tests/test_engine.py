@@ -154,7 +154,7 @@ def test_a_loss_without_enough_images_is_refused_before_the_first_step(
     models: tuple[Backbone, Denoiser], micro_batch: int, processes: int, left: int | None
 ) -> None:
     losses, shards = [InfoNCE(1.0, 0.1, negatives=2, view=0.8)], Shards(Path("data/mini/images"), 0.5, 2)
-    said = rf"leave one of {left}, too few for losses\.info_nce, which needs 3"
+    said = rf"the smallest of these has {left}, but losses\.info_nce needs 3"
     with nullcontext() if left is None else pytest.raises(UserError, match=said):
         Feed(shards, *models, RULE, section(micro_batch=micro_batch), recipe(), losses, 42, CPU, STEPS,
              processes=processes)  # fmt: skip

@@ -459,7 +459,7 @@ def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixtu
     checkpoints.image(1, 64).save("a.jpg")
     for arguments, message in (
         (("minni", "a.jpg", "a.jpg", "a", "b"), "no backbone 'minni' in params.yaml; there are: "),
-        (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: no image that can be read"),
+        (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: cannot be read as an image"),
         (("openai_224", "a.jpg", "a.jpg", "a", "b"), "models/paper: no weights of openai_224"),
     ):
         with pytest.raises(SystemExit):

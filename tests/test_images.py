@@ -624,7 +624,7 @@ def test_compressed_tars_that_cannot_be_unpacked_are_told(tmp_path: Path) -> Non
         ("0.tar.gz", packed[:2000], r"0\.tar\.gz cannot be unpacked \(EOFError.*--force"),
         ("0.tar.gz", b"\x1f\x8b" + bytes(50), r"0\.tar\.gz cannot be unpacked \(BadGzipFile.*--force"),
         ("0.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(50), r"0\.tar\.zst is packed by zstd.*plain tars"),
-        ("train-0000.tar.gz", packed, r"train-0000\.tar and .*gz are one shard twice\. Leave one out"),
+        ("train-0000.tar.gz", packed, r"train-0000\.tar and .*gz are the same shard twice\. Leave one of them out"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):

@@ -217,7 +217,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"model.pt: no checkpoint that can be read"):
+    with pytest.raises(UserError, match=r"model.pt cannot be read as a checkpoint"):
         backbones.read_checkpoint(Path("model.pt"))
     assert [path.name for path in Path().iterdir()] == ["model.pt"]
 

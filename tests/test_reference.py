@@ -171,7 +171,7 @@ def test_other_folders_are_refused(made: Path, capsys: pytest.CaptureFixture[str
         (("nowhere",), lambda: None, "nowhere: not the metrics of a run of profile mini"),
         ((), lambda: (made / "denoiser.json").write_text("{"), "metrics/mini: not the metrics of a run"),
         ((), lambda: shutil.rmtree(reference.OUTPUT), "metrics/reference/mini.json: no reference"),
-        (("--make",), lambda: None, "the reference is of the last commit"),
+        (("--make",), lambda: None, "reference runs are made from the last commit"),
     ):
         prepare()
         with pytest.raises(SystemExit):

@@ -495,8 +495,8 @@ def edit(table: str, change: Callable[[list[str]], list[str]]) -> str:
         (lambda lines: ["Id,Type,Statement", *lines[1:]], "columns are .'Id', 'Type', 'Statement'."),
         (lambda lines: [*lines[:5], "five,Presence,a fish", *lines[6:]], r"wanted ids 1\.\.18"),
         (lambda lines: [*lines[:3], "3,Presence, ", *lines[4:]], "statement 3 is empty"),
-        (lambda lines: [*lines[:3], "3,Presence,a,fish", *lines[4:]], "no table of commas in UTF-8 .*line 4"),
-        (lambda lines: [], "no table of commas|columns are"),
+        (lambda lines: [*lines[:3], "3,Presence,a,fish", *lines[4:]], "not a comma-separated table in UTF-8 .*line 4"),
+        (lambda lines: [], "not a comma-separated table|columns are"),
     ],
 )
 def test_a_wrong_table_is_refused(benchmark: Path, change: Callable[[list[str]], list[str]], message: str) -> None:
@@ -520,7 +520,7 @@ def test_every_statement_is_text(benchmark: Path) -> None:
 def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) -> None:
     file = benchmark / "Questions.csv"
     file.write_text(file.read_text().replace(",a ", ",a caf\N{LATIN SMALL LETTER E WITH ACUTE}"), encoding=encoding)
-    with pytest.raises(UserError, match=r"Questions\.csv: (no table of commas in UTF-8|columns are)"):
+    with pytest.raises(UserError, match=r"Questions\.csv: (not a comma-separated table in UTF-8|columns are)"):
         read_mmvp_vlm(benchmark, 1)
 
 
@@ -539,7 +539,7 @@ def test_a_damaged_image_is_refused_where_the_pairs_come_in(
     write_params(**{"profiles.mini.mmvp_vlm.pairs_per_pattern": 1})
     with pytest.raises(SystemExit):
         run(mmvp_vlm)
-    assert "State/6.jpg: no image that can be read (" in capsys.readouterr().err
+    assert "State/6.jpg: cannot be read as an image (" in capsys.readouterr().err
 
 
 def test_a_missing_table_or_image_is_named(benchmark: Path) -> None:
@@ -795,7 +795,7 @@ def test_a_set_may_say_its_kind_in_any_case(tmp_path: Path, kind: str | None) ->
 def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
     write_set(tmp_path, kind)
     said = (
-        rf"dots/dataset_type\.txt says '{kind}'; what is scored here is classification, retr.*Take 'dots' out of zeros"
+        rf"dots/dataset_type\.txt names the kind '{kind}'; known kinds: classification, retr.*Remove 'dots' from zeros"
     )
     for look in (kinds, check):
         with pytest.raises(UserError, match=said):
@@ -808,7 +808,10 @@ def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: 
         (lambda folder: (folder / "classnames.txt").unlink(), r"No such file.*classnames\.txt"),
         (lambda folder: (folder / "classnames.txt").write_text(""), r"classnames\.txt .* is empty"),
         (lambda folder: (folder / "classnames.txt").write_text("one dot"), r"1\.cls says '1', which is none of 1"),
-        (lambda folder: (folder / "zeroshot_classification_templates.txt").write_text("{}"), r"another gap than \{c\}"),
+        (
+            lambda folder: (folder / "zeroshot_classification_templates.txt").write_text("{}"),
+            r"a placeholder other than \{c\}",
+        ),
         (lambda folder: (folder / "test/nshards.txt").write_text("two"), r"test/nshards\.txt says 'two'"),
         (lambda folder: (folder / "test/nshards.txt").write_text("2"), r"No such file.*test/1\.tar"),
         (lambda folder: (folder / "test/nshards.txt").write_text("0"), r"test/ holds no image"),
@@ -824,7 +827,7 @@ def test_a_set_that_cannot_be_scored_is_refused_where_it_comes_in(
     folder = write_set(tmp_path)
     check(tmp_path)
     damage(folder)
-    with pytest.raises(UserError, match=rf"dots cannot be scored: .*{said}.*Take 'dots' out of zeroshot_sets\.sets"):
+    with pytest.raises(UserError, match=rf"dots cannot be scored: .*{said}.*Remove 'dots' from zeroshot_sets\.sets"):
         check(tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_rows_of_other_parameters_make_room_and_it_is_said(
     add(1, 1.0)
     add(2, 2.0, **{key: value})
     assert found() == ([("diva", 1, 1.0)] if same else []) + [("diva", 2, 2.0)]
-    said = "3 rows of mini, diva, of other code or parameters, leave the table"
+    said = "removed 3 rows of mini, diva: they are of other code or parameters"
     assert (said in capsys.readouterr().out) == (not same)
 
 

@@ -15,7 +15,7 @@ from pipeline.core.stages import progress
 
 
 def classification(backbone, root: Path, name: str, batch: int, device: torch.device) -> pd.DataFrame:
-    """Zero-shot classification: whether the first answer is right, an image a row."""
+    """Zero-shot classification: whether the top class is right, one row per image."""
     dataset, loader = _load(backbone, root, name, "zeroshot_classification", batch)
     classifier = zeroshot_classification.zero_shot_classifier(
         backbone, backbone.tokenizer, dataset.classes, dataset.templates, device.type, amp=False
@@ -26,10 +26,10 @@ def classification(backbone, root: Path, name: str, batch: int, device: torch.de
 
 @torch.no_grad()
 def retrieval(backbone, root: Path, name: str, batch: int, recall: int, device: torch.device) -> pd.DataFrame:
-    """Retrieval in both directions: whether a right answer is among the first `recall`, a query a row.
+    """Retrieval in both directions: whether a right answer is among the first `recall`, one row per query.
 
-    clip_benchmark's evaluate gives the means of just this; here each query keeps its image, because an image and its
-    texts are one sample.
+    clip_benchmark's evaluate gives only the means of these rows. Here each query keeps the number of its image, because
+    an image and its texts are one sample of the bootstrap.
     """
     _, loader = _load(backbone, root, name, "zeroshot_retrieval", batch)
     images, texts, of_text = [], [], []

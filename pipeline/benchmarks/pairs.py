@@ -28,7 +28,7 @@ class Question:
         try:
             return decode(self.path, self.upright)
         except UndecodableError as error:
-            raise UserError(f"{self.path}: no image that can be read ({error}). Choose another file.") from error
+            raise UserError(f"{self.path}: cannot be read as an image ({error}). Choose another file.") from error
 
 
 def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
@@ -46,7 +46,7 @@ def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
     try:  # as text, every cell of it: a statement may be "None"
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:  # no UTF-8, no table, nothing at all
-        raise UserError(f"{file}: no table of commas in UTF-8 ({error}). {hint}") from error
+        raise UserError(f"{file}: not a comma-separated table in UTF-8 ({error}). {hint}") from error
     columns = ["Question ID", "Type", "Statement"]
     if list(table.columns) != columns:
         raise UserError(f"{file}: columns are {list(table.columns)}, wanted {columns}. {hint}")

@@ -17,7 +17,7 @@ from pipeline.core.stages import progress
 
 
 def probe(embed: Callable[[list[Image.Image]], torch.Tensor], root: Path, name: str, batch: int) -> pd.DataFrame:
-    """Whether a linear classifier reads an attribute off the frozen image embedding, an image and attribute a row."""
+    """Whether a linear classifier on the frozen image embedding is right: one row per image and attribute."""
     (train_x, train_y), (test_x, test_y) = (_embedded(embed, root / "wds" / name / s, batch) for s in ("train", "test"))
     tables = []
     for attribute in progress(train_y, "linear probe"):

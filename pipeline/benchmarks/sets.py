@@ -30,13 +30,15 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, 
 
 
 def kinds(root: Path) -> dict[str, str]:
-    """The sets below `root`/wds and their kind: classification (where they do not say), retrieval or probe.
+    """The sets below `root`/wds and their kind: classification (the default), retrieval or probe.
 
-    Raises UserError for a set of another kind, and where there is none.
+    Raises UserError for a set of another kind, and if there is no set.
     """
     sets = sorted(path for path in (root / "wds").glob("*") if path.is_dir())
     if not sets:
-        raise UserError(f"{root}: no sets (wds/<name>/). Run `dvc repro --force pipeline/dvc.yaml:zeroshot_sets`.")
+        raise UserError(
+            f"{root} holds no set (a folder wds/<name>/). Run `dvc repro --force pipeline/dvc.yaml:zeroshot_sets`."
+        )
     found = {}
     for path in sets:
         file = path / "dataset_type.txt"
@@ -44,12 +46,12 @@ def kinds(root: Path) -> dict[str, str]:
             file.read_text(errors="replace", encoding="utf-8").strip().lower() if file.exists() else "classification"
         )
         if kind not in LABELS:
-            raise UserError(f"{file} says '{kind}'; what is scored here is {', '.join(LABELS)}. {_without(path.name)}")
+            raise UserError(f"{file} names the kind '{kind}'; known kinds: {', '.join(LABELS)}. {_without(path.name)}")
     return found
 
 
 def check(root: Path) -> None:
-    """Raises UserError where a set lacks anything that its scoring will read, but for images that are damaged."""
+    """Raises UserError if a set lacks a file that its scoring reads. It does not decode images."""
     for name, kind in kinds(root).items():
         folder = root / "wds" / name
         try:
@@ -66,7 +68,7 @@ def check(root: Path) -> None:
 
 
 def _without(name: str) -> str:
-    return f"Take '{name}' out of zeroshot_sets.sets in params.yaml, or give another revision of it there."
+    return f"Remove '{name}' from zeroshot_sets.sets in params.yaml, or name another revision of it there."
 
 
 def _classes(folder: Path) -> int:
@@ -77,12 +79,12 @@ def _classes(folder: Path) -> int:
         raise ValueError("classnames.txt or zeroshot_classification_templates.txt is empty")
     for template in templates:
         if re.search(r"\{(?!c\})", template):
-            raise ValueError(f"the template {template!r} has another gap than {{c}}")
+            raise ValueError(f"the template {template!r} has a placeholder other than {{c}}")
     return len(names)
 
 
 def _samples(tar: Path, label: str, classes: int) -> int:
-    """How many images a shard has. Raises ValueError for one without its label, or of none of the classes."""
+    """The number of images in a shard. Raises ValueError for an image without a label, or with an unknown class."""
     found: dict[str, set[str]] = {}
     try:
         with tarfile.open(tar) as file:
@@ -105,7 +107,7 @@ def _samples(tar: Path, label: str, classes: int) -> int:
 
 
 def answers(measure: str, right: ArrayLike, images: list[int] | None = None) -> pd.DataFrame:
-    """A table of answers; images: the number of the image that each is about, by default its own."""
+    """A table of answers, one per row: measure, image, right. images: image number of each answer; default: its row."""
     right = np.asarray(right, dtype=bool)
     own = range(len(right)) if images is None else images
     return pd.DataFrame({"measure": measure, "image": np.array(own, np.int32), "right": right})

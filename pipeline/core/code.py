@@ -1,4 +1,4 @@
-"""What code of this package does, as a hash: comments, docstrings and layout aside."""
+"""A hash of what code of this package does, without comments, docstrings and layout."""
 
 import ast
 import functools
@@ -10,9 +10,9 @@ from typing import Any
 
 @functools.cache  # a process keeps the code that it started with
 def program(*files: str) -> str:
-    """sha256 of what these files of pipeline/, and all of pipeline/ that they import, tell Python to do.
+    """sha256 of these files of pipeline/ and of all files of pipeline/ that they import.
 
-    Comments, docstrings and layout do not count, so a better comment is no other program.
+    Comments, docstrings and layout do not count, so a better comment does not change the hash.
     """
     meant = {path: _meaning(tree) for path, tree in sorted(sources(*files).items())}
     return hashlib.sha256(json.dumps(meant).encode()).hexdigest()

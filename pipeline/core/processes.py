@@ -1,4 +1,4 @@
-"""A stage ends with the process that started it, however that ends: a killed `dvc repro` leaves no second writer."""
+"""A stage ends with the process that started it, so a killed `dvc repro` leaves no process that writes."""
 
 import ctypes
 import os
@@ -11,9 +11,9 @@ STARTED_BY = "STARTED_BY"  # the id of the process that started this one, as dvc
 
 
 def end_with_parent() -> None:
-    """Tie this process to the one that started it, where DVC or STARTED_BY says that there is one to be tied to.
+    """End this process when the process that started it ends, if DVC or STARTED_BY names that one.
 
-    Who is process 1, or adopts orphans, does not matter. Exits where the parent ended while this process was starting.
+    It works whichever process is number 1 or adopts orphans. Exits if the parent ended while this process started.
     """
     if STARTED_BY not in os.environ and "DVC_STAGE" not in os.environ:
         return  # started by hand: it ends when its user says so

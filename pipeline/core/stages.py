@@ -1,4 +1,4 @@
-"""What every stage's `main()` is wrapped in: messages, not tracebacks; the parent's life; timings. And progress bars.
+"""The wrapper of every stage's `main()`: messages instead of tracebacks, end with the parent, timings; progress bars.
 
 Every text file is UTF-8, whatever the locale.
 """
@@ -53,14 +53,14 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _start_in_utf8_mode() -> None:
-    """Start this process anew with UTF-8 for what libraries read, too, unless the locale has it or this was done."""
+    """Restart this process in Python's UTF-8 mode, so that libraries read UTF-8 too, unless the locale is UTF-8."""
     if locale.getencoding().lower() != "utf-8" and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def note_timing(more: dict[str, Any]) -> None:
-    """Add a line to the timings: the stage, its seconds so far, the machine, and what else there is to say."""
+    """Add a line to the timings: the stage, its seconds so far, the machine, and `more`."""
     seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {

@@ -1,4 +1,4 @@
-"""From a file to an image: the one decoder, of shards, of the pairs and of people's own photos."""
+"""From a file to an image: the one decoder, for shards, for the pairs and for your own photos."""
 
 import io
 from contextlib import suppress
@@ -8,14 +8,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class UndecodableError(Exception):
-    """Why something is no image, for whoever counts it or tells its name."""
+    """Why bytes are not an image; the caller counts it or names the file."""
 
 
 def decode(source: Path | bytes, upright: bool) -> Image.Image:
-    """The image in RGB; of an animation the first, 16 bits scaled to 8, on white where it is transparent.
+    """The image in RGB: of an animation the first frame, 16 bits scaled to 8, white where it is transparent.
 
-    upright: turned as its orientation tag says, which is how viewers show it. Raises UndecodableError for all that is
-    no image of at least one pixel and at most as many as Pillow takes for honest.
+    upright: turn it as its orientation tag says, as viewers do. Raises UndecodableError for bytes that Pillow cannot
+    decode, for an image without pixels, and for one with more pixels than Pillow's limit.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -36,7 +36,7 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("its values are floating-point numbers, of which white is unknown")
+        raise ValueError("its pixels are floating-point numbers in an unknown range")
     if image.mode.startswith("I"):  # Pillow would cut off whatever is lighter than 255 of 65535
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
         image.info.pop("transparency", None)

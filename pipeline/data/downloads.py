@@ -203,8 +203,8 @@ def _hub(address: str, download: Download) -> Listing:
         stated = entry.lfs.sha256 if entry.lfs else None
         if pinned and stated and pinned != stated:
             raise UserError(
-                f"params.yaml gives {name} the sha256 {pinned}, but the hub states {stated}. Correct the one under "
-                "`files`, if it is the hub's file that you want"
+                f"params.yaml gives {name} the sha256 {pinned}, but the hub states {stated}. If you want the hub's "
+                "file, correct the sha256 under `files`"
             )
         url = hf_hub_url(repo, path, repo_type=kind, revision=commit)
         blob = None if entry.lfs else entry.blob_id  # of a large file git knows a pointer only
@@ -224,7 +224,7 @@ def _chosen(download: Download, there: dict[str, RepoFile]) -> dict[str, str]:
         found = {path: path for path in fitting} or ({what: by_hash[pinned]} if pinned in by_hash else {})
         if not found:
             some = ", ".join(sorted(there)[:5]) or "no file at all"
-            raise UserError(f"found nothing named {what} there; there are for instance {some}")
+            raise UserError(f"found no file {what} there; it has for instance {some}")
         chosen |= found
     for name in chosen:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

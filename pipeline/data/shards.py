@@ -376,7 +376,9 @@ def _unpacked(folder: Path) -> list[Path]:
         unpack = next((unpack for magic, unpack in COMPRESSED.items() if start.startswith(magic)), None)
         tar = path.with_name(f"{stem[1]}.tar")
         if tar != path and tar.exists():
-            raise UserError(f"{tar} and {path} are one shard twice. Leave one out of images.shards in params.yaml.")
+            raise UserError(
+                f"{tar} and {path} are the same shard twice. Leave one of them out of images.shards in params.yaml."
+            )
         if unpack:
             try:
                 unpacked = path.with_name(f".{path.name}.partial")

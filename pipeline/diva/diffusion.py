@@ -11,18 +11,18 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 
 class Draw(NamedTuple):
-    """What is random in one noising of B images: timestep [B], noise [B, C, h, w], token positions [B, K] or None."""
+    """The random draws of one noising of B images: timestep [B], noise [B, C, h, w], token positions [B, K] or None."""
 
     timestep_B: torch.Tensor
     noise_BChw: torch.Tensor
     positions_BK: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Draw":
-        """Asynchronously, where the tensors lie in pinned memory."""
+        """A copy on the device; asynchronous if the tensors lie in pinned memory."""
         return Draw(*(None if part is None else part.to(device, non_blocking=True) for part in self))
 
     def of_one(self, count: int) -> "Draw":
-        """That of the first image, for as many images."""
+        """The draw of the first image, repeated for `count` images."""
         return Draw(*(None if part is None else part[:1].expand(count, *part.shape[1:]) for part in self))
 
     def pinned(self) -> "Draw":
@@ -36,7 +36,7 @@ def draw(
     timesteps: tuple[int, int],
     generators: list[torch.Generator],
 ) -> Draw:
-    """One draw with a generator an image, so that it does not depend on how images are spread over processes.
+    """One draw, with a generator for each image, so that it does not depend on how images are spread over processes.
 
     latent_shape: [C, h, w]; timesteps: uniform in low..high-1.
     """

@@ -1,7 +1,7 @@
-"""What a step can minimise, each a class: an entry of that name in a recipe's `losses` gives its weight and settings.
+"""The losses, a class each. An entry with the class's `name` in a recipe's `losses` gives its weight and settings.
 
-A loss is called with what the step has made (`Made`) and gives a mean over the images: a value for each draw, [draws],
-or one value where draws have no part in it. It says what data it needs beyond the images themselves.
+A loss is called with what the step has made (`Made`) and returns means over the images: [draws], a value for each noise
+draw, or a scalar if it does not use draws. Its attributes say what it needs beyond the images themselves.
 """
 
 import copy
@@ -83,8 +83,8 @@ class Denoise(Loss):
 
 @dataclass
 class InfoNCE(Loss):
-    """A contrast between predictions. Positives are what should be predicted and the prediction under the condition of
-    a second view of the image; negatives are those under the conditions of so many other images of the micro-batch."""
+    """InfoNCE between predictions of the denoiser. Positives: the target, and the prediction under the condition of a
+    second view of the image. Negatives: the predictions under the conditions of other images of the micro-batch."""
 
     temperature: float
     negatives: int

@@ -20,8 +20,8 @@ from pipeline.diva.schedule import Phase
 class MicroBatch:
     """Images as uint8 [B, 3, H, W], and the draws of their noise.
 
-    shown: what the tower is shown in their place, in the mismatched-image control alone; view: a second crop; caption:
-    embeddings [B, D] of their captions, on which the denoiser is conditioned in the tokens' place.
+    shown: the other images that the tower sees in the mismatched-image control; else None. view: a second crop.
+    caption: embeddings [B, D] of the captions; if given, the denoiser is conditioned on them instead of image tokens.
     """
 
     images_BCHW: torch.Tensor
@@ -32,7 +32,7 @@ class MicroBatch:
 
 
 class Processes(Protocol):
-    """What `accelerate.Accelerator` is to a step; each process has the same parameters and a part of the batch."""
+    """What a step uses of `accelerate.Accelerator`; each process has all parameters and a part of the batch."""
 
     num_processes: int
 
@@ -199,19 +199,19 @@ def run(
 
 
 def choose(feedback: Feedback, phase: Phase) -> None:
-    """Let what the phase trains, and nothing else, have a gradient."""
+    """Enable gradients for the parameters that the phase trains, and for no others."""
     feedback.requires_grad_(False)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
 
 
 def waits(device: torch.device) -> bool:
-    """Whether a step has been computed when the next line runs; a GPU has a queue."""
+    """Whether the device finishes a step before Python's next line; a GPU queues it instead."""
     return device.type == "cpu"
 
 
 class Values:
-    """Numbers on their way from the device."""
+    """Numbers that are being copied from the device."""
 
     def __init__(self, on_device: dict[str, torch.Tensor]) -> None:
         self.names, stacked = list(on_device), torch.stack([*on_device.values()])

@@ -52,7 +52,7 @@ PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of t
 
 
 def condition_of(recipe: Recipe, own: Condition) -> Condition:
-    """What the denoiser is conditioned on; own: the backbone's."""
+    """The rule by which the denoiser is conditioned; own: the backbone's."""
     return own if recipe.condition == "backbone" else CLASS_TOKEN
 
 
@@ -80,7 +80,7 @@ def pixel_rule(backbone: Backbone, p: Train) -> pixels.PixelRule:
 def measure_gap(
     shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
 ) -> GapCorrection:
-    """The gap between the embeddings of the first images and of their captions, alike in every process."""
+    """The modality gap, measured on the first images and their captions; every process gets the same."""
     assert recipe.gap_correction
     wanted, rule = recipe.gap_correction, pixel_rule(backbone, p)
     steps = [("gap", number) for number in range(math.ceil(wanted.images / recipe.batch))]
@@ -168,8 +168,8 @@ Projection = dict[str, torch.Tensor]
 
 @dataclasses.dataclass
 class RunState:
-    """How far a run has come. undecodable: what its processes passed over; start: the projection that the tower
-    phase found; optimizer: of the phase that the checkpoint was written in."""
+    """How far a run has come. undecodable: images that were skipped. start: the projector at the start of the tower
+    phase. optimizer: its state, with the name of the phase that the checkpoint was written in."""
 
     records: list[step.Record]
     undecodable: Undecodable
@@ -178,7 +178,7 @@ class RunState:
 
 
 class Checkpoint:
-    """The scratch file from which a killed run goes on; with `minutes` 0 it is written after every step."""
+    """The scratch file from which a killed run resumes; with `minutes` 0 it is written after every step."""
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], minutes: float, processes: Accelerator) -> None:
         """fingerprint: all that the numbers of a run depend on, as JSON holds it."""
@@ -186,7 +186,7 @@ class Checkpoint:
         self.saved = time.monotonic()
 
     def resume(self, feedback: Feedback) -> RunState | None:
-        """Put back the state that was saved where it is of this very run; else say why not, and return None."""
+        """Restore the saved state if its fingerprint is this run's; else print what differs and return None."""
         state = checkpoints.read_state(self.path) if self.processes.is_main_process else None
         if state and (changed := hosts.differences(state["fingerprint"], self.fingerprint)):
             print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
@@ -207,11 +207,11 @@ class Checkpoint:
         return RunState(records, undecodable, start, (last.phase, tensors))
 
     def due(self) -> bool:
-        """Whether this process wants one: the first alone, by its clock."""
+        """Whether it is time for a checkpoint; only the main process decides."""
         return self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
 
     def save(self, feedback: Feedback, phase: Phase, so_far: RunState) -> None:
-        """A full disk costs the checkpoint, not the run: the one before it stays."""
+        """Write a checkpoint. If the disk is full, print a warning and keep the previous one."""
         passed_over = of_all(so_far.undecodable)
         tensors = step.tensors_of(feedback, phase)
         tensors |= {f"start.{name}": tensor for name, tensor in (so_far.start or {}).items()}
@@ -229,7 +229,7 @@ class Checkpoint:
 
 
 def of_all(undecodable: Undecodable) -> Undecodable:
-    """What all processes found."""
+    """The undecodable images of all processes together."""
     together: Undecodable = {}
     for shard, keys in gather_object([(shard, set(keys)) for shard, keys in list(undecodable.items())]):
         together.setdefault(shard, set()).update(keys)
@@ -237,7 +237,7 @@ def of_all(undecodable: Undecodable) -> Undecodable:
 
 
 def save_fitted(feedback: Feedback, start: Projection, path: Path) -> None:
-    """Write what the tower phase started from: the projection, and the denoiser where it was fitted."""
+    """Write what the tower phase started from: the projector, and the denoiser if it was trained in the warm-up."""
     tensors = {f"projection.{name}": tensor for name, tensor in start.items()}
     if feedback.fits_denoiser:
         fitted = feedback.denoiser.unet.named_parameters()
@@ -274,7 +274,7 @@ def fingerprint(
 
 
 def digest(files: list[Path]) -> str:
-    """sha256 of the files' own."""
+    """sha256 of the sha256 of each file."""
     together = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -337,20 +337,20 @@ def train(
                 if at_rest:
                     checkpoint.save(feedback, phase, so_far)
             if main:
-                speed.tell()
+                speed.report()
             phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
     so_far.undecodable = of_all(so_far.undecodable)
     return so_far
 
 
 def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The CLIP's state after training, what LoRA learnt written into its weights."""
+    """The CLIP's state after training, with LoRA merged into its weights."""
     adapters.merge(backbone.clip.visual)
     return backbone.clip.state_dict()
 
 
 def plot(live: Live | None, record: step.Record) -> None:
-    """Add a step to the curves, in the process that draws them."""
+    """Add a step to the curves; only the main process has `live`."""
     if live is None:
         return
     live.step = record.step
@@ -360,7 +360,7 @@ def plot(live: Live | None, record: step.Record) -> None:
 
 
 def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, Any]:
-    """What stands in metrics.json: both ends of the tower's loss curves, and what it was fed."""
+    """metrics.json: the tower's losses at both ends of training, and the images that it was trained on."""
     tower = [record for record in records if record.phase == "tower"]
     window = max(1, len(tower) // 10)
     validation = [record.validation_loss for record in tower if record.validation_loss is not None]

@@ -1,8 +1,8 @@
 """What each step is fed: images, their crops and draws, as micro-batches on the device of this process.
 
-What sample i of step s is, and how it is drawn, depends on the seed alone: a run's place is its step, and any number of
-processes share a step's batch, each a contiguous part of it. Threads of this process read, decode and crop ahead; they
-use PIL and numpy, which leave the interpreter to others meanwhile, so no process has to be started, fed or watched.
+Sample i of step s, its crop and its noise are a function of the seed, s and i alone. So a run resumes at any step, and
+any number of processes share a batch, each a contiguous part of it. Threads of this process read and crop ahead; PIL
+and numpy release the interpreter's lock meanwhile, so no worker processes are needed.
 """
 
 import os
@@ -30,12 +30,12 @@ from pipeline.models.stable_diffusion import Denoiser
 
 
 def share(total: int, index: int, of: int) -> range:
-    """The part of range(total) that falls to process `index` of `of`; the parts are as equal as can be."""
+    """The part of range(total) of process `index` among `of` processes; sizes differ by one at most."""
     return range(total * index // of, total * (index + 1) // of)
 
 
 def derangement(count: int, draws: torch.Generator) -> list[int]:
-    """A permutation of range(count) that leaves nothing in its place, each of them as likely; count: two at least."""
+    """A uniformly random permutation of range(count) without fixed points; count must be at least 2."""
     while True:
         order = torch.randperm(count, generator=draws)
         if not (order == torch.arange(count)).any():
@@ -87,16 +87,16 @@ class Feed:
         self.own = share(recipe.batch, process, processes)
         if not self.own:
             raise UserError(
-                f"{processes} processes share a batch of {recipe.batch} images: some would have none. Start fewer, or "
-                "raise the recipe's batch."
+                f"{processes} processes share a batch of {recipe.batch} images, so some would have none. Start fewer "
+                "processes, or raise the recipe's batch."
             )
         smallest = min(len(self.own), len(self.own) % p.micro_batch or p.micro_batch)
         for loss in losses:
             if smallest < loss.images:
                 raise UserError(
-                    f"the recipe: {len(self.own)} images a step and process in micro-batches of {p.micro_batch} leave "
-                    f"one of {smallest}, too few for losses.{loss.name}, which needs {loss.images}. Choose another "
-                    "train.micro_batch, fewer processes, or lower what it needs."
+                    f"a process has {len(self.own)} images of a step, in micro-batches of {p.micro_batch}; the "
+                    f"smallest of these has {smallest}, but losses.{loss.name} needs {loss.images}. Set another "
+                    "train.micro_batch, start fewer processes, or choose settings of the loss that need fewer."
                 )
         self.gpu = compute.type == "cuda"
         if threads is None:

@@ -1,4 +1,4 @@
-"""How fast a training is: images a second, and the share that its FLOPs are of what the machine can do."""
+"""Speed of a training: images per second, and its FLOP/s as a share of the GPU's peak."""
 
 import time
 
@@ -18,14 +18,14 @@ PEAKS = {  # dense TFLOP/s in bfloat16 and in float32, by a part of the GPU's na
 
 
 class Speed:
-    """Of a phase. Wall clock differs between runs, so it is printed and noted in metrics/timings.jsonl, and stands in
-    no output. The share of the peak is left out where it is unknown, as on a CPU, and in a phase before the last."""
+    """The speed of one phase. Wall time differs between runs, so it is printed and added to metrics/timings.jsonl, but
+    is part of no output. The share of the peak is given for the last phase, on GPUs whose peak is known."""
 
     def __init__(
         self, feedback: Feedback, phase: Phase, examples: list[MicroBatch], processes: Accelerator,
         precision: torch.dtype,
     ) -> None:  # fmt: skip
-        """examples: of which the first has the sizes of what will be trained on."""
+        """examples: micro-batches; the first has the sizes of those in training."""
         self.phase, self.steps, self.flops = phase, 0, 0.0
         self.peak = peak(processes.device, precision) * processes.num_processes
         if self.peak and phase.name == "tower" and processes.is_main_process:
@@ -38,7 +38,7 @@ class Speed:
             self.start = time.perf_counter()
         self.seconds = time.perf_counter() - self.start
 
-    def tell(self) -> None:
+    def report(self) -> None:
         if self.steps < 2:
             return
         rate = (self.steps - 1) * self.phase.batch / self.seconds
@@ -50,7 +50,7 @@ class Speed:
 
 
 def peak(compute: torch.device, precision: torch.dtype) -> float:
-    """FLOP/s that the device does at most by its maker's word; 0 where that is unknown."""
+    """The peak FLOP/s of the device, as its maker states it; 0 if unknown."""
     name = torch.cuda.get_device_name(compute) if compute.type == "cuda" else ""
     found = next((peaks for part, peaks in PEAKS.items() if part in name), (0.0, 0.0))
     return 1e12 * found[precision == torch.float32]

@@ -14,7 +14,7 @@ FOUR_CELLS = [
     "weights", "pattern", "stock embedding, before", "after", "gain", "published pooling, before", "after", "gain",
 ]  # fmt: skip
 TESTS = [
-    "weights", "pooling rule", "won", "lost", "of", "exact McNemar p", "smallest gain shown (power 80 %)",
+    "weights", "pooling rule", "won", "lost", "of", "exact McNemar p", "smallest gain detected (power 80 %)",
     "cosine to the original [95 %]",
 ]  # fmt: skip
 
@@ -134,7 +134,7 @@ def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
 
 
 def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
-    """What the figures say of each set of weights, controls aside, and no more."""
+    """A sentence of verdict for each set of weights, without controls."""
     texts = {}
     for weights in without_controls(found["weights"]):
         result = found["weights"][weights]
@@ -150,29 +150,29 @@ def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
             said += " before, published pooling after, as in the paper's table; published "
             said += f"{published[1] - published[0]:+.1f}; the published pooling alone gives {alone}"
         said += f").{_cost(result)}"
-        shows, smallest = "so few pairs show no gain reliably", tests["smallest_gain"]
+        shows, smallest = "No gain of so few pairs is detected reliably", tests["smallest_gain"]
         if smallest is not None:
-            shows = f"so many pairs show gains of {smallest:g} points and more in 80 of 100 experiments"
+            shows = f"A gain of {smallest:g} points is detected with 80 % power"
         texts[weights] = (
-            f"{said} Of {tests['pairs']} pairs {tests['won']} were won and {tests['lost']} lost (stock embedding; "
-            f"exact McNemar p = {tests['p']:g}); {shows}."
+            f"{said} Of {tests['pairs']} pairs, {tests['won']} became right and {tests['lost']} became wrong (stock "
+            f"embedding; exact McNemar p = {tests['p']:g}). {shows}."
         )
     return texts
 
 
 def _cost(result: dict) -> str:
-    """What these weights' part of evidence.json says of zero-shot ability."""
+    """The sentences about zero-shot ability; result: these weights' part of evidence.json."""
     judged = result["verdict"]
     if judged["zeroshot"] == results.NOT_MEASURED:
         return f" Zero-shot classification {results.NOT_MEASURED}."
-    said = f" Zero-shot classification {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()}."
+    said = f" Zero-shot classification {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()} points."
     if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
         said += " The gain comes at the cost of zero-shot ability."
     return said
 
 
 def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> str:
-    """The rule, applied to the interval over seeds of a recipe's gains; found: the backbone's part of evidence.json."""
+    """The verdict by the interval over training seeds; found: the backbone's part of evidence.json."""
     zeroshot, said = group.zeroshot.dropna(), f"Over {len(group)} training seeds: pairs "
     if group.pairs_stock.isna().any() or "pooling" not in found:
         said += results.NOT_MEASURED

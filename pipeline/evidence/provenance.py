@@ -1,7 +1,7 @@
 """Provenance of a report: hashes of parameters, code and data, seeds, versions, hardware, wall time.
 
-The git revision is not among it: a file that is written before it is committed cannot know its commit. Git tells which
-commit a file came with, and the hashes tell what it was made of.
+The git commit is not part of it, because a report is written before it is committed. `git log` on the report names the
+commit; the hashes name what it was made from.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ DECIDE = (
 
 
 def provenance(p: Params) -> dict[str, dict[str, str]]:
-    """Sections of what people ask first, as text."""
+    """The sections of the provenance, as text."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "Run": {
@@ -95,7 +95,7 @@ def hardware() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name, family, model and stepping (as Linux tells them), and cores."""
+    """Name, family, model and stepping (as Linux reports them), and cores."""
     file, found = Path("/proc/cpuinfo"), {}
     if file.exists():
         first = file.read_text(encoding="utf-8").partition("\n\n")[0]
@@ -133,7 +133,7 @@ def hashes(paths: list[str]) -> dict[str, str]:
     found, ahead = {}, set(paths)
     while ahead:
         path = ahead.pop()
-        found[path] = md5s.get(path, "unknown: no dvc.lock here tells of it")
+        found[path] = md5s.get(path, "unknown: no dvc.lock here lists it")
         ahead |= made.get(path, {}).keys() - found.keys()
     return {path: found[path] for path in sorted(found) if re.match("(data|models)/(?!.*/planned/)", path)}
 

@@ -1,4 +1,4 @@
-"""What the scorings wrote, read as figures and as paired answers, and what follows from it.
+"""From the files of the scoring stages to figures, paired answers, and the evidence drawn from them.
 
 A column is a figure of the headline table. Its answers come in strata that weigh equally: the patterns of the pairs,
 the sets of zero-shot ability; an answer is a share of right ones (in %) about one pair or one image.
@@ -113,7 +113,10 @@ def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Inter
     """After minus before, in points, answer by answer. Raises UserError where the questions are not the same."""
     asked = [{name: len(answers) for name, answers in strata.items()} for strata in (before, after)]
     if asked[0] != asked[1]:
-        raise UserError(f"answers to other questions cannot be compared: {asked[0]} before, {asked[1]} after")
+        raise UserError(
+            f"before and after were scored on different questions ({asked[0]}, {asked[1]}), so their difference means "
+            "nothing. Run `dvc repro` to score both on the same ones."
+        )
     return statistics.stratified([after[name] - before[name] for name in before])
 
 
@@ -144,7 +147,7 @@ def won_and_lost(before: Scores, after: Scores, pooling: str) -> dict:
 
 
 def recipe_and_control(weights: str) -> tuple[str, str]:
-    """Of weights that were trained; the control is '' for a recipe's own weights."""
+    """The recipe and the control in the name of trained weights; the control is '' for the recipe itself."""
     recipe, _, control = weights.partition("-")
     return recipe, control
 
@@ -204,9 +207,9 @@ def evidence(scores: dict[str, Scores], published: tuple[float, float] | None) -
 
 
 def failures(evidence: dict) -> list[str]:
-    """What keeps a backbone from passing: a gain that is not there, a zero-shot ability that is not preserved.
+    """Why a check fails: weights that gain no pairs, or whose zero-shot classification is not preserved.
 
-    What was not measured does not, but for weights of which nothing was.
+    A benchmark that was not run fails no check; weights without any benchmark do.
     """
     failed = []
     for backbone, found in evidence.items():

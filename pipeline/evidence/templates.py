@@ -1,4 +1,4 @@
-"""The templates beside this file, filled."""
+"""Fill the templates beside this file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import jinja2
 
 
 def fill(template: str, values: dict, **filters: Callable) -> str:
-    """A template's text. Raises jinja2.UndefinedError where it names what is not among the values."""
+    """The text of a template. Raises jinja2.UndefinedError if it names a value that is not given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
         autoescape=jinja2.select_autoescape(["html.jinja"]), undefined=jinja2.StrictUndefined,

@@ -1,8 +1,8 @@
-"""The small models of the mini world: a CLIP that knows details its eye does not show, and a denoiser that sees them.
+"""The small models of the mini world: a CLIP whose image tower misses details, and a denoiser that renders them.
 
-DIVA's premise is that the text tower can tell details apart which the image embedding does not hold. Here it is true by
+DIVA's premise is that the text tower distinguishes details that the image embedding does not hold. Here it is true by
 construction: the text tower learns from an oracle that reads every scene's attributes, and is then frozen; the image
-tower learns against it from captions that name the object and hardly ever a detail.
+tower learns against it from captions that name the object and rarely a detail.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def images(set_name: str, count: int, what: str) -> tuple[torch.Tensor, np.ndarr
 
 
 def choices(what: str) -> np.random.Generator:
-    """The generator of the scenes, rows and details that the training of `what` chooses."""
+    """The generator of scenes, rows and details in the training of `what`."""
     return np.random.default_rng(generator("mini", what, "choices").initial_seed())
 
 
@@ -123,7 +123,7 @@ def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: MiniTextTo
     return fit([*text, *oracle.parameters()], p.steps, p.lr, loss_of, "text tower")
 
 
-def hardly_a_detail(probability: float) -> Details:
+def rarely_a_detail(probability: float) -> Details:
     """One of the nine patterns with this probability, else none."""
     return lambda rng: rng.permutation(9)[: int(rng.random() < probability)]
 

@@ -2,7 +2,7 @@
 
 Ten objects; every image shows one of them together with one value of each of the nine patterns of MMVP-VLM
 (orientation, presence, state, quantity, spatial relation, colour, structure, text, camera). All ten choices are
-independent. Place, scale, background and pixel noise are nuisance: no caption speaks of them.
+independent. Place, scale, background and pixel noise are nuisance: no caption names them.
 
 A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Image `i` of a set is a pure function of
 `(WORLD_SEED, set, i)`, so the seven sets can be made again anywhere, in any order, and never share an image.
@@ -93,7 +93,7 @@ _LETTER = {  # strokes in the unit square
 
 @dataclass(frozen=True)
 class Nuisance:
-    """What no caption speaks of: object centre (canvas px), scale, two background colours, horizon (canvas px)."""
+    """What no caption names: object centre (canvas px), scale, two background colours, horizon (canvas px)."""
 
     x: float
     y: float
@@ -130,7 +130,7 @@ def draw_scene(rng: np.random.Generator) -> np.ndarray:
 
 
 def any_details(rng: np.random.Generator) -> np.ndarray:
-    """None to all nine of the patterns, any number of them as likely as any other."""
+    """A random subset of the nine patterns; every size from 0 to 9 is equally likely."""
     return rng.permutation(9)[: rng.integers(0, 10)]
 
 

@@ -34,7 +34,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class ImageTower(nn.Module):
-    """The part of a CLIP that sees."""
+    """The image tower of a CLIP."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -57,7 +57,11 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.image_size: int = preprocessing["size"]
         if image_tokens.dispatch(type(clip.visual)) is image_tokens.dispatch(object):
-            raise UserError(f"no rule for the tokens of an image tower of type {type(clip.visual).__name__}")
+            tower = type(clip.visual).__name__
+            raise UserError(
+                f"image towers of type {tower} are not supported. Choose another architecture, or add its tokens to "
+                "image_tokens in pipeline/models/residual_head.py."
+            )
         with torch.no_grad():
             pooled_BD, patches_BND = self.image_tokens(torch.zeros(1, 3, self.image_size, self.image_size))
         self.width: int = pooled_BD.shape[1]
@@ -101,7 +105,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """The text tower's embeddings, as long as it makes them: [texts, D]."""
+        """The text tower's embeddings, not normalised: [texts, D]."""
         return self.encode_text(self.tokenizer(texts).to(self.clip.logit_scale.device))
 
     @property
@@ -125,7 +129,7 @@ def stored_tensors(folder: Path) -> Tensors:
 
 
 def _float32(tensors: Tensors) -> Tensors:
-    """As every model here computes: what training adds to a weight is often less than half precision can hold."""
+    """In float32, as every model here computes; half precision would lose small updates of a weight."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
@@ -162,7 +166,7 @@ def model_config(architecture: str | dict[str, Any]) -> dict[str, Any]:
     if config is None:
         near = [name for name in open_clip.list_models() if name.split("-")[:2] == architecture.split("-")[:2]]
         raise UserError(
-            f"architecture '{architecture}': open_clip has no such model. Near it: {', '.join(near) or '-'}"
+            f"architecture '{architecture}': open_clip has no such model. Similar names: {', '.join(near) or '-'}"
         )
     return config
 
@@ -226,7 +230,7 @@ def read_checkpoint(path: Path) -> Tensors:
     except (RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, AttributeError, StopIteration) as error:
         first, _, _ = str(error).partition("\n")
         raise UserError(
-            f"{path}: no checkpoint that can be read ({type(error).__name__}: {first}). Known: "
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first}). Known formats: "
             "safetensors, a PyTorch state dict of plain tensors, OpenAI's TorchScript archive."
         ) from error
 

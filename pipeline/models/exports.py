@@ -1,4 +1,4 @@
-"""A CLIP handed over: one folder that open_clip and transformers load, and the proof that both embed as it does.
+"""Exports: one folder that open_clip and transformers load, and a check that both give the backbone's embeddings.
 
 open_clip_config.json  open_clip_model.safetensors                       open_clip
 config.json  model.safetensors  preprocessor_config.json                 transformers (CLIPModel or SiglipModel)
@@ -120,7 +120,7 @@ def write(backbone: Backbone, original: Path, folder: Path) -> str | None:
 def tokenizer(backbone: Backbone) -> PreTrainedTokenizerFast:
     """The tokenizer as one of transformers'; what open_clip does to a text before it is part of it.
 
-    Not part of it is the mending of broken Unicode and HTML (open_clip's basic_clean).
+    It does not fix broken Unicode and HTML, as open_clip's basic_clean does.
     """
     own = backbone.tokenizer
     if not isinstance(own, HFTokenizer):  # CLIP's; transformers spells its last two entries differently

@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
     def for_feedback(self, precision: torch.dtype, fitted: bool = False) -> "Denoiser":
         """The form in which the frozen parts are fastest: in `precision`, channels last. Returns self.
 
-        fitted: the UNet is going to be, so it stays float32: in bfloat16 most of its steps would be rounded away.
+        fitted: whether the UNet is trained in the warm-up; then it stays float32, because bfloat16 rounds updates away.
         The text encoder and the VAE's decoder, which feedback does not use, are dropped.
         """
         self.text_encoder = self.vae.decoder = None

@@ -2,11 +2,10 @@
 
     python -m pipeline.tools.experiment         goes on where it was interrupted; 75 min on two cores
 
-Makes three backbones and three denoisers of the mini world, lets every recipe choose its rate on the dev
-split, then trains and scores each cell of the plan, each run on one thread and as many at once as there are cores.
-Every finished run is a row of metrics/recipes/runs.csv and is not made again; delete the file, and the models in
-data/.experiment.scratch (where the workers' logs are, too), to begin anew. At the end stand
-metrics/recipes/results.{csv,md,png}.
+Makes three backbones and three denoisers of the mini world, chooses every recipe's rate on the dev split, then trains
+and scores each cell of the plan. Each run uses one thread; as many run at once as there are cores. Every finished run
+is a row of metrics/recipes/runs.csv and is not made again. To start anew, delete that file and the folder
+data/.experiment.scratch, which holds models and logs. At the end it writes metrics/recipes/results.{csv,md,png}.
 """
 
 import gc

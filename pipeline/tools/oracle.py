@@ -2,8 +2,8 @@
 
     python -m pipeline.tools.oracle mini       after `dvc repro`; writes metrics/<profile>/oracle/<backbone>.json
 
-The text tower stays frozen; the image tower gets twice the steps that it was made with. Were this score low, the text
-tower itself could not tell details apart, and no feedback through the image could gain anything.
+The text tower stays frozen; the image tower gets twice the steps that it was made with. If this score were low,
+the text tower itself would not distinguish details, and no feedback to the image tower could gain anything.
 """
 
 import sys

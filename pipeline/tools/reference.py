@@ -4,7 +4,7 @@
     python -m pipeline.tools.reference --make       make the reference of the last commit; goes on where interrupted
 
 A reference run is `dvc repro report` in a clone, with a training seed of its own and another rounding (threads,
-instruction sets), which changes every model and score as another processor without our pins would. The run of the last
+instruction sets), which changes every model and score as another processor without the pins would. The run of the last
 commit is one of them. The band of a headline figure is the 99 % t prediction interval of one new run.
 metrics/reference/mini.json has the runs, pairs.csv how many of the others have each pair right.
 
@@ -187,13 +187,13 @@ def check(folder: Path) -> None:
     if not file.is_file():
         raise UserError(f"{file}: no reference. Check out the committed one, or make it: --make.")
     if folder == METRICS and equal_to_committed():
-        print("equal byte for byte: the locks, which have the hash of every output, are the committed ones")
+        print("equal byte for byte: dvc.lock and pipeline/dvc.lock, which hash every output, are the committed ones")
     pairs = pd.read_csv(OUTPUT / "pairs.csv", keep_default_na=False).set_index(["pair", "pattern"])
     table, wrong = faults(MeasuredRun.read(folder), json.loads(file.read_text(encoding="utf-8")), pairs)
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
-        raise UserError(f"{folder} is no run like the reference's; chance does not explain:\n  " + "\n  ".join(wrong))
+        raise UserError(f"{folder} differs from the reference runs by more than chance:\n  " + "\n  ".join(wrong))
     chance = "lies in its band" if table.row_count else "is the committed one"
     print(f"{folder}: every figure {chance}")
 
@@ -228,7 +228,10 @@ def make() -> None:
     """Carry the runs out, as many at once as there are cores, and write the reference."""
     changed = subprocess.run(["git", "status", "--porcelain", "pipeline", "params.yaml", *LOCKS], capture_output=True)
     if changed.returncode or changed.stdout:
-        raise UserError("the reference is of the last commit: this is no git repository, or has changes. Commit them.")
+        raise UserError(
+            "reference runs are made from the last commit, but this folder is no git repository or has changes. "
+            "Commit them."
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         working = [pool.submit(reference_run, seed, rounding) for seed, rounding in ROUNDINGS.items()]
         folders = [METRICS, *(work.result() for work in progress(working, "reference runs"))]

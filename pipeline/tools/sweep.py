@@ -63,7 +63,7 @@ def add(p: params.Params) -> None:
         ]
         stale = (table.backbone == backbone) & (table.recipe == recipe) & (table.run != own)
         if stale.any():
-            print(f"{stale.sum()} rows of {backbone}, {recipe}, of other code or parameters, leave the table")
+            print(f"removed {stale.sum()} rows of {backbone}, {recipe}: they are of other code or parameters")
             table = table[~stale]
     table = pd.DataFrame([*table.to_dict("records"), *rows], columns=table.columns)
     order = ["", *CONTROLS]
