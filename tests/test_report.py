@@ -91,7 +91,7 @@ def test_a_gain_is_the_difference_of_two_headlines() -> None:
 
 def test_answers_to_other_questions_are_not_compared() -> None:
     fewer = Scores(AFTER.mmvp, AFTER.pairs[AFTER.pairs.pair < 5], AFTER.zeroshot, AFTER.answers)
-    with pytest.raises(UserError, match="other questions"):
+    with pytest.raises(UserError, match="different questions"):
         results.gains(BEFORE, fewer)
 
 

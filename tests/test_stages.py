@@ -528,14 +528,14 @@ def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) 
 def test_a_damaged_image_is_refused_where_the_pairs_come_in(
     here: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    render = mmvp_vlm.render
+    make = mmvp_vlm.make
 
     def damaged(folder: Path, pairs: int) -> None:
-        render(folder, pairs)
+        make(folder, pairs)
         file = folder / "MLLM_VLM Images/State/6.jpg"
         file.write_bytes(file.read_bytes()[:700] if content == "half" else b"P6 100000 100000 255\n")
 
-    monkeypatch.setattr(mmvp_vlm, "render", damaged)
+    monkeypatch.setattr(mmvp_vlm, "make", damaged)
     write_params(**{"profiles.mini.mmvp_vlm.pairs_per_pattern": 1})
     with pytest.raises(SystemExit):
         run(mmvp_vlm)
