@@ -20,7 +20,7 @@ def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("param
     """The environment variables and their values. AVX2 is what every x86-64 server processor since 2015 has.
 
     Without AVX2 no instruction set is pinned, because the libraries would crash. The number of threads is that of the
-    profile in ./params.yaml; pipeline.core.params reports what is wrong with that file.
+    profile in ./params.yaml; pipeline.core.config reports what is wrong with that file.
     """
     wanted: dict[str, str] = {}
     if processor.exists() and "avx2" in processor.read_text(encoding="utf-8").split():

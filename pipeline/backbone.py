@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import CheckpointSource, MiniSource
 from pipeline.core.stages import stage
 from pipeline.data import downloads
 from pipeline.mini import pretrain
 from pipeline.models import backbones
+from pipeline.sections.source import CheckpointSource, MiniSource, Source
 
 
 def make(source: MiniSource, folder: Path) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
 
 @stage
 def main() -> None:
-    p, name = params.load(), sys.argv[1]
-    source = p.backbones[name].source
+    profile, name = config.profile(), sys.argv[1]
+    source: MiniSource | CheckpointSource = config.read(Source, f"backbones.{name}.source")
     outputs = (
-        Path("models", p.run.profile, "pretrained", name),
-        Path("metrics", p.run.profile, "backbone", f"{name}.json"),
+        Path("models", profile, "pretrained", name),
+        Path("metrics", profile, "backbone", f"{name}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
         metrics = make(source, folder) if isinstance(source, MiniSource) else fetch(source, folder)

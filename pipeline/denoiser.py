@@ -13,15 +13,16 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import MiniDenoiser
 from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads
 from pipeline.diva import diffusion
 from pipeline.mini import pretrain, world
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import denoiser as sections
+from pipeline.sections.denoiser import MiniDenoiser
 
 
 def make(p: MiniDenoiser, folder: Path, compute: torch.device) -> dict[str, Any]:
@@ -71,9 +72,9 @@ def _strip(pixels: torch.Tensor, restored: torch.Tensor) -> Image.Image:
 
 @stage
 def main() -> None:
-    p, compute = params.load(), deterministic_device()
-    section = p.profile.denoiser
-    outputs = Path("data", p.run.profile, "denoiser"), Path("metrics", p.run.profile, "denoiser.json")
+    profile, compute = config.profile(), deterministic_device()
+    section: MiniDenoiser | sections.PublishedDenoiser = config.read(sections.Denoiser, f"profiles.{profile}.denoiser")
+    outputs = Path("data", profile, "denoiser"), Path("metrics", profile, "denoiser.json")
     with atomic(*outputs) as (folder, metrics_file):
         if isinstance(section, MiniDenoiser):
             metrics = make(section, folder, compute)
@@ -82,7 +83,7 @@ def main() -> None:
         denoiser = Denoiser.load(folder)  # what later stages will load can be loaded
         if (tokens := denoiser.text_encoder.config.max_position_embeddings) != section.text_tokens:
             raise UserError(
-                f"the denoiser's text has {tokens} tokens, but profiles.{p.run.profile}.denoiser.text_tokens is "
+                f"the denoiser's text has {tokens} tokens, but profiles.{profile}.denoiser.text_tokens is "
                 f"{section.text_tokens}, which every condition is checked against. Set it to {tokens} in params.yaml."
             )
         write_json(metrics_file, {"unet_parameters": sum(q.numel() for q in denoiser.unet.parameters()), **metrics})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
@@ -46,13 +46,14 @@ def drift(original: Path, trained: Path, seed: int, folder: Path) -> float:
 
 @stage
 def main() -> None:
-    p, (name, recipe) = params.load(), sys.argv[1:3]
-    models, weights = Path("models", p.run.profile), f"{recipe}-drift"
-    outputs = models / weights / name, Path("metrics", p.run.profile, "train", f"{name}-{weights}")
+    profile, (name, recipe) = config.profile(), sys.argv[1:3]
+    seed: int = config.read(config.Seed, "seed")
+    models, weights = Path("models", profile), f"{recipe}-drift"
+    outputs = models / weights / name, Path("metrics", profile, "train", f"{name}-{weights}")
     with atomic(*outputs) as (folder, metrics):
-        distance = drift(models / "pretrained" / name, models / recipe / name, p.seed, folder)
+        distance = drift(models / "pretrained" / name, models / recipe / name, seed, folder)
         metrics.mkdir()
-        write_json(metrics / "metrics.json", {"seed": p.seed, "norm_of_change": round(distance, 5)})
+        write_json(metrics / "metrics.json", {"seed": seed, "norm_of_change": round(distance, 5)})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from pathlib import Path
 import yaml
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import CheckpointSource, PublishedImages
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
 from pipeline.evidence.results import CHECKPOINTS, COLUMNS
@@ -23,6 +22,9 @@ from pipeline.evidence.templates import fill
 from pipeline.models import exports
 from pipeline.models.backbones import Backbone
 from pipeline.models.residual_head import HEAD
+from pipeline.sections.backbone import BackboneEntry
+from pipeline.sections.images import Images, MiniImages, PublishedImages
+from pipeline.sections.source import CheckpointSource
 
 
 def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
@@ -42,7 +44,7 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
 
 
 def card(
-    p: params.Params, name: str, weights: str, sha256: str, notes: dict | None, distances: dict,
+    profile: str, name: str, weights: str, sha256: str, notes: dict | None, distances: dict,
     no_transformers: str | None, headed: bool,
 ) -> str:  # fmt: skip
     """The model card.
@@ -50,38 +52,37 @@ def card(
     notes: what training saved beside them, if they were trained here. no_transformers: why there is no transformers
     format, if there is none. headed: whether the model has a residual head.
     """
-    rows, found = table(p.run.profile, name, weights)
-    source, images = p.backbones[name].source, p.profile.images
-    chosen = params.Recipe.model_validate(notes["recipe"]) if notes else None
-    recipe = notes and chosen and {
-        "seed": notes["seed"], "train": notes["train"], "recipe": chosen.model_dump(exclude_none=True),
-    }  # fmt: skip
+    rows, found = table(profile, name, weights)
+    entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
+    images: MiniImages | PublishedImages = config.read(Images, f"profiles.{profile}.images")
+    source = entry.source
+    recipe = notes and {key: notes[key] for key in ("seed", "train", "recipe")}
     values = {
-        "profile": p.run.profile, "backbone": name, "weights": weights,
+        "profile": profile, "backbone": name, "weights": weights,
         "base": source.weights if isinstance(source, CheckpointSource) else None,
         "architecture": source.architecture if isinstance(source.architecture, str) else None,
-        "released": p.backbones[name].released if weights == "released" else None,
+        "released": entry.released if weights == "released" else None,
         "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
         "rows": rows, "found": found, "distances": distances, "no_transformers": no_transformers,
-        "captions": chosen is not None and chosen.reads_captions,
+        "captions": bool(notes and notes["captions"]),
         "headed": headed, "sha256": sha256, "code": notes and notes["code"],
-        "made_from": provenance.hashes([f"models/{p.run.profile}/{weights}/{name}"]),
+        "made_from": provenance.hashes([f"models/{profile}/{weights}/{name}"]),
     }  # fmt: skip
     return fill("card.md.jinja", values)
 
 
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
-    profile = p.run.profile
+    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+    pairs: int = config.read(config.Count, f"profiles.{profile}.mmvp_vlm.pairs_per_pattern")
     original = Path("models", profile, weights, name)
     outputs = (
         Path("models", profile, "export", f"{name}-{weights}"),
         Path("metrics", profile, "export", f"{name}-{weights}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
-        backbone, pairs = Backbone.load(original).to(compute), p.profile.mmvp_vlm.pairs_per_pattern
+        backbone = Backbone.load(original).to(compute)
         no_transformers = exports.write(backbone, original, folder)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
         shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
@@ -93,7 +94,7 @@ def main() -> None:
         if weights not in CHECKPOINTS:
             notes = json.loads((original / "diva.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(
-            card(p, name, weights, backbone.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),
+            card(profile, name, weights, backbone.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),
             encoding="utf-8",
         )
         write_json(metrics_file, distances)

@@ -17,11 +17,13 @@ from typing import Any
 import pyarrow
 from PIL import Image
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads, shards
 from pipeline.mini import world
+from pipeline.sections.download import Download
+from pipeline.sections.images import Images, Links, MiniImages, PublishedImages
 
 SET = "post-training"
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
@@ -80,7 +82,7 @@ def links(captions: list[str], urls: list[str]) -> pyarrow.Table:
     return pyarrow.table({"url": pyarrow.array(urls, pyarrow.string()), "caption": captions})
 
 
-def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
+def mini(images: MiniImages, folder: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of the mini profile. Returns img2dataset's counts."""
     scratch = folder / "scratch"  # the server's port differs from run to run, so no other run could go on from here
     with serve(images.count) as address:
@@ -96,7 +98,7 @@ def mini(images: params.MiniImages, folder: Path) -> dict[str, Any]:
     return report
 
 
-def mirror(source: params.Download, folder: Path) -> dict[str, Any]:
+def mirror(source: Download, folder: Path) -> dict[str, Any]:
     """Fill `folder` with shards that somebody else made. Returns their counts, and where they came from."""
     record = downloads.fetch(source, folder)
     found = shards.index(folder, MIRROR_SIZE)
@@ -108,7 +110,7 @@ def mirror(source: params.Download, folder: Path) -> dict[str, Any]:
     return found | {"source": record}
 
 
-def published(section: params.Links, folder: Path, scratch: Path) -> dict[str, Any]:
+def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of a list of links. Returns img2dataset's counts, and which list it was."""
     tsv = Path(section.tsv)
     table = read_links(tsv, section.rows)
@@ -150,12 +152,12 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
 
 @stage
 def main() -> None:
-    p = params.load()
-    profile, images = p.run.profile, p.profile.images
+    profile = config.profile()
+    images: MiniImages | PublishedImages = config.read(Images, f"profiles.{profile}.images")
     outputs = Path(f"data/{profile}/images"), Path(f"metrics/{profile}/images.json")
     scratch = outputs[0].with_name(".images.scratch")  # stays after a failure: links take hours
     with atomic(*outputs) as (folder, report):
-        if isinstance(images, params.MiniImages):
+        if isinstance(images, MiniImages):
             result = mini(images, folder)
         elif images.kind == "shards":
             result = mirror(images.shards, folder)

@@ -14,14 +14,15 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import Mmvp, PoolingSection
 from pipeline.core.stages import progress, stage
-from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, draw_positions, pool
+from pipeline.diva.condition import draw_positions, pool
 from pipeline.diva.pairs import PairScores, score_pairs
+from pipeline.diva.rules import STOCK, PoolingRule
 from pipeline.models.backbones import Backbone
+from pipeline.sections.mmvp import Mmvp
 
 PROMPT = "a photo of "
 DIRECTIONS = ("statement_to_image", "image_to_statement")
@@ -94,25 +95,22 @@ def score(
     return summary, pd.concat(tables), stock[0].cpu()
 
 
-def pooling_rule(section: PoolingSection) -> PoolingRule:
-    return PoolingRule(**{**section.model_dump(), "tokens": TokenRule(**section.tokens.model_dump())})
-
-
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
-    profile = p.run.profile
+    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+    section: Mmvp = config.read(Mmvp, f"profiles.{profile}.mmvp")
+    published: PoolingRule = config.read(PoolingRule, f"backbones.{name}.published_pooling")
+    pairs: int = config.read(config.Count, f"profiles.{profile}.mmvp_vlm.pairs_per_pattern")
     with atomic(Path("metrics", profile, "scores", "mmvp", f"{name}-{weights}")) as (folder,):
-        questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
+        questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        published = pooling_rule(p.backbones[name].published_pooling)
-        summary, table, pooled = score(backbone, questions, published, p.profile.mmvp, compute)
+        summary, table, pooled = score(backbone, questions, published, section, compute)
         folder.mkdir()
         write_json(folder / "scores.json", {"weights_sha256": backbone.sha256, **summary})
         table.to_csv(folder / "pairs.csv", index=False, float_format="%.4f")
         if weights != "pretrained":
             original = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
-            before, _ = tokens(original, questions, None, p.profile.mmvp.batch, compute)
+            before, _ = tokens(original, questions, None, section.batch, compute)
             cosines = cosine_similarity(before.cpu().double(), pooled.double())
             ids = [question.id for question in questions]
             pd.DataFrame({"question": ids, "cosine": cosines}).to_csv(folder / "images.csv", index=False)

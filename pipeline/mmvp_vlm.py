@@ -10,12 +10,12 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import MiniMmvpVlm
 from pipeline.core.stages import progress, stage
 from pipeline.data import downloads
 from pipeline.mini import world
+from pipeline.sections.mmvp_vlm import MiniMmvpVlm, MmvpVlm, PublishedMmvpVlm
 
 
 def make(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> None:
@@ -34,9 +34,9 @@ def make(folder: Path, pairs_per_pattern: int, set_name: str = "scorings") -> No
 
 @stage
 def main() -> None:
-    p = params.load()
-    section = p.profile.mmvp_vlm
-    outputs = Path("data", p.run.profile, "mmvp"), Path("metrics", p.run.profile, "mmvp_vlm.json")
+    profile = config.profile()
+    section: MiniMmvpVlm | PublishedMmvpVlm = config.read(MmvpVlm, f"profiles.{profile}.mmvp_vlm")
+    outputs = Path("data", profile, "mmvp"), Path("metrics", profile, "mmvp_vlm.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniMmvpVlm):
             origin = None

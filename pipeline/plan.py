@@ -10,6 +10,7 @@ So a comment, another backbone, a licence or a number of threads makes no stage 
 for sizes only. An output that exists counts as fetched, whatever it holds.
 """
 
+import dataclasses
 import itertools
 import shutil
 import sys
@@ -22,12 +23,18 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import params
 from pipeline.core.code import program
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import CheckpointSource, Download, PublishedDenoiser, PublishedMmvpVlm, PublishedZeroshotSets
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
+from pipeline.sections import params
+from pipeline.sections.backbone import BackboneEntry
+from pipeline.sections.denoiser import PublishedDenoiser
+from pipeline.sections.download import Download
+from pipeline.sections.images import PublishedImages
+from pipeline.sections.mmvp_vlm import PublishedMmvpVlm
+from pipeline.sections.source import CheckpointSource
+from pipeline.sections.zeroshot_sets import PublishedZeroshotSets
 
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
@@ -67,7 +74,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
         if "released" in p.run.checkpoints and released:
             wanted.append((models / "released" / backbone, released))
     if p.run.recipes:
-        if isinstance(images, params.PublishedImages) and images.kind == "shards":
+        if isinstance(images, PublishedImages) and images.kind == "shards":
             wanted.append((data / "images", images.shards))
         if isinstance(denoiser, PublishedDenoiser):
             wanted.append((data / "denoiser", denoiser.download))
@@ -77,7 +84,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
 def links_of(p: params.Params) -> list[Item]:
     """The images, where they come from a list of links: about how many will come."""
     images = p.profile.images
-    if not p.run.recipes or not isinstance(images, params.PublishedImages) or images.kind != "links":
+    if not p.run.recipes or not isinstance(images, PublishedImages) or images.kind != "links":
         return []
     files, folder = round(ALIVE * images.links.rows), Path("data", p.run.profile, "images")
     return [Item(folder, images.links.tsv, files, IMAGE_BYTES * files, images.shards.licence, about="about ")]
@@ -208,12 +215,12 @@ def pins(p: params.Params) -> dict[str, dict]:
     return found
 
 
-def _scoring(p: params.Params, benchmark: str, backbone: params.BackboneEntry) -> dict:
+def _scoring(p: params.Params, benchmark: str, backbone: BackboneEntry) -> dict:
     """What decides a scoring, but for its data and weights: code, threads, and every value that it takes."""
     found = {"code": program(f"{benchmark}.py"), "threads": p.profile.threads}
     found |= {benchmark: getattr(p.profile, benchmark).model_dump(mode="json")}
     if benchmark == "mmvp":
-        found |= {"published_pooling": backbone.published_pooling.model_dump(mode="json")}
+        found |= {"published_pooling": dataclasses.asdict(backbone.published_pooling)}
     return found
 
 

@@ -8,22 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.stages import UserError, stage
+from pipeline.core.stages import stage
 from pipeline.data import downloads
 from pipeline.models import backbones
+from pipeline.sections.download import Download
 
 
 @stage
 def main() -> None:
-    p, name = params.load(), sys.argv[1]
-    profile, released = p.run.profile, p.backbones[name].released
-    if released is None:
-        raise UserError(
-            f"backbones.{name}.released is not set, so there are no published tuned weights to fetch. Set it in "
-            "params.yaml, or remove 'released' from run.checkpoints."
-        )
+    profile, name = config.profile(), sys.argv[1]
+    released: Download = config.read(Download, f"backbones.{name}.released")
     original = Path("models", profile, "pretrained", name)
     outputs = Path("models", profile, "released", name), Path("metrics", profile, "released", f"{name}.json")
     with atomic(*outputs) as (folder, metrics_file):

@@ -24,7 +24,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import params
+from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import figures, results, statistics
@@ -32,6 +32,8 @@ from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, Scores, label, without_controls
 from pipeline.evidence.templates import fill
+from pipeline.sections import reported
+from pipeline.sections.reported import Reported
 
 
 def summary(scores: dict[str, Scores], found: dict, published: tuple[float, float] | None) -> dict[str, dict]:
@@ -43,7 +45,7 @@ def summary(scores: dict[str, Scores], found: dict, published: tuple[float, floa
     }
 
 
-def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
+def build(p: Reported) -> tuple[dict, dict, pd.DataFrame, dict]:
     """(report.json, evidence.json, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
     metrics = Path("metrics", profile)
@@ -68,7 +70,7 @@ def build(p: params.Params) -> tuple[dict, dict, pd.DataFrame, dict]:
         "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.recipes else {},
         "reconstructions": reconstructions if reconstructions.exists() else None,
         "provenance": provenance(p),
-        "params": params.PARAMS_FILE.read_text(encoding="utf-8"),
+        "params": PARAMS_FILE.read_text(encoding="utf-8"),
     }
     return report, evidence, pd.concat(tables), shown
 
@@ -85,7 +87,7 @@ def print_table(report: dict[str, dict], evidence: dict[str, dict], page: Path) 
     console.print(f"report with images: {page}")
 
 
-def compare(p: params.Params, first: str, second: str | None) -> list[str]:
+def compare(p: Reported, first: str, second: str | None) -> list[str]:
     """Print what changed between two commits (None: the workspace). Returns what got worse, for --check."""
 
     def reader(revision: str | None) -> results.Read:
@@ -134,7 +136,7 @@ def arguments() -> argparse.Namespace:
 
 @stage
 def main() -> None:
-    asked, p = arguments(), params.load()
+    asked, p = arguments(), reported.load()
     names = ("report.json", "evidence.json", "patterns.csv", "report.html", "report.md")
     outputs = [Path("metrics", p.run.profile, name) for name in names]
     if asked.compare is not None:

@@ -10,20 +10,17 @@ but the tower sees another image of the same step. So what it gains is not attri
 """
 
 import sys
-from pathlib import Path
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.stages import stage
 from pipeline.engine import assemble, hosts
+from pipeline.sections.launch import Launch
 
 
 @stage
 def main() -> None:
-    p, (name, recipe) = params.load(), sys.argv[1:3]
-    hosts.start("pipeline.shuffled", p.launch)
-    own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
-    fitted = Path("models", p.run.profile, recipe, name, assemble.FITTED)
-    assemble.post_train(p.run.profile, name, f"{recipe}-shuffled", p.profile.train, chosen, own, p.seed, fitted)
+    hosts.start("pipeline.shuffled", config.read(Launch, "launch"))
+    assemble.post_train(sys.argv[1], sys.argv[2], "shuffled")
 
 
 if __name__ == "__main__":

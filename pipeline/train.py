@@ -8,17 +8,16 @@ metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of bo
 
 import sys
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.stages import stage
 from pipeline.engine import assemble, hosts
+from pipeline.sections.launch import Launch
 
 
 @stage
 def main() -> None:
-    p, (name, recipe) = params.load(), sys.argv[1:3]
-    hosts.start("pipeline.train", p.launch)
-    own, chosen = p.backbones[name].condition, p.profile.recipes[recipe]
-    assemble.post_train(p.run.profile, name, recipe, p.profile.train, chosen, own, p.seed)
+    hosts.start("pipeline.train", config.read(Launch, "launch"))
+    assemble.post_train(*sys.argv[1:3])
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import torch
 from pipeline.benchmarks.clip_sets import classification, retrieval
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import kinds
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import Zeroshot
 from pipeline.core.stages import stage
 from pipeline.models.backbones import Backbone
+from pipeline.sections.zeroshot import Zeroshot
 
 
 def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) -> tuple[dict[str, dict], pd.DataFrame]:
@@ -47,11 +47,11 @@ def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) ->
 
 @stage
 def main() -> None:
-    p, (name, weights), compute = params.load(), sys.argv[1:3], deterministic_device()
-    profile = p.run.profile
+    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+    section: Zeroshot = config.read(Zeroshot, f"profiles.{profile}.zeroshot")
     with atomic(Path("metrics", profile, "scores", "zeroshot", f"{name}-{weights}")) as (folder,):
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        summary, answers = score(backbone, Path("data", profile, "zeroshot"), p.profile.zeroshot, compute)
+        summary, answers = score(backbone, Path("data", profile, "zeroshot"), section, compute)
         folder.mkdir()
         write_json(folder / "scores.json", summary)
         answers.to_parquet(folder / "answers.parquet", index=False)

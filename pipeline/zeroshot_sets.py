@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.benchmarks.sets import check, kinds, write_split
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import MiniZeroshotSets, PublishedZeroshotSets
 from pipeline.core.stages import progress, stage
 from pipeline.data import downloads
 from pipeline.mini import world
+from pipeline.sections.zeroshot_sets import MiniZeroshotSets, PublishedZeroshotSets, ZeroshotSets
 
 
 def make(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:
@@ -69,9 +69,9 @@ def fetch(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str
 
 @stage
 def main() -> None:
-    p = params.load()
-    section = p.profile.zeroshot_sets
-    outputs = Path("data", p.run.profile, "zeroshot"), Path("metrics", p.run.profile, "zeroshot_sets.json")
+    profile = config.profile()
+    section: MiniZeroshotSets | PublishedZeroshotSets = config.read(ZeroshotSets, f"profiles.{profile}.zeroshot_sets")
+    outputs = Path("data", profile, "zeroshot"), Path("metrics", profile, "zeroshot_sets.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniZeroshotSets):
             origin = None

@@ -53,7 +53,7 @@ def join(processes: list[BaseProcess]) -> None:
 
 def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int, ahead: float) -> None:
     from pipeline import shuffled, train
-    from pipeline.core import params
+    from pipeline.sections import params
 
     with (folder / f"output{rank}").open("w") as output:
         os.dup2(output.fileno(), 1)

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
-from pipeline.core import params
+from pipeline.core import config
 
 ROOT = Path(__file__).parents[1]
 DECLARED: dict[str, list[str]] = {
@@ -39,52 +37,22 @@ DECLARED |= {  # likewise of a scoring's
 DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {
     "profiles.${run.profile}.threads",  # taken by pipeline/__init__.py
-    "profiles.${run.profile}.base_recipe",  # params.load puts it into the recipes
-    "launch.train",  # the same result whoever starts the processes
-    "launch.processes",
+    "profiles.${run.profile}.base_recipe",  # it is a part of the recipes
+    "launch",  # the same result whoever starts the processes
     "run.profile",  # in the paths of every stage, so DVC sees it
 }
 taken: dict[str, set[str]] = defaultdict(set)  # by stage, what it took in this process
 
 
-class Noting:
-    """A section, whose type it takes for its own; `keys` gets the key of every value that is taken from it."""
-
-    def __init__(self, section: BaseModel, keys: set[str], key: str = "") -> None:
-        vars(self).update(section=section, keys=keys, key=key)
-
-    @property
-    def __class__(self) -> type:
-        return type(self.section)
-
-    def __getattr__(self, name: str) -> Any:
-        kind = type(self.section)
-        if name in kind.model_fields:
-            return _noting(getattr(self.section, name), self.keys, f"{self.key}.{name}".lstrip("."))
-        if isinstance(own := getattr(kind, name), property):
-            return own.fget(self)
-        self.keys.add(self.key)  # a method sees all of it
-        return getattr(self.section, name)
-
-
-def _noting(value: Any, keys: set[str], key: str) -> Any:
-    if isinstance(value, BaseModel):
-        return Noting(value, keys, key)
-    if isinstance(value, dict) and any(isinstance(each, BaseModel) for each in value.values()):
-        return {name: _noting(each, keys, f"{key}.{name}") for name, each in value.items()}
-    keys.add(key)
-    return value
-
-
 @contextmanager
 def watched(stage: ModuleType, arguments: Sequence[str]) -> Iterator[None]:
     """Let a stage take params; fail where it took what it does not declare: DVC would not run it for another value."""
-    name, keys, load = stage.__name__.removeprefix("pipeline."), set[str](), params.load
+    name, keys, read = stage.__name__.removeprefix("pipeline."), set[str](), config.read
     if name not in DECLARED:  # a tool, which DVC does not run
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(params, "load", lambda *path: Noting(load(*path), keys))
+        patch.setattr(config, "read", lambda kind, key, base="": keys.add(key) or read(kind, key, base))
         yield
     found = {re.sub(r"^profiles\.\w+", "profiles.${run.profile}", key) for key in keys}
     if arguments:

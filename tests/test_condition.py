@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.core.compute import generator
-from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, condition, draw_positions, pool, recap
+from pipeline.diva.condition import condition, draw_positions, pool, recap
+from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
 
 NONE, ALL = TokenRule("none"), TokenRule("all")
 CLS_AND_76, HALF = TokenRule("random", 76), TokenRule("random_fraction", 0.5)

@@ -6,9 +6,9 @@ from diffusers import DDPMScheduler
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.core.compute import generator
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import add_noise, draw, target
 from pipeline.diva.pixels import IMAGENET, OPENAI, crop_box, generator_pixels, tower_pixels
+from pipeline.diva.rules import TokenRule
 
 RULE = TokenRule("random", 6)
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)

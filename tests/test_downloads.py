@@ -19,10 +19,10 @@ import huggingface_hub
 import pytest
 from hub import COMMIT, Hub
 
-from pipeline.core.params import Download
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.data.downloads import fetch, fetch_all, locate
+from pipeline.sections.download import Download
 
 BODY = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(320))  # 10,240 bytes without a pattern
 CONFIG = b'{"layers": 12}\n'
@@ -481,7 +481,7 @@ def test_an_address_may_be_the_file_s_own(hub: Hub) -> None:
 ASK = """
 from pathlib import Path
 from pipeline.data.downloads import fetch
-from pipeline.core.params import Download
+from pipeline.sections.download import Download
 from pipeline.core.stages import UserError
 try:
     fetch(Download(at=["hf://owner/model@main", "hf://owner/model@main"], licence="MIT", match=["unet/*"]), Path("out"))
@@ -707,7 +707,7 @@ def test_hf_endpoint_is_honoured_and_a_log_file_gets_few_lines(hub: Hub, tmp_pat
         import json
         from pathlib import Path
         from pipeline.data.downloads import fetch
-        from pipeline.core.params import Download
+        from pipeline.sections.download import Download
         download = Download(at=["hf://owner/model@main"], licence="MIT", match=["unet/*"])
         print(json.dumps(fetch(download, Path("out"))))
     """

@@ -23,20 +23,21 @@ from test_stages import CPU, trained
 from test_training import both, build
 
 from pipeline import train
-from pipeline.core import params
 from pipeline.core.outputs import write_json
-from pipeline.core.params import Train
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
 from pipeline.diva import step as step_
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise, InfoNCE
+from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine import assemble, checkpoints, hosts
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.train import Train
 from pipeline.tools import bench
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -70,8 +71,8 @@ def section(**changes: object) -> Train:
     return Train(**(found | {"micro_batch": 3, "max_undecodable": 0.5} | changes))
 
 
-def recipe(**changes: object) -> params.Recipe:
-    return params.Recipe(**(params.load().profile.recipes["diva"].model_dump() | {"batch": 8} | changes))
+def recipe(**changes: object) -> Recipe:
+    return Recipe(**(params.load().profile.recipes["diva"].model_dump() | {"batch": 8} | changes))
 
 
 STEPS = [("projection", 0), ("projection", 1), ("tower", 0), ("tower", 1), ("tower", 2)]

@@ -163,7 +163,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
 
 ENDLESS = """
 import os, signal, time
-from pipeline.core import params
+from pipeline.sections import params
 from pipeline.tools import experiment
 if __name__ == "__main__":
     experiment.SCRATCH.mkdir(parents=True)

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from pipeline import export, report
-from pipeline.core import params
 from pipeline.core.outputs import write_json
 from pipeline.core.stages import UserError
 from pipeline.evidence import provenance
@@ -37,6 +36,7 @@ from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import Interval
 from pipeline.models import backbones, exports
 from pipeline.models.backbones import Backbone
+from pipeline.sections import params
 from pipeline.tools import look, pages
 
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
@@ -271,8 +271,14 @@ def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None
 
 def notes(p: params.Params, recipe: str) -> dict[str, Any]:
     """What training writes beside the weights, as far as a card tells of it."""
-    chosen = p.profile.recipes[recipe].model_dump(mode="json")
-    return {"seed": 42, "train": p.profile.train.model_dump(mode="json"), "recipe": chosen, "code": "0123abcd"}
+    chosen = p.profile.recipes[recipe]
+    return {
+        "seed": 42,
+        "train": p.profile.train.model_dump(mode="json"),
+        "recipe": chosen.model_dump(exclude_none=True),
+        "captions": chosen.reads_captions,
+        "code": "0123abcd",
+    }
 
 
 @pytest.fixture
@@ -318,8 +324,8 @@ def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkey
 
 
 def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:
-    p = params.load(ROOT / "params.yaml")
-    p = p.model_copy(update={"run": p.run.model_copy(update={"profile": "paper", "backbones": ["dfn_224"]})})
+    p = params.load()
+    p = p.model_copy(update={"run": p.run.model_copy(update={"profile": "paper"})})
     evidence = json.loads((METRICS / "evidence.json").read_text())["mini"]
     Path("metrics/paper").mkdir()
     Path("metrics/paper/evidence.json").write_text(json.dumps({"dfn_224": evidence}))
@@ -327,7 +333,7 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
     distances = {"open_clip": {"image": 0.0, "text": 0.0}}
 
-    card = export.card(p, "dfn_224", "diva", "0123", notes(p, "diva"), distances, "no class for it", headed=False)
+    card = export.card("paper", "dfn_224", "diva", "0123", notes(p, "diva"), distances, "no class for it", headed=False)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license_name"] == "apple-amlr (research only)"
     assert "ViT-H-14-quickgelu, hf://apple/DFN5B-CLIP-ViT-H-14@" in card
@@ -336,15 +342,15 @@ def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> 
     assert "There is no transformers format: no class for it" in card
     assert "recipe `diva`" in card
     anchored = export.card(
-        p, "dfn_224", "text_anchored", "0123", notes(p, "text_anchored"), distances, None, headed=True
+        "paper", "dfn_224", "text_anchored", "0123", notes(p, "text_anchored"), distances, None, headed=True
     )
     assert "recipe `text_anchored`" in anchored
     recipe = yaml.safe_load(anchored.split("```yaml\n")[1].split("```")[0])["recipe"]
     assert recipe["timesteps"] == [600, 1000]
-    released = export.card(p, "dfn_224", "released", "0123", None, distances, None, headed=False)
+    released = export.card("paper", "dfn_224", "released", "0123", None, distances, None, headed=False)
     assert "Tuned weights: hf://BAAI/DIVA@" in released
     assert "Recipe" not in released
-    assert "gain" not in export.card(p, "dfn_224", "pretrained", "0123", None, distances, None, headed=False)
+    assert "gain" not in export.card("paper", "dfn_224", "pretrained", "0123", None, distances, None, headed=False)
 
 
 LOCKS = {
@@ -394,7 +400,7 @@ def test_a_card_names_code_and_data_and_needs_no_git(
 - sha256""" in card  # fmt: skip
     run(report)
     page = (METRICS / "report.md").read_text()
-    assert f"- run of mini, diva: {provenance.run(params.load(), 'mini', 'diva')}\n" in page
+    assert f"- run of mini, diva: {provenance.run('mini', 'mini', 'diva')}\n" in page
     assert "before" not in page.partition("## Provenance")[2]  # of the exports, which come after
     assert "revision" not in card + page
     assert "git" not in capsys.readouterr().err

@@ -19,11 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pipeline.diva.condition import STOCK, PoolingRule, TokenRule, pool, recap
+from pipeline.diva.condition import pool, recap
 from pipeline.diva.diffusion import Draw, add_noise
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise
 from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule, generator_pixels, tower_pixels
+from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.diva.step import MicroBatch, run, terms
 from pipeline.models.backbones import Backbone

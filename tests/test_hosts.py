@@ -15,9 +15,9 @@ import yaml
 from shrunk import DATA, METRICS, MODELS, write_params
 from test_engine import outputs
 
-from pipeline.core.params import Launch
 from pipeline.core.stages import UserError
 from pipeline.engine import hosts
+from pipeline.sections.launch import Launch
 
 
 @pytest.fixture

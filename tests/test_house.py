@@ -92,13 +92,14 @@ def may_import(file: Path, name: str) -> bool:
     room, target = file.parts[1], name.split(".")[1]
     rooms = {
         "core": {"core"},
-        "data": {"core", "data"},
         "diva": {"diva"},
-        "models": {"core", "data", "models"},
+        "sections": {"core", "diva", "sections"},
+        "data": {"core", "sections", "data"},
+        "models": {"core", "sections", "data", "models"},
         "benchmarks": {"core", "data", "models", "benchmarks"},
-        "mini": {"core", "data", "models", "mini"},
-        "evidence": {"core", "evidence"},
-        "engine": {"core", "data", "diva", "models", "engine"},
+        "mini": {"core", "sections", "data", "models", "mini"},
+        "evidence": {"core", "sections", "evidence"},
+        "engine": {"core", "sections", "data", "diva", "models", "engine"},
     }
     stage = {*rooms}
     rooms["tools"] = {*stage, *(stage.stem for stage in STAGES)}

@@ -31,12 +31,12 @@ from PIL import Image
 from shrunk import ROOT, run
 
 from pipeline import images
-from pipeline.core import params
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
 from pipeline.mini import world
+from pipeline.sections.images import MiniImages
 
 OPTIONS = {"size": 64, "shard_size": 4, "min_success": 1.0, "retries": 0, "processes": 1, "threads": 1}
 COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}
@@ -895,9 +895,9 @@ def test_a_killed_stage_goes_on_where_it_was(server: Server, tmp_path: Path) -> 
     assert not made.exists()
 
 
-def mini(count: int, threads: int, min_success: float = 1.0) -> params.MiniImages:
+def mini(count: int, threads: int, min_success: float = 1.0) -> MiniImages:
     options = {"size": 64, "shard_size": 16, "min_success": min_success, "processes": 1, "threads": threads}
-    return params.MiniImages(kind="mini", count=count, detail_share=0.3, **options)
+    return MiniImages(kind="mini", count=count, detail_share=0.3, **options)
 
 
 @pytest.fixture

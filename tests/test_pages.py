@@ -14,9 +14,9 @@ import torch
 import yaml
 from dvc.repo import Repo
 
-from pipeline.core import params
 from pipeline.core.stages import UserError
 from pipeline.diva import losses
+from pipeline.sections import params
 from pipeline.tools import pages
 
 ROOT = Path(__file__).parents[1]

@@ -42,14 +42,13 @@ from pipeline import (
     zeroshot,
     zeroshot_sets,
 )
-from pipeline.core import params
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
-from pipeline.diva.condition import STOCK, PoolingRule, TokenRule
-from pipeline.mmvp import pooling_rule
+from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
 from pipeline.models import backbones
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
 
 ROOT = Path(__file__).parents[1]
 PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
@@ -91,11 +90,11 @@ def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         pooled, found = backbones.image_tokens(tower, torch.empty(1, 3, size["image_size"], size["image_size"]))
     assert found.shape == (1, patches, pooled.shape[1])
-    assert TokenRule(**entry.condition.tokens.model_dump()) == rule
+    assert entry.condition.tokens == rule
     assert entry.condition.text == text
     drawn = rule.positions(patches) or (patches // int(rule.number) if rule.kind == "windows" else patches)
     assert 1 + drawn == tokens
-    assert pooling_rule(entry.published_pooling) == pooling
+    assert entry.published_pooling == pooling
 
 
 @pytest.mark.parametrize("name", RULES)

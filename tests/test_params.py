@@ -9,8 +9,12 @@ import pytest
 import yaml
 from dvc.utils.serialize import modify_yaml
 
-from pipeline.core import params
+from pipeline.core import config
 from pipeline.core.stages import UserError
+from pipeline.sections import params, recipe
+from pipeline.sections.download import Download
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.train import Train
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 BASE, TRAIN, DIVA, MINI, OPENAI = (
@@ -157,7 +161,7 @@ def test_the_gap_is_one_between_embeddings(file: Path, key: str) -> None:
 
 def test_a_recipe_is_what_differs_from_the_base(file: Path) -> None:
     base = yaml.safe_load(COMMITTED.read_text())["profiles"]["mini"]["base_recipe"]
-    assert not {*base} - {*params.Recipe.model_fields}
+    assert not {*base} - {*Recipe.model_fields}
     for key, value in ((f"{BASE}.steps", 7), (f"{BASE}.losses", {"denoise": {"weight": 2.0}}), (f"{DIVA}.batch", 9)):
         change(file, key, value)
     recipes = params.load(file).profile.recipes
@@ -202,6 +206,21 @@ def test_nothing_of_a_recipe_is_spelled_null() -> None:
 def test_an_old_key_is_refused_with_the_new_one(file: Path, key: str, now: str) -> None:
     change(file, key, {"weight": 1.0})
     assert f"{key}: an old key. Now it is {now}." in message(file)
+
+
+def test_a_stage_reads_its_section_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    change(file, f"{TRAIN}.precision", "float16")
+    assert recipe.read("mini", "diva") == params.load(COMMITTED).profile.recipes["diva"]
+    for key, kind, found in (
+        (TRAIN, Train, f"{TRAIN}.precision: found 'float16'"),
+        (f"{OPENAI}.condition.tokens.number", config.Count, f"{OPENAI}.condition.tokens.number: found 76.5"),
+        ("backbones.mini.released", Download, "backbones.mini.released: missing. Add it."),
+        ("seed.of", int, "seed.of: missing. Add it."),
+    ):
+        change(file, f"{OPENAI}.condition.tokens.number", 76.5)
+        with pytest.raises(UserError, match=f"^params.yaml:\n  {re.escape(found)}"):
+            config.read(kind, key)
 
 
 def test_every_wrong_key_is_named_at_once(file: Path) -> None:

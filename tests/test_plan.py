@@ -20,19 +20,20 @@ from shrunk import SCORED, run_of
 from torch._subclasses import FakeTensorMode
 
 from pipeline import plan
-from pipeline.core import code, params
-from pipeline.core.params import Download
+from pipeline.core import code
 from pipeline.data import downloads
 from pipeline.data.downloads import Listing, Remote
 from pipeline.diva import pixels
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import Draw
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise, InfoNCE
 from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule
+from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.models.backbones import ImageTower
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
+from pipeline.sections.download import Download
 from pipeline.tools.bench import STABLE_DIFFUSION_2_1_BASE
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
@@ -469,7 +470,7 @@ def count(name: str, draws: int, negatives: int = 0) -> dict[str, float]:
         tower = ImageTower(clip.visual)
         pooled, patches = tower(torch.zeros(1, 3, size, size))
         projection = torch.nn.Linear(pooled.shape[1], 1024)
-        rule = TokenRule("none") if negatives else TokenRule(**backbone.condition.tokens.model_dump())
+        rule = TokenRule("none") if negatives else backbone.condition.tokens
         text_rule = "mean" if negatives else backbone.condition.text
         feedback = Feedback(
             tower, projection, stable_diffusion(), torch.zeros(1, 77, 1024), rule, text_rule,

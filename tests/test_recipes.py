@@ -19,17 +19,17 @@ from torch.nn import functional as F
 from pipeline import drift, export, mmvp
 from pipeline import train as stage_train
 from pipeline.core.compute import generator, seeded
-from pipeline.core.params import AdamW, Lora
 from pipeline.diva import adapters
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.diffusion import draw
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, InfoNCE, Loss, SelfDistillation, info_nce
+from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine.assemble import phases
 from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, stored_tensors
 from pipeline.models.residual_head import ResidualHead, WithHead
+from pipeline.sections.recipe import AdamW, Lora
 
 
 def random(*shape: int, what: str = "random") -> torch.Tensor:

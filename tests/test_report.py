@@ -15,11 +15,11 @@ import yaml
 from shrunk import METRICS, run, write_params, write_seeds
 
 from pipeline import report
-from pipeline.core import params
 from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Scores
 from pipeline.mini import world
+from pipeline.sections import params
 
 PATTERNS = ["Color"] * 2 + ["Text"] * 3
 
@@ -275,7 +275,7 @@ def test_recipes_stand_side_by_side() -> None:
     difference = statistics.Interval(*found["difference"]["text_anchored minus diva"]["pairs_stock"]).text()
     assert f"| text_anchored minus diva | {difference} |" in markdown
     for recipe in ("diva", "text_anchored"):
-        assert f"- run of mini, {recipe}: {provenance.run(params.load(), 'mini', recipe)}\n" in markdown
+        assert f"- run of mini, {recipe}: {provenance.run('mini', 'mini', recipe)}\n" in markdown
 
 
 def read(folder: Path, weights: str) -> Scores:
@@ -293,7 +293,7 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
     """Of each recipe of this run, and of no other."""
     gains = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
     own = {weights: ",".join(map(str, gain.values())) for weights, gain in gains.items()}
-    diva, anchored = (provenance.run(params.load(), "mini", recipe) for recipe in ("diva", "text_anchored"))
+    diva, anchored = (provenance.run("mini", "mini", recipe) for recipe in ("diva", "text_anchored"))
     write_seeds(
         f"mini,diva,diva,42,{own['diva']},{diva}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{diva}",
         f"mini,diva,diva,43,2,2,3,4,5,6,7,{diva}", "mini,diva,diva,44,1,2,3,4,5,6,7,abc",

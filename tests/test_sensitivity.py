@@ -13,12 +13,12 @@ from shrunk import DATA, METRICS, MODELS, run, write_params
 from test_recipes import SMALL
 
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core import params
 from pipeline.core.compute import generator
 from pipeline.diva import diffusion
 from pipeline.mini import world
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
 from pipeline.tools import oracle, sensitivity
 
 

@@ -16,8 +16,8 @@ from test_stages import CPU
 from pipeline import shuffled, train
 from pipeline.core.compute import generator
 from pipeline.data.shards import Shards
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.losses import InfoNCE
+from pipeline.diva.rules import TokenRule
 from pipeline.engine import feed as feed_
 from pipeline.engine.assemble import FITTED
 from pipeline.engine.feed import Feed

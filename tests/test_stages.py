@@ -33,18 +33,21 @@ from pipeline.benchmarks import clip_sets
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import check, kinds, write_split
-from pipeline.core import params
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
-from pipeline.diva.condition import PoolingRule, TokenRule
 from pipeline.diva.pairs import score_pairs
+from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
 from pipeline.engine import assemble
 from pipeline.mini import pretrain, world
 from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
+from pipeline.sections.mmvp import Mmvp
+from pipeline.sections.zeroshot import Zeroshot
+from pipeline.sections.zeroshot_sets import MiniZeroshotSets
 
 CPU = torch.device("cpu")
 GOLDEN_LOSS = Path(__file__).parent / "golden_mini_loss.txt"
@@ -595,7 +598,7 @@ def by_hand(
     for number, pattern in enumerate(patterns):
         Image.new("RGB", (8, 8), (10 * number,) * 3).save(folder / f"{number}.png")
         questions.append(Question(number, pattern, f"{number}", folder / f"{number}.png"))
-    settings = params.Mmvp(seed=0, draws=6, batch=4)
+    settings = Mmvp(seed=0, draws=6, batch=4)
     return mmvp.score(ByHand(pairs, patch), questions, published, settings, CPU)[:2]
 
 
@@ -681,7 +684,7 @@ def test_a_pooling_rule_has_its_own_way_to_resize(
     pooled, _ = mmvp.tokens(backbone, questions, resize_mode, 8, CPU)
     with torch.no_grad():
         torch.testing.assert_close(pooled, backbone.encode_image(torch.stack(expected)), rtol=1e-3, atol=1e-4)
-    _, table, stock = mmvp.score(backbone, questions, pooling, params.Mmvp(seed=0, draws=1, batch=4), CPU)
+    _, table, stock = mmvp.score(backbone, questions, pooling, Mmvp(seed=0, draws=1, batch=4), CPU)
     torch.testing.assert_close(stock, squashed)  # whatever the published pooling is
     logits = mmvp.logits(backbone, questions, pooled, pooled[:, None], pooling, 0, 0)
     right = score_pairs(logits).right_P.tolist()
@@ -730,7 +733,7 @@ def members(tar_file: Path, extension: str) -> list[bytes]:
 @torch.no_grad()
 def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
-    sizes = params.MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
+    sizes = MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
     zeroshot_sets.make(root, sizes)
     assert kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
     model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)
@@ -913,7 +916,7 @@ def test_the_probe_is_given_directions_alone(tmp_path: Path) -> None:
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
             return (1 + pixels[:, :1]) * pixels[:, 1:]
 
-    summary, _ = zeroshot.score(Long(), tmp_path, params.Zeroshot(batch=64, recall=1), CPU)
+    summary, _ = zeroshot.score(Long(), tmp_path, Zeroshot(batch=64, recall=1), CPU)
     assert summary["details"]["shown"] == pytest.approx(100 / 3, abs=8)
 
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from shrunk import run_of, write_params
 
-from pipeline.core import params
 from pipeline.core.outputs import write_json
 from pipeline.evidence.provenance import run
 from pipeline.evidence.results import COLUMNS, seeds_table
+from pipeline.sections import params
 from pipeline.tools import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
     assert found() == [("diva", 3, 2.0), ("diva", 42, 1.0)]
     table = pd.read_csv(TABLE, dtype={"run": str})
     assert list(table.columns) == ["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]
-    assert set(table.run) == {run(params.load(), "mini", "diva")}
+    assert set(table.run) == {run("mini", "mini", "diva")}
     assert [*table.weights] == [w for w in ("diva", "diva-shuffled", "diva-drift") for _ in range(2)]
     merged = written + "".join(line.replace("2.0", "2.5") for line in written.splitlines(True)[1:])  # by git, say
     TABLE.write_text(merged)

@@ -11,17 +11,18 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.core.compute import generator
-from pipeline.core.params import Recipe
 from pipeline.core.stages import UserError
 from pipeline.diva import step as step_
-from pipeline.diva.condition import TokenRule, condition, recap
+from pipeline.diva.condition import condition, recap
 from pipeline.diva.diffusion import draw
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Loss, Made, known
 from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule
+from pipeline.diva.rules import TokenRule
 from pipeline.diva.schedule import Phase
 from pipeline.diva.step import MicroBatch, NotFiniteError, Record, run
 from pipeline.engine.assemble import losses_of, phases
+from pipeline.sections.recipe import Recipe
 
 WIDTH, CONTEXT, PATCHES, LATENT = 6, 5, 16, torch.Size([2, 3, 3])
 RULES = [

@@ -31,8 +31,8 @@ from huggingface_hub.utils._http import hf_request_event_hook
 from tqdm import tqdm
 
 from pipeline.core.outputs import remove
-from pipeline.core.params import Download
 from pipeline.core.stages import UserError
+from pipeline.sections.download import Download
 
 T = TypeVar("T")
 

@@ -1,51 +1,15 @@
 """The visual dense recap, on which the denoiser is conditioned (paper section 3.3), and the rules of pooling.
 
-Every rule is data, so that a backbone's differences are an entry in params.yaml. All functions are pure: token
-positions are drawn by `draw_positions` from generators that the caller names, and handed in.
+All functions are pure: token positions are drawn by `draw_positions` from generators that the caller names, and
+handed in.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class TokenRule:
-    """Which tokens stand beside the pooled one.
-
-    none | all | random (number of positions, with replacement) | random_fraction (number = fraction of the patches,
-    rounded down, with replacement) | windows (means of consecutive windows of `number`, the remainder dropped)
-    """
-
-    kind: Literal["none", "all", "random", "random_fraction", "windows"]
-    number: float = 0
-
-    def positions(self, patches: int) -> int:
-        """How many positions are drawn among `patches`; 0 where the rule draws none."""
-        if self.kind == "random":
-            return int(self.number)
-        return int(self.number * patches) if self.kind == "random_fraction" else 0
-
-
-@dataclass(frozen=True)
-class PoolingRule:
-    """How the embedding of an image is made: pooled token + mean of the tokens that the rule selects.
-
-    normalize_tokens: scale each token to unit length first. normalize_output: scale the sum to unit length.
-    drawn_per: draw tokens anew for each statement of a pair, or once for both.
-    resize_mode: how the image is resized for the tower; None: as the backbone does it.
-    """
-
-    tokens: TokenRule
-    normalize_tokens: bool = False
-    normalize_output: bool = True
-    drawn_per: Literal["statement", "pair"] = "statement"
-    resize_mode: Literal["shortest", "squash"] | None = None
-
-
-STOCK = PoolingRule(TokenRule("none"))
+from pipeline.diva.rules import PoolingRule, TokenRule
 
 
 def draw_positions(rule: TokenRule, patches: int, generators: list[torch.Generator]) -> torch.Tensor | None:

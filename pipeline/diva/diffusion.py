@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from pipeline.diva.condition import TokenRule, draw_positions
+from pipeline.diva.condition import draw_positions
+from pipeline.diva.rules import TokenRule
 
 Prediction = Literal["epsilon", "v_prediction"]
 

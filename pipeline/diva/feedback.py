@@ -6,10 +6,11 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from pipeline.diva.condition import TokenRule, condition, recap
+from pipeline.diva.condition import condition, recap
 from pipeline.diva.diffusion import Prediction
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.pixels import PixelRule
+from pipeline.diva.rules import TokenRule
 
 
 class Tower(Protocol):

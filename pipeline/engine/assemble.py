@@ -24,17 +24,17 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.core import config
 from pipeline.core.code import program
 from pipeline.core.compute import seeded
 from pipeline.core.outputs import atomic, remove, write_json
-from pipeline.core.params import Condition, Head, Lora, Recipe, Sgd, Tokens, Train
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import adapters, losses, pixels, step
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, Loss
+from pipeline.diva.rules import CLASS_TOKEN, Condition, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import checkpoints, hosts
 from pipeline.engine.feed import Feed
@@ -42,12 +42,14 @@ from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import recipe as recipes
+from pipeline.sections.recipe import Head, Lora, Recipe, Sgd
+from pipeline.sections.train import Train
 
 FITTED = "fitted.safetensors"
 CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
 
 
-CLASS_TOKEN = Condition(tokens=Tokens(kind="none"), text="mean")
 PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of the names of a trained part's parameters
 
 
@@ -129,7 +131,7 @@ def build_feedback(
         denoiser.compile()
         denoiser.vae.encoder.compile()
     return Feedback(
-        tower, projection, denoiser, text_1LD, TokenRule(**condition.tokens.model_dump()), condition.text,
+        tower, projection, denoiser, text_1LD, condition.tokens, condition.text,
         pixel_rule(backbone, p), gap, fits_denoiser,
     ).to(compute)  # fmt: skip
 
@@ -263,7 +265,7 @@ def fingerprint(
         "seed": seed,
         "train": section.model_dump(mode="json", exclude={"checkpoint_minutes"}),
         "recipe": recipe.model_dump(mode="json"),
-        "condition": own.model_dump(mode="json"),
+        "condition": dataclasses.asdict(own),
         "fitted": digest([fitted]) if fitted else None,
         "backbone": backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
@@ -383,12 +385,16 @@ def without_warmup(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"warmup": None})
 
 
-def post_train(
-    profile: str, name: str, weights: str, section: Train, recipe: Recipe, own: Condition, seed: int,
-    fitted: Path | None = None,
-) -> None:  # fmt: skip
-    """Make models/<profile>/<weights>/<name> and its curves; own: the backbone's condition; fitted: see `train`."""
-    key = f"profiles.{profile}.recipes.{weights.removesuffix('-shuffled')}"
+def post_train(name: str, recipe_name: str, control: str = "") -> None:
+    """Make models/<profile>/<weights>/<name> and its curves, by a recipe or by a control that starts where it did."""
+    profile = config.profile()
+    section: Train = config.read(Train, f"profiles.{profile}.train")
+    recipe = recipes.read(profile, recipe_name)
+    own: Condition = config.read(Condition, f"backbones.{name}.condition")
+    seed: int = config.read(config.Seed, "seed")
+    weights = f"{recipe_name}-{control}" if control else recipe_name
+    fitted = Path("models", profile, recipe_name, name, FITTED) if control else None
+    key = f"profiles.{profile}.recipes.{recipe_name}"
     processes = hosts.join()
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
     models = Path("data", profile, "denoiser")
@@ -451,8 +457,9 @@ def post_train(
                     "weights": weights,
                     "seed": seed,
                     "train": section.model_dump(),
-                    "recipe": recipe.model_dump(),
-                    "condition": condition_of(recipe, own).model_dump(),
+                    "recipe": recipe.model_dump(exclude_none=True),
+                    "captions": recipe.reads_captions,
+                    "condition": dataclasses.asdict(condition_of(recipe, own)),
                     "code": mark["code"],
                     "result": result,
                 },

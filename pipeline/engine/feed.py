@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 
 from pipeline.core.compute import generator
-from pipeline.core.params import Recipe, Train
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards, Window
 from pipeline.diva import diffusion, pixels
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.losses import Loss
+from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.train import Train
 
 
 def share(total: int, index: int, of: int) -> range:

@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pipeline.core.compute import deterministic_device
-from pipeline.core.params import PARAMS_FILE, Launch
+from pipeline.core.config import PARAMS_FILE
 from pipeline.core.processes import STARTED_BY
 from pipeline.core.stages import UserError
+from pipeline.sections.launch import Launch
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import matplotlib
 import pandas as pd
 from PIL import Image
 
-from pipeline.core.params import Published
 from pipeline.evidence.results import COLUMNS, CONTROLS, POOLINGS, Scores, label, recipe_and_control, without_controls
+from pipeline.sections.backbone import Published
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

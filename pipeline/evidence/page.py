@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.core.params import Params
 from pipeline.evidence import figures, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, CONTROLS, Scores, label, recipe_and_control, without_controls
 from pipeline.evidence.statistics import Interval
+from pipeline.sections.reported import Reported
 
 FOUR_CELLS = [
     "weights", "pattern", "stock embedding, before", "after", "gain", "published pooling, before", "after", "gain",
@@ -21,12 +21,12 @@ TESTS = [
 Pair = tuple[float, float]  # the paper's pairs before and after, in %
 
 
-def section(p: Params, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, dict]) -> dict:
+def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, dict]) -> dict:
     """All that is shown of one backbone; found: its part of evidence.json; gain: of report.json."""
     profile, entry = p.run.profile, p.backbones[backbone].published
     published = (entry.before, entry.after) if entry else None
     table = results.seeds_table(profile).query("backbone == @backbone")
-    runs = table.recipe.map({recipe: provenance.run(p, backbone, recipe) for recipe in p.run.recipes})
+    runs = table.recipe.map({recipe: provenance.run(profile, backbone, recipe) for recipe in p.run.recipes})
     counting, others = table[table.run == runs], table[runs.notna() & (table.run != runs)]
     groups = {str(w): group for w, group in counting.groupby("weights", sort=False) if len(group) > 1}
     judged = {w: seeds_verdict(groups[w], found, published) for w in p.run.recipes if w in groups}

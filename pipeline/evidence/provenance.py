@@ -11,15 +11,17 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import threadpoolctl
 import yaml
 
 from pipeline import PINS
+from pipeline.core import config
 from pipeline.core.code import program
-from pipeline.core.params import Params
 from pipeline.core.stages import TIMINGS
+from pipeline.sections.reported import Reported
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "open_clip_torch", "timm", "clip-benchmark", "img2dataset", "dvc", "numpy",
@@ -37,7 +39,7 @@ DECIDE = (
 )  # fmt: skip
 
 
-def provenance(p: Params) -> dict[str, dict[str, str]]:
+def provenance(p: Reported) -> dict[str, dict[str, str]]:
     """The sections of the provenance, as text."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -46,7 +48,11 @@ def provenance(p: Params) -> dict[str, dict[str, str]]:
             "profile": p.run.profile,
             "backbones": ", ".join(p.run.backbones),
             "weights": ", ".join(p.run.weights),
-            **{f"run of {b}, {recipe}": run(p, b, recipe) for b in p.run.backbones for recipe in p.run.recipes},
+            **{
+                f"run of {backbone}, {recipe}": run(p.run.profile, backbone, recipe)
+                for backbone in p.run.backbones
+                for recipe in p.run.recipes
+            },
         },
         "Hardware": hardware(),
         "Versions": {"python": platform.python_version(), **versions},
@@ -55,19 +61,21 @@ def provenance(p: Params) -> dict[str, dict[str, str]]:
     }
 
 
-def run(p: Params, backbone: str, recipe: str) -> str:
+def run(profile: str, backbone: str, recipe: str) -> str:
     """Names the run whose seeds count together: a hash of all code and parameters that decide a recipe's gains, but the
     seed.
     """
-    train = p.profile.train.model_dump(mode="json", exclude={"checkpoint_minutes"})
-    of_profile = p.profile.model_dump(mode="json", exclude={"train", "recipes"})
-    chosen = p.profile.recipes[recipe].model_dump(mode="json")
-    own = p.backbones[backbone].model_dump(mode="json", include={"source", "condition", "published_pooling"})
-    together = json.dumps([of_profile, train, chosen, own, program(*DECIDE)], sort_keys=True)
-    return hashlib.sha256(together.encode()).hexdigest()[:12]
+    anything, key = dict[str, Any], f"profiles.{profile}"
+    decide: dict[str, Any] = config.read(anything, key)
+    decide |= {"recipes": config.read(anything, f"{key}.recipes.{recipe}", base=f"{key}.base_recipe")}
+    decide["train"].pop("checkpoint_minutes")
+    decide.pop("base_recipe")
+    entry = config.read(anything, f"backbones.{backbone}")
+    own = [entry[name] for name in ("source", "condition", "published_pooling")]
+    return hashlib.sha256(json.dumps([decide, own, program(*DECIDE)], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def scored(p: Params) -> list[str]:
+def scored(p: Reported) -> list[str]:
     """What the figures were read from."""
     profile = p.run.profile
     return [

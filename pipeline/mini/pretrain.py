@@ -18,10 +18,11 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from pipeline.core.compute import generator, seeded
-from pipeline.core.params import MiniDenoiser, MiniImageTower, MiniTextTower
 from pipeline.core.stages import progress
 from pipeline.mini import world
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
+from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.source import MiniImageTower, MiniTextTower
 
 Details = Callable[[np.random.Generator], np.ndarray]
 CONTEXT_LENGTH = 28  # the longest caption has 24 words; start and end make 26, and two are to spare

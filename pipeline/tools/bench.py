@@ -32,22 +32,25 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.core import params
 from pipeline.core.compute import deterministic_device, seeded
 from pipeline.core.outputs import atomic, remove, write_json
-from pipeline.core.params import Condition, MiniDenoiser, Params, Recipe, Train
 from pipeline.core.processes import cpus
 from pipeline.core.stages import progress, stage
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import step
-from pipeline.diva.condition import TokenRule
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise
+from pipeline.diva.rules import Condition, TokenRule
 from pipeline.diva.schedule import Phase
 from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
+from pipeline.sections import params
+from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.params import Params
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.train import Train
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
@@ -91,9 +94,8 @@ class Subject:
     recipe: Recipe
 
     def feedback(self, projection: torch.nn.Linear) -> Feedback:
-        rule = TokenRule(**self.condition.tokens.model_dump())
-        pixels = pixel_rule(self.backbone, self.train)
-        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, rule, self.condition.text, pixels)
+        pixels, own = pixel_rule(self.backbone, self.train), self.condition
+        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, own.tokens, own.text, pixels)
 
 
 def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:

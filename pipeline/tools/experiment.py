@@ -33,10 +33,8 @@ from pipeline import drift as drift_stage
 from pipeline import images as images_stage
 from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core import params
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, remove
-from pipeline.core.params import MiniDenoiser, MiniImages, MiniMmvpVlm, MiniSource, MiniZeroshotSets, Recipe
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
@@ -56,6 +54,13 @@ from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world
 from pipeline.models.backbones import Backbone, save_like
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
+from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.images import MiniImages
+from pipeline.sections.mmvp_vlm import MiniMmvpVlm
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.source import MiniSource
+from pipeline.sections.zeroshot_sets import MiniZeroshotSets
 
 SCRATCH, OUTPUT = Path("data/.experiment.scratch"), Path("metrics/recipes")
 NAME = "mini"
@@ -227,7 +232,7 @@ class Assets:
         except NotFiniteError as error:
             print(f"{run}: {error}")
             return dict.fromkeys(MEASURES, float("nan"))
-        p, pooling = self.p.profile, mmvp.pooling_rule(self.p.backbones[NAME].published_pooling)
+        p, pooling = self.p.profile, self.p.backbones[NAME].published_pooling
         questions = read_mmvp_vlm(pairs_folder, self.pairs.pairs_per_pattern)
         pairs, _, _ = mmvp.score(backbone, questions, pooling, p.mmvp, self.compute)
         sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)

@@ -19,20 +19,20 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.benchmarks.pairs import Question
-from pipeline.core import params
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
-from pipeline.diva.condition import STOCK
 from pipeline.diva.pairs import score_pairs
-from pipeline.mmvp import PROMPT, logits, pooling_rule, tokens
+from pipeline.diva.rules import STOCK
+from pipeline.mmvp import PROMPT, logits, tokens
 from pipeline.models.backbones import Backbone
+from pipeline.sections import params
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
     """[statement, image] by pooling rule, the mean over `mmvp.draws` draws where it draws tokens."""
     compute, found = next(backbone.parameters()).device, {}
-    for pooling, rule in (("stock", STOCK), ("published", pooling_rule(p.backbones[name].published_pooling))):
+    for pooling, rule in (("stock", STOCK), ("published", p.backbones[name].published_pooling)):
         pooled, patches = tokens(backbone, questions, rule.resize_mode, len(questions), compute)
         draws = p.profile.mmvp.draws if rule.tokens.positions(patches.shape[1]) else 1
         asked = [logits(backbone, questions, pooled, patches, rule, p.profile.mmvp.seed, draw) for draw in range(draws)]

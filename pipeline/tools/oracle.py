@@ -14,14 +14,14 @@ import torch
 
 from pipeline import mmvp, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core import params
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.params import MiniSource
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import headline
 from pipeline.mini import pretrain, world
 from pipeline.models.backbones import Backbone
+from pipeline.sections import params
+from pipeline.sections.source import MiniSource
 
 
 def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
     steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
     pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, world.any_details)
     questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
-    published = mmvp.pooling_rule(entry.published_pooling)
+    published = entry.published_pooling
     pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
     sets, _ = zeroshot.score(backbone, Path("data", profile, "zeroshot"), p.profile.zeroshot, compute)
     return {**headline(pairs, sets), "patterns": pairs["stock"]["statement_to_image"]["patterns"]}

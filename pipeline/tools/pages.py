@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.core import params
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
 from pipeline.plan import MARGIN
+from pipeline.sections import params
 
 FOLDERS = "", "pipeline", "pipeline/mini", "pipeline/launch", "metrics", "metrics/recipes", "models", "data", "tests"
 PAGES = [Path(folder, "README.md") for folder in FOLDERS]

@@ -34,10 +34,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
-from pipeline.core import params
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic
-from pipeline.core.params import Train
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, step
@@ -48,6 +46,8 @@ from pipeline.engine.feed import Feed
 from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
+from pipeline.sections import params
+from pipeline.sections.train import Train
 
 WAYS = ("captions", "caption_embeddings", "image_embeddings")
 TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range

@@ -25,12 +25,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.core import params
+from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import provenance
 from pipeline.evidence.results import CHECKPOINTS, COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
 from pipeline.evidence.statistics import over_seeds
+from pipeline.sections import params
 
 DVC = [sys.executable, "-m", "dvc"]
 
@@ -39,7 +40,7 @@ Runs = dict[tuple[str, str], str]  # by backbone and recipe
 
 
 def runs(p: params.Params) -> Runs:
-    return {(b, recipe): provenance.run(p, b, recipe) for b in p.run.backbones for recipe in p.run.recipes}
+    return {(b, recipe): provenance.run(p.run.profile, b, recipe) for b in p.run.backbones for recipe in p.run.recipes}
 
 
 def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
@@ -106,7 +107,7 @@ def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
     ahead, own = seeds_to_run(p, seeds), runs(p)
     print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
     start = time.monotonic()
-    with restored(params.PARAMS_FILE) as group:
+    with restored(PARAMS_FILE) as group:
         for i, seed in enumerate(ahead):
             left = f", about {(time.monotonic() - start) / i * (len(ahead) - i) / 60:.0f} min left" if i else ""
             print(f"--- seed {seed}, {i + 1} of {len(ahead)}{left}", flush=True)

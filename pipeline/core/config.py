@@ -1,0 +1,109 @@
+"""params.yaml, a section at a time: every value is checked, and every message names the key.
+
+Unknown keys are refused, so a mistyped one cannot be ignored. The schema of each section lies in pipeline/sections/.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pipeline.core.stages import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+
+def _number(value: Any) -> Any:
+    """`-S lr=0.00005` makes DVC write `5e-05`, which YAML 1.1 reads as a string for want of a dot: take it as meant."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def content(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """What the file holds, unchecked. Raises UserError where it is no mapping."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Run from the folder that holds params.yaml.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found {found!r}, wanted sections such as run, profiles and backbones.")
+    return found
+
+
+def read(kind: Any, key: str, base: str = "") -> Any:
+    """The section at a dotted `key` as `kind`, a type that pydantic knows; base: the key of what it differs from.
+
+    Raises UserError naming every key that is wrong, what was found and what is wanted.
+    """
+    whole = content()
+    section = _at(whole, key)
+    if base and isinstance(section, dict):
+        section = {**_at(whole, base), **section}
+    return checked(kind, section, key)
+
+
+def profile() -> str:
+    """The profile at hand, which is in every path."""
+    return read(Name, "run.profile")
+
+
+def _at(whole: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(whole, dict) or part not in whole:
+            raise UserError(f"{PARAMS_FILE}:\n  {key}: missing. Add it.")
+        whole = whole[part]
+    return whole
+
+
+def checked(
+    kind: Any, section: Any, key: str = "", path: Path = PARAMS_FILE, renamed: dict[str, str] | None = None
+) -> Any:
+    """The content of a section as `kind`. As JSON, from which strict types take dataclasses, too.
+
+    renamed: keys of earlier versions, by the end of their full name, and what took their place.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(section, default=str))
+    except ValidationError as error:
+        raise UserError(
+            "\n".join([f"{path}:", *(_explain(e, section, key, renamed or {}) for e in error.errors())])
+        ) from None
+
+
+def _explain(error: Any, content: Any, key: str, renamed: dict[str, str]) -> str:
+    parts = [key] if key else []
+    for part in error["loc"]:  # pydantic names the chosen kind of a section, too, as if it were a key: leave it out
+        if isinstance(content, list) or (isinstance(content, dict) and part in content):
+            parts.append(str(part))
+            content = content[part]
+    if error["type"] == "missing":
+        parts.append(str(error["loc"][-1]))
+    where = ".".join(parts) or "run"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if old := next((old for old in renamed if f".{where}".endswith(f".{old}")), None):
+            return f"  {where}: an old key. Now it is {renamed[old]}."
+        return f"  {where}: unknown key (found {error['input']!r}). Remove it, or correct its name."
+    if error["type"] == "missing":
+        return f"  {where}: missing. Add it."
+    if error["type"] == "value_error":
+        return f"  {where}: {error['ctx']['error']}."
+    return f"  {where}: found {error['input']!r}. {error['msg']}."

@@ -1,0 +1,39 @@
+"""Section `backbones`: where a backbone comes from, how it conditions and is read, and what was published of it."""
+
+from pydantic import Field
+
+from pipeline.core.config import Name, NonNegativeFloat, PositiveFloat, Section
+from pipeline.diva.rules import Condition, PoolingRule
+from pipeline.sections.download import Download
+from pipeline.sections.source import Source
+
+
+class Published(Section):
+    """What the paper's table says: million parameters; pairs right in %, average and by pattern.
+
+    later: what later methods report for the same backbone and pairs, each under a pooling rule of its own.
+    """
+
+    parameters: PositiveFloat
+    before: PositiveFloat
+    after: PositiveFloat
+    before_patterns: list[NonNegativeFloat] = Field(min_length=9, max_length=9)
+    after_patterns: list[NonNegativeFloat] | None = Field(min_length=9, max_length=9)
+    later: dict[str, PositiveFloat] = Field({})
+
+
+class GpuMemory(Section):
+    """What training takes, in GB: for weights, gradients and momentum, and for each image of a micro-batch."""
+
+    fixed: PositiveFloat
+    image: PositiveFloat
+
+
+class BackboneEntry(Section):
+    profile: Name
+    source: Source
+    released: Download | None = None  # the authors' tuned weights
+    condition: Condition
+    published_pooling: PoolingRule
+    published: Published | None = None
+    gpu_memory: GpuMemory | None = None

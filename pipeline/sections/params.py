@@ -1,0 +1,128 @@
+"""All of params.yaml, and whether its sections go together: for stage plan, which comes first, and for tools."""
+
+from pathlib import Path
+
+from pydantic import model_validator
+
+from pipeline.core import config
+from pipeline.core.config import Count, Name, Section
+from pipeline.sections.denoiser import Denoiser
+from pipeline.sections.images import Images
+from pipeline.sections.launch import Launch
+from pipeline.sections.mmvp import Mmvp
+from pipeline.sections.mmvp_vlm import MmvpVlm
+from pipeline.sections.recipe import Recipe
+from pipeline.sections.reported import Reported
+from pipeline.sections.train import Train
+from pipeline.sections.zeroshot import Zeroshot
+from pipeline.sections.zeroshot_sets import ZeroshotSets
+
+RENAMED = {  # keys of earlier versions, by the end of their full name, and what took their place
+    "run.weights": "run.checkpoints, run.recipes and run.controls",
+    "train.recipe": "run.recipes",
+    "train.held_out": "train.validation",
+    "train.projection_steps": "warmup.steps of a recipe",
+    "train.projection_lr": "warmup.lr of a recipe",
+    **{f"train.{key}": f"optimizer.{key} of a recipe" for key in ("lr", "momentum", "weight_decay")},
+    **{
+        f"train.{key}": f"{key} of a recipe, or of base_recipe"
+        for key in ("batch", "clip_norm", "draw_weights", "steps", "timesteps", "warmup_ratio")
+    },
+    "train.shard": "no key: every GPU holds the model",
+    "train.streams": "no key: any number of processes share a batch",
+    "fit": "warmup",
+    "warmup.told": "warmup.source (image_embeddings, caption_embeddings)",
+    "gap": "gap_correction",
+    "gap_correction.pictures": "gap_correction.images",
+    "contrast": "losses.info_nce",
+    "anchor": "losses.self_distillation",
+    "denoiser.pictures": "denoiser.images",
+    "denoiser.held_out": "denoiser.validation",
+    "image_tower.pictures": "image_tower.images",
+    "published_read_out": "published_pooling",
+    "published_pooling.unit_tokens": "published_pooling.normalize_tokens",
+    "published_pooling.unit_sum": "published_pooling.normalize_output",
+}
+
+
+class Profile(Section):
+    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read."""
+
+    threads: Count
+    images: Images
+    mmvp_vlm: MmvpVlm
+    zeroshot_sets: ZeroshotSets
+    denoiser: Denoiser
+    train: Train
+    recipes: dict[Name, Recipe]
+    mmvp: Mmvp
+    zeroshot: Zeroshot
+
+
+class Params(Reported):
+    launch: Launch
+    profiles: dict[Name, Profile]
+
+    @property
+    def profile(self) -> Profile:
+        return self.profiles[self.run.profile]
+
+    @model_validator(mode="after")
+    def _run_fits(self) -> "Params":
+        if self.run.profile not in self.profiles:
+            raise ValueError(f"run.profile is '{self.run.profile}'; profiles here: {', '.join(self.profiles)}")
+        for key in self.run.backbones:
+            if key not in self.backbones:
+                raise ValueError(f"run.backbones names '{key}'; backbones here: {', '.join(self.backbones)}")
+            own = self.backbones[key].profile
+            if own != self.run.profile:
+                fitting = [k for k, b in self.backbones.items() if b.profile == self.run.profile]
+                raise ValueError(
+                    f"run.backbones names '{key}', which belongs to profile '{own}', but run.profile is "
+                    f"'{self.run.profile}'. Set run.profile={own}, or choose among: {', '.join(fitting) or 'none'}"
+                )
+            if "released" in self.run.checkpoints and self.backbones[key].released is None:
+                raise ValueError(
+                    f"run.checkpoints names 'released', but backbones.{key} has none. Take it out, or add them there"
+                )
+        for name in self.run.recipes:
+            if name not in self.profile.recipes:
+                raise ValueError(f"run.recipes names '{name}'; recipes here: {', '.join(self.profile.recipes)}")
+            self._recipe_fits(f"profiles.{self.run.profile}.recipes.{name}", self.profile.recipes[name])
+        wanted = ["images", "denoiser"] if self.run.recipes else []
+        if sorted(self.run.inputs) != sorted(wanted):
+            does = "train with both" if wanted else "train nothing"
+            raise ValueError(
+                f"run.inputs is {self.run.inputs}, but run.recipes is {self.run.recipes}, which {does}. "
+                f"Set run.inputs=[{','.join(wanted)}]"
+            )
+        return self
+
+    def _recipe_fits(self, key: str, recipe: Recipe) -> None:
+        if "shuffled" in self.run.controls and recipe.batch == 1:
+            raise ValueError(
+                f"run.controls names 'shuffled', which exchanges the images of a step, but {key}.batch is 1. Raise it"
+            )
+        for backbone in self.run.backbones:
+            if recipe.condition != "backbone":  # its class token is added to the text's mean
+                continue
+            where, condition = f"backbones.{backbone}", self.backbones[backbone].condition
+            tokens, wanted = condition.tokens, self.profile.denoiser.text_tokens
+            if not condition.fits(wanted):
+                raise ValueError(
+                    f"{where}.condition adds its tokens (kind {tokens.kind}, number {tokens.number:g}) to the text's "
+                    f"one by one (text: sequence), and profiles.{self.run.profile}.denoiser.text_tokens is {wanted}. "
+                    f"Set tokens {{kind: random, number: {wanted - 1}}}, which are as many with the pooled one, or "
+                    "text: mean"
+                )
+
+
+def load(path: Path = config.PARAMS_FILE) -> Params:
+    """Raises UserError naming every key that is wrong, what was found and what is wanted."""
+    content = config.content(path)
+    profiles = content.get("profiles")
+    for profile in profiles.values() if isinstance(profiles, dict) else ():
+        if isinstance(profile, dict) and isinstance(profile.get("recipes"), dict):
+            base = profile.pop("base_recipe", None) or {}
+            profile["recipes"] = {name: {**base, **(own or {})} for name, own in profile["recipes"].items()}
+    return config.checked(Params, content, path=path, renamed=RENAMED)

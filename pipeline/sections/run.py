@@ -1,0 +1,24 @@
+"""Section `run`: the profile at hand, and the axes of its stages."""
+
+from itertools import chain
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.core.config import Name, Section
+
+
+class Run(Section):
+    profile: Name
+    backbones: list[Name] = Field(min_length=1)
+    checkpoints: list[Literal["released"]]
+    recipes: list[Name]
+    controls: list[Literal["shuffled", "drift"]]
+    benchmarks: list[Literal["mmvp", "zeroshot"]]
+    inputs: list[Literal["images", "denoiser"]]
+
+    @property
+    def weights(self) -> list[str]:
+        """All that is scored: as published, then each recipe followed by its controls."""
+        trained = [[recipe, *(f"{recipe}-{control}" for control in self.controls)] for recipe in self.recipes]
+        return ["pretrained", *self.checkpoints, *chain.from_iterable(trained)]
