@@ -80,7 +80,7 @@ def main() -> None:
             metrics = make(section, folder, compute)
         else:
             metrics = {"origin": downloads.fetch(section.download, folder)}
-        denoiser = Denoiser.load(folder)  # what later stages will load can be loaded
+        denoiser = Denoiser.load(folder)  # fail here if later stages could not load it
         if (tokens := denoiser.text_encoder.config.max_position_embeddings) != section.text_tokens:
             raise UserError(
                 f"the denoiser's text has {tokens} tokens, but profiles.{profile}.denoiser.text_tokens is "

@@ -82,7 +82,7 @@ def score(
             table[direction] = right.mean(0).numpy()
             patterns = 100 * table.groupby("pattern", sort=False)[direction].mean()
             by_draw = 100 * pd.DataFrame(right.T.numpy()).groupby(table["pattern"], sort=False).mean()
-            sd = by_draw.std(axis=1, ddof=1).fillna(0)  # of one draw there is none
+            sd = by_draw.std(axis=1, ddof=1).fillna(0)  # a single draw has no spread
             summary[name][direction] = {
                 "average": round(float(patterns.mean()), 3),
                 "sd_over_draws": round(float(by_draw.mean().std(ddof=1)), 3) if draws > 1 else 0.0,

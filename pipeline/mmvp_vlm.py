@@ -43,7 +43,7 @@ def main() -> None:
             make(folder, section.pairs_per_pattern)
         else:
             origin = downloads.fetch(section.download, folder)
-        questions = read_mmvp_vlm(folder, section.pairs_per_pattern)  # what scoring will read can be read
+        questions = read_mmvp_vlm(folder, section.pairs_per_pattern)  # fail here if scoring could not read it
         for question in progress(questions, "decoding"):
             question.image()
         write_json(report, {"pairs": len(questions) // 2, "origin": origin})

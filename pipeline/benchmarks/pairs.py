@@ -45,7 +45,7 @@ def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
         raise UserError(f"{file}: no such file. {hint}")
     try:  # as text, every cell of it: a statement may be "None"
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except ValueError as error:  # no UTF-8, no table, nothing at all
+    except ValueError as error:  # not UTF-8, not a table, or empty
         raise UserError(f"{file}: not a comma-separated table in UTF-8 ({error}). {hint}") from error
     columns = ["Question ID", "Type", "Statement"]
     if list(table.columns) != columns:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from pipeline.core.stages import UserError
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
-IMAGE_ENDINGS = {"webp", "png", "jpg", "jpeg"}  # what clip-benchmark takes for one
+IMAGE_ENDINGS = {"webp", "png", "jpg", "jpeg"}  # endings that clip-benchmark reads as images
 
 
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:

@@ -23,7 +23,7 @@ from pipeline.core.processes import cpus, end_with_parent
 T = TypeVar("T")
 
 
-# Wall clock and memory differ between runs, so they never stand in an output that DVC hashes.
+# Wall clock and memory differ between runs, so they are part of no output that DVC hashes.
 TIMINGS = Path("metrics/timings.jsonl")
 
 

@@ -23,14 +23,14 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             if upright:
-                with suppress(Exception):  # a tag that cannot be read says nothing
+                with suppress(Exception):  # a tag that cannot be read is ignored
                     ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
-    except MemoryError:  # says something of the machine, and nothing of the image
+    except MemoryError:  # a lack of the machine, not a fault of the image
         raise
     except UnidentifiedImageError as error:
         raise UndecodableError("in no format that Pillow reads") from error
-    except Exception as error:  # Pillow's readers trust a file, and fail in a dozen ways where it lies
+    except Exception as error:  # Pillow's readers raise a dozen kinds of errors on damaged files
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 

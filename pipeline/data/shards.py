@@ -189,13 +189,13 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else every worker asks the network for news at import
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else every worker looks for updates on the network at import
     os.environ["TMPDIR"] = str(log.parent)  # wandb, which it imports, leaves folders behind in every worker
     import img2dataset
 
     try:
         img2dataset.download(**options)
-    finally:  # its logging process waits for a word that never comes when download() raises
+    finally:  # its logging process would wait for ever if download() raises
         for child in multiprocessing.active_children():
             child.kill()
 
@@ -608,7 +608,7 @@ class Shards:
     def _members(self, name: str) -> list[_Member]:
         members, _ = _members(self.folder / name)
         captioned = [member for member in members if member.caption]
-        # A tar cut between two members, or in a header, reads like a shorter tar: only the counts tell.
+        # A tar cut between two members, or in a header, reads like a shorter tar: only the counts show it.
         if (len(members), len(captioned)) != (wanted := self.found[name]):
             raise UserError(
                 f"{self.folder / name} holds {len(members)} images, {len(captioned)} of them with a caption, where "

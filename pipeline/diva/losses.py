@@ -20,8 +20,8 @@ from pipeline.diva.feedback import Feedback, Tower
 class Made:
     """What a step makes of B images and K draws; draws follow each other in the tensors of KB.
 
-    shown_BCHW: pixels that the tower is shown; view_BCHW: those of a second crop; conditions: [B, T, D] for each draw;
-    wanted_KBChw: what the denoiser should predict; predicted_KBChw: what it does, where a loss needs it.
+    shown_BCHW: the tower's pixels. view_BCHW: those of a second crop. conditions: [B, T, D] for each draw.
+    wanted_KBChw: the denoiser's target. predicted_KBChw: its prediction, if a loss needs it.
     """
 
     feedback: Feedback
@@ -38,8 +38,8 @@ class Made:
     def predict(self, conditions: list[torch.Tensor]) -> torch.Tensor:
         """The denoiser's prediction under other conditions, float32.
 
-        What autograd keeps of one fills a GPU, so it is made again when its gradient is taken: the memory is that of
-        one, whatever their number.
+        It is computed again in the backward pass (gradient checkpointing), because the activations of one prediction
+        fill a GPU.
         """
         given = self.noised_KBChw, self.timestep_KB, torch.cat(conditions)
         return checkpoint(self.feedback.denoiser, *given, use_reentrant=False, preserve_rng_state=False).float()
@@ -47,13 +47,13 @@ class Made:
 
 @dataclass
 class Loss:
-    """weight: of the term in the sum that is minimised.
+    """weight: of this term in the sum that is minimised.
 
-    name: of its entry and its curves; predicts: whether it needs `Made.predicted_KBChw`; second_view: share of the area
-    at least that a second crop of an image keeps, 0 where it needs none; images: how many a micro-batch must have.
+    name: of its entry and curves. predicts: whether it needs `Made.predicted_KBChw`. second_view: the least share of
+    the area that a second crop of an image keeps; 0: it needs no second crop. images: how many a micro-batch must have.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for whoever checks the settings
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown settings are refused
 
     weight: float
     name: ClassVar[str]
@@ -62,7 +62,7 @@ class Loss:
     images: ClassVar[int] = 1
 
     def prepare(self, tower: Tower, embed: Callable[[list[str]], torch.Tensor], logit_scale: float) -> None:
-        """Before training: the tower as it was, embeddings [texts, D] of CLIP's text tower, and CLIP's own scale."""
+        """Called before training. embed: texts to embeddings [texts, D] of CLIP's text tower. logit_scale: CLIP's."""
 
     def __call__(self, made: Made) -> torch.Tensor:
         raise NotImplementedError

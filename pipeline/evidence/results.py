@@ -136,7 +136,7 @@ def won_and_lost(before: Scores, after: Scores, pooling: str) -> dict:
     """Counts of those, the exact McNemar test, and the smallest gain that so many pairs can show, in points."""
     changed, pairs = changed_pairs(before, after, pooling), len(before.right(pooling))
     won, lost = len(changed["won"]), len(changed["lost"])
-    smallest = 100 * statistics.smallest_gain(pairs, won + lost)  # NaN where so few pairs show nothing
+    smallest = 100 * statistics.smallest_gain(pairs, won + lost)  # NaN if no gain of so few pairs could be detected
     return {
         "won": won,
         "lost": lost,

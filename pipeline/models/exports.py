@@ -95,7 +95,7 @@ class OpenClipOnly(Exception):
 def write(backbone: Backbone, original: Path, folder: Path) -> str | None:
     """Write the folder of both formats. Returns why there is no transformers format, where there is none."""
     headed = isinstance(backbone.clip.visual, WithHead)
-    base = folder / "tower" if headed else folder  # by itself, a tower without its head would load as if it were all
+    base = folder / "tower" if headed else folder  # a tower without its head would load and embed wrongly
     base.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
         shutil.copy(original / name, base)
@@ -240,7 +240,7 @@ def _filled(kind: type[PreTrainedModel], config: CLIPConfig | SiglipConfig, tens
         model = kind(config)
     try:
         model.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
-    except RuntimeError as error:  # a tensor that has no place there, or none for a place
+    except RuntimeError as error:  # tensors that are left over or missing
         raise OpenClipOnly(f"transformers' {kind.__name__} is of another shape: {error}") from error
     return model
 
@@ -256,9 +256,7 @@ def image_processor(backbone: Backbone) -> CLIPImageProcessor | SiglipImageProce
     }
     if isinstance(backbone.clip, open_clip.CustomTextCLIP):
         return SiglipImageProcessor(**values)
-    return CLIPImageProcessor(
-        **values, crop_size=square
-    )  # of a squashed image the crop is all; LLaVA asks for its size
+    return CLIPImageProcessor(**values, crop_size=square)  # a squashed image needs no crop, but LLaVA reads crop_size
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
         """
         self.text_encoder = self.vae.decoder = None
         for part, dtype in ((self.vae, precision), (self.unet, torch.float32 if fitted else precision)):
-            nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own warns of nothing
+            nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # diffusers' `to` would warn
         return self
 
     def latent_shape(self, size: int) -> torch.Size:

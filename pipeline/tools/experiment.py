@@ -264,7 +264,7 @@ def _start_worker(p: params.Params) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
         "w", buffering=1, encoding="utf-8"
-    )  # its bar stands alone
+    )  # the parent's progress bar is alone on the terminal
     gc.freeze()  # accelerate collects garbage around every training: spare it the objects of the imports
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's and scikit-learn's
