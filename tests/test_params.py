@@ -139,7 +139,7 @@ def test_a_missing_key_is_named(file: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"run.recipes": ["divs"]}, "run.recipes names 'divs'; recipes here: "),
+        ({"run.recipes": ["divs"]}, "run.recipes names 'divs', which is none of profile mini: "),
         ({"run.recipes": []}, "run.recipes is [], which train nothing. Set run.inputs=[]"),
         ({"run.inputs": ["images"]}, "which train with both. Set run.inputs=[images,denoiser]"),
     ],
@@ -292,7 +292,7 @@ def test_a_condition_that_does_not_fit_the_text_is_refused(
         return
     said = message(file)
     assert f"{key} adds its tokens (kind {tokens['kind']}, number " in said
-    assert "profiles.mini.denoiser.text_tokens is 28. Set tokens {kind: random, number: 27}" in said
+    assert "the prompt has 28 (profiles.mini.denoiser.text_tokens). Set tokens {kind: random, number: 27}" in said
     for axis in ("recipes", "inputs", "controls"):
         change(file, f"run.{axis}", [])
     params.load(file)  # nothing is trained

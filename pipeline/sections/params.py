@@ -70,7 +70,7 @@ class Params(Reported):
     @model_validator(mode="after")
     def _run_fits(self) -> "Params":
         if self.run.profile not in self.profiles:
-            raise ValueError(f"run.profile is '{self.run.profile}'; profiles here: {', '.join(self.profiles)}")
+            raise ValueError(f"run.profile is '{self.run.profile}', which is none of {', '.join(self.profiles)}")
         for key in self.run.backbones:
             if key not in self.backbones:
                 raise ValueError(f"run.backbones names '{key}'; backbones here: {', '.join(self.backbones)}")
@@ -87,7 +87,10 @@ class Params(Reported):
                 )
         for name in self.run.recipes:
             if name not in self.profile.recipes:
-                raise ValueError(f"run.recipes names '{name}'; recipes here: {', '.join(self.profile.recipes)}")
+                raise ValueError(
+                    f"run.recipes names '{name}', which is none of profile {self.run.profile}: "
+                    f"{', '.join(self.profile.recipes)}. Correct the name, or add the recipe"
+                )
             self._recipe_fits(f"profiles.{self.run.profile}.recipes.{name}", self.profile.recipes[name])
         wanted = ["images", "denoiser"] if self.run.recipes else []
         if sorted(self.run.inputs) != sorted(wanted):
@@ -110,10 +113,10 @@ class Params(Reported):
             tokens, wanted = condition.tokens, self.profile.denoiser.text_tokens
             if not condition.fits(wanted):
                 raise ValueError(
-                    f"{where}.condition adds its tokens (kind {tokens.kind}, number {tokens.number:g}) to the text's "
-                    f"one by one (text: sequence), and profiles.{self.run.profile}.denoiser.text_tokens is {wanted}. "
-                    f"Set tokens {{kind: random, number: {wanted - 1}}}, which are as many with the pooled one, or "
-                    "text: mean"
+                    f"{where}.condition adds its tokens (kind {tokens.kind}, number {tokens.number:g}) to the prompt's "
+                    f"one by one (text: sequence), but the prompt has {wanted} "
+                    f"(profiles.{self.run.profile}.denoiser.text_tokens). Set tokens {{kind: random, number: "
+                    f"{wanted - 1}}}, which with the pooled token are as many, or text: mean"
                 )
 
 

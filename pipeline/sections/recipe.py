@@ -9,11 +9,10 @@ from pipeline.core.config import Count, Name, NonNegativeFloat, PositiveFloat, S
 
 
 class Warmup(Section):
-    """The projector's: how the fresh visual projection is fitted before anything else is trained, by AdamW at a
-    constant rate.
+    """The projector warm-up (stage 1): the fresh projector is trained before the tower, by AdamW at a constant rate.
 
-    source: what the denoiser is conditioned on, the image tower's tokens, or the text tower's embedding of a caption.
-    denoiser: whether the denoiser is fitted with it.
+    source: what the denoiser is conditioned on: the image tower's tokens, or the text tower's embedding of a caption.
+    denoiser: whether the denoiser is trained with the projector.
     """
 
     source: Literal["image_embeddings", "caption_embeddings"]
@@ -23,8 +22,8 @@ class Warmup(Section):
 
 
 class ModalityGap(Section):
-    """The map before the projection (diva/gap_correction.py): components of text space kept; images that it is
-    measured on."""
+    """The modality-gap correction (diva/gap_correction.py). components: dimensions of text space that it keeps. images:
+    how many images, with their captions, it is measured on."""
 
     components: Count
     images: Count
@@ -59,10 +58,10 @@ class AdamW(Section):
 
 
 class Recipe(Section):
-    """How feedback trains a backbone: the profile's `base_recipe`, but for the keys that the recipe has itself.
+    """How feedback trains a backbone. Keys that a recipe does not have come from the profile's `base_recipe`.
 
-    condition: the backbone's own, or its class token alone added to the text's mean. losses: by the names in
-    diva/losses.py, each with its weight and settings.
+    condition: the rule of the backbone, or its class token alone, added to the mean of the prompt's embedding. losses:
+    weight and settings of each, by the names in diva/losses.py.
     """
 
     condition: Literal["backbone", "class_token"]
@@ -97,11 +96,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _embedding_alone(self) -> "Recipe":
-        """A caption has one embedding and no patches, and the gap is one between embeddings."""
+        """A caption has one embedding and no patches, and the modality gap is measured between embeddings."""
         if self.reads_captions and self.condition != "class_token":
             raise ValueError(
-                "gap_correction, and warmup.source caption_embeddings, need condition class_token: they know the "
-                "embedding alone"
+                "gap_correction, and warmup.source caption_embeddings, need condition class_token, because a caption "
+                "has one embedding and no patch tokens"
             )
         return self
 
