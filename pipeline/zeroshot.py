@@ -6,55 +6,62 @@ metrics/<profile>/scores/zeroshot/<backbone>-<weights>/
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 
 from pipeline.benchmarks.clip_sets import classification, retrieval
+from pipeline.benchmarks.encoder import Encoder
 from pipeline.benchmarks.probe import probe
-from pipeline.benchmarks.sets import kinds
+from pipeline.benchmarks.sets import read
 from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
+from pipeline.core.processes import on_every_gpu
 from pipeline.core.stages import stage
-from pipeline.models.backbones import Backbone
+from pipeline.models.backbones import Backbone, text_sha256
 from pipeline.sections.zeroshot import Zeroshot
 
 
-def score(backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device) -> tuple[dict[str, dict], pd.DataFrame]:
-    """(summary for the JSON file, a table of answers)."""
-
-    @torch.no_grad()
-    def embed(images) -> torch.Tensor:
-        pixels = torch.stack([backbone.preprocess(image) for image in images]).to(compute)
-        return torch.nn.functional.normalize(backbone.encode_image(pixels), dim=-1)
-
+def score(
+    backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device, texts: Path | None = None
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """(summary for the JSON file, a table of answers), the same in all processes; texts: see Encoder."""
+    processes = PartialState(cpu=compute.type == "cpu")
+    encoder = Encoder(backbone.to(processes.device), processes, p.batch, p.precision, texts)
     summary, tables = {}, []
-    for name, kind in kinds(root).items():
-        if kind == "classification":
-            answers = classification(backbone, root, name, p.batch, compute)
-        elif kind == "retrieval":
-            answers = retrieval(backbone, root, name, p.batch, p.recall, compute)
+    for found in read(root):
+        if found.kind == "classification":
+            answers = classification(encoder, found)
+        elif found.kind == "retrieval":
+            answers = retrieval(encoder, found, p.recall)
         else:
-            answers = probe(embed, root, name, p.batch)
+            answers = probe(encoder, found)
         values = 100 * answers.groupby("measure", sort=False).right.mean()
         scores = {"average": values.mean(), **values}
-        summary[name] = {"kind": kind, **{key: round(float(value), 3) for key, value in scores.items()}}
-        tables.append(answers.assign(set=name))
+        summary[found.name] = {"kind": found.kind, **{key: round(float(value), 3) for key, value in scores.items()}}
+        tables.append(answers.assign(set=found.name))
     return summary, pd.concat(tables, ignore_index=True)
 
 
 @stage
 def main() -> None:
+    on_every_gpu("pipeline.zeroshot")
     profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
     section: Zeroshot = config.read(Zeroshot, f"profiles.{profile}.zeroshot")
-    with atomic(Path("metrics", profile, "scores", "zeroshot", f"{name}-{weights}")) as (folder,):
-        backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        summary, answers = score(backbone, Path("data", profile, "zeroshot"), section, compute)
-        folder.mkdir()
-        write_json(folder / "scores.json", summary)
-        answers.to_parquet(folder / "answers.parquet", index=False)
+    model, data = Path("models", profile, weights, name), Path("data", profile)
+    output = Path("metrics", profile, "scores", "zeroshot", f"{name}-{weights}")
+    writes = PartialState(cpu=compute.type == "cpu").is_main_process
+    with atomic(output) if writes else nullcontext((output,)) as (folder,):
+        backbone, texts = Backbone.load(model), data / ".texts" / text_sha256(model)
+        summary, answers = score(backbone, data / "zeroshot", section, compute, texts)
+        if writes:
+            folder.mkdir()
+            write_json(folder / "scores.json", summary)
+            answers.to_parquet(folder / "answers.parquet", index=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.benchmarks.sets import check, kinds, write_split
+from pipeline.benchmarks.sets import read, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import progress, stage
@@ -78,8 +78,7 @@ def main() -> None:
             make(folder, section)
         else:
             origin = fetch(folder, section, outputs[0])
-        check(folder)
-        write_json(report, {"sets": kinds(folder), "origin": origin})
+        write_json(report, {"sets": {found.name: found.kind for found in read(folder)}, "origin": origin})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py") if path.stat().st_size)
 TOOLS = {
     "clip", "clip_benchmark", "diffusers", "img2dataset", "open_clip", "sklearn", "timm", "tokenizers", "transformers",
-    "webdataset",
 }  # fmt: skip
 # Stages whose bytes torch makes.
 COMPUTE = {"train", "control", "export"}  # and scorings, of which the planned file has it

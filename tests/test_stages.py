@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_retrieval
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
@@ -26,13 +27,15 @@ from safetensors.torch import load_file, save_file
 from shrunk import DATA, METRICS, MODELS, ROOT, run, write_params
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift, images, mmvp, mmvp_vlm, train, zeroshot, zeroshot_sets
 from pipeline.benchmarks import clip_sets
+from pipeline.benchmarks.encoder import Encoder
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
-from pipeline.benchmarks.sets import check, kinds, write_split
+from pipeline.benchmarks.sets import read, write_split
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError
@@ -702,16 +705,31 @@ def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ zero-shot
 
 
-class Blurred(nn.Module):
+class Raw(nn.Module):
+    """What all models made here have: the pixels as they are, 0..255."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.permute(0, 3, 1, 2).float()
+
+
+def encoder(model: nn.Module, batch: int) -> Encoder:
+    return Encoder(model, PartialState(cpu=True), batch, "float32")  # type: ignore[arg-type]
+
+
+class Blurred(Raw):
     """Coarse pixels against fixed random sentences: wrong as a rule, but never the same answer for all."""
 
     def __init__(self, tokenizer) -> None:
-        super().__init__()
+        super().__init__(64)
         self.tokenizer = tokenizer
         self.words = torch.randn(100, 48, generator=generator("words"))
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32)).permute(2, 0, 1)
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         coarse = F.avg_pool2d(pixels, 16).flatten(1)
@@ -735,12 +753,13 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
     sizes = MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
     zeroshot_sets.make(root, sizes)
-    assert kinds(root) == {"captions": "retrieval", "details": "probe", "objects": "classification"}
+    captions_set, details_set, objects_set = read(root)
+    assert [s.kind for s in (captions_set, details_set, objects_set)] == ["retrieval", "probe", "classification"]
     model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)
 
     def units(tar_file: Path) -> torch.Tensor:
-        images = [model.preprocess(Image.open(io.BytesIO(data))) for data in members(tar_file, ".png")]
-        return F.normalize(model.encode_image(torch.stack(images)), dim=-1)
+        pixels = [np.asarray(Image.open(io.BytesIO(data)), np.float32) for data in members(tar_file, ".png")]
+        return F.normalize(model.encode_image(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)), dim=-1)
 
     def sentences(texts: list[str]) -> torch.Tensor:
         return F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
@@ -752,7 +771,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     expected = 100 * (chosen == labels).double().mean().item()
     assert len(set(chosen.tolist())) > 3
     assert 0 < expected < 100
-    answers = clip_sets.classification(model, root, "objects", 16, CPU)
+    answers = clip_sets.classification(encoder(model, 16), objects_set)
     assert answers.right.tolist() == (chosen == labels).tolist()
 
     captions = [data.decode() for data in members(root / "wds/captions/test/0.tar", ".txt")]
@@ -761,7 +780,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     found = {"image_to_text": similarity, "text_to_image": similarity.T}
     recall = {way: 100 * np.mean([i in row.topk(k).indices for i, row in enumerate(s)]) for way, s in found.items()}
     assert recall["image_to_text"] != recall["text_to_image"]
-    answers = clip_sets.retrieval(model, root, "captions", 7, k, CPU)
+    answers = clip_sets.retrieval(encoder(model, 7), captions_set, k)
     assert (100 * answers.groupby("measure").right.mean()).to_dict() == pytest.approx(recall)
     for way, table in answers.groupby("measure"):
         assert table.right.tolist() == [i in row.topk(k).indices for i, row in enumerate(found[str(way)])]
@@ -782,6 +801,15 @@ def write_set(root: Path, kind: str | None = None, label: str = "cls", labels: t
     return folder
 
 
+def cut(tar: Path, size: int) -> None:
+    tar.write_bytes(tar.read_bytes()[:size])
+
+
+def again(tar: Path) -> None:
+    with tarfile.open(tar, "a") as file:
+        file.addfile(tarfile.TarInfo("1.jpg"))
+
+
 def relabel(folder: Path, **options: Any) -> None:
     shutil.rmtree(folder)
     write_set(folder.parents[1], **options)
@@ -790,8 +818,7 @@ def relabel(folder: Path, **options: Any) -> None:
 @pytest.mark.parametrize("kind", [None, "classification", "Classification", " CLASSIFICATION\r\n"])
 def test_a_set_may_say_its_kind_in_any_case(tmp_path: Path, kind: str | None) -> None:
     write_set(tmp_path, kind)
-    assert kinds(tmp_path) == {"dots": "classification"}
-    check(tmp_path)
+    assert [(found.name, found.kind) for found in read(tmp_path)] == [("dots", "classification")]
 
 
 @pytest.mark.parametrize("kind", ["multilabel", "", "detection"])
@@ -800,9 +827,8 @@ def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: 
     said = (
         rf"dots/dataset_type\.txt names the kind '{kind}'; known kinds: classification, retr.*Remove 'dots' from zeros"
     )
-    for look in (kinds, check):
-        with pytest.raises(UserError, match=said):
-            look(tmp_path)
+    with pytest.raises(UserError, match=said):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -818,20 +844,23 @@ def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: 
         (lambda folder: (folder / "test/nshards.txt").write_text("two"), r"test/nshards\.txt says 'two'"),
         (lambda folder: (folder / "test/nshards.txt").write_text("2"), r"No such file.*test/1\.tar"),
         (lambda folder: (folder / "test/nshards.txt").write_text("0"), r"test/ holds no image"),
-        (lambda folder: (folder / "test/0.tar").write_bytes(b"<html>"), r"0\.tar cannot be read \(file could not"),
+        (lambda folder: (folder / "test/0.tar").write_bytes(b"<html>"), r"0\.tar cannot be read \(truncated header"),
         (lambda folder: (folder / "dataset_type.txt").write_text("retrieval"), r"0\.tar: 0 lacks .* its \.txt"),
         (lambda folder: relabel(folder, label="npy"), r"0\.tar: 0 lacks .* its \.cls"),
         (lambda folder: relabel(folder, labels=("0", "dot")), r"1\.cls says 'dot', which is none of 2"),
+        (lambda folder: relabel(folder, kind="retrieval", label="txt", labels=("a", "")), r"1\.txt holds no caption"),
+        (lambda folder: cut(folder / "test/0.tar", 1600), r"0\.tar cannot be read \(unexpected end of data"),
+        (lambda folder: again(folder / "test/0.tar"), r"0\.tar holds 1\.jpg twice"),
     ],
 )
 def test_a_set_that_cannot_be_scored_is_refused_where_it_comes_in(
     tmp_path: Path, damage: Callable[[Path], object], said: str
 ) -> None:
     folder = write_set(tmp_path)
-    check(tmp_path)
+    read(tmp_path)
     damage(folder)
     with pytest.raises(UserError, match=rf"dots cannot be scored: .*{said}.*Remove 'dots' from zeroshot_sets\.sets"):
-        check(tmp_path)
+        read(tmp_path)
 
 
 @torch.no_grad()
@@ -843,18 +872,18 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
     of_text = [i for i, n in enumerate(numbers) for _ in range(n)]
     texts = images[of_text] + 1.5 * torch.randn(len(of_text), 8, generator=draws)
 
-    class Drawn(nn.Module):
+    class Drawn(Raw):
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
             return images[pixels[:, 0, 0, 0].round().long() // 10]
 
         def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
             return texts[ids]
 
-        def preprocess(self, image: Image.Image) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1)
-
         def tokenizer(self, found: list[str]) -> torch.Tensor:
             return torch.tensor([int(text) for text in found])
+
+    def floats(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         first = 0
@@ -865,9 +894,11 @@ def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path:
             first += n
 
     write_split(tmp_path / "wds/captions", "test", "retrieval", samples())
-    answers = clip_sets.retrieval(Drawn(), tmp_path, "captions", 4, 2, CPU)
-    _, loader = clip_sets._load(Drawn(), tmp_path, "captions", "zeroshot_retrieval", 4)
-    expected = zeroshot_retrieval.evaluate(Drawn(), loader, Drawn().tokenizer, "cpu", amp=False, recall_k_list=[2])
+    answers = clip_sets.retrieval(encoder(Drawn(2), 4), *read(tmp_path), 2)
+    dataset = build_dataset("wds/captions", root=str(tmp_path / "wds/captions"), transform=floats, task="")
+    loader = DataLoader(dataset.batched(4), batch_size=None)
+    model = Drawn(2)
+    expected = zeroshot_retrieval.evaluate(model, loader, model.tokenizer, "cpu", amp=False, recall_k_list=[2])
     found = answers.groupby("measure").right.mean()
     assert found["text_to_image"] == pytest.approx(expected["image_retrieval_recall@2"])
     assert found["image_to_text"] == pytest.approx(expected["text_retrieval_recall@2"])
@@ -896,11 +927,12 @@ def write_details(root: Path) -> None:
 def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
     write_details(tmp_path)
 
-    def embed(images: list[Image.Image]) -> torch.Tensor:
-        red, *noise = torch.tensor([image.getpixel((0, 0)) for image in images]).T
-        return torch.stack([red == 0, red == 100, *noise], 1).float()
+    class Red(Raw):
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            red, *noise = pixels[:, :, 0, 0].T
+            return torch.stack([red == 0, red == 100, *(colour / 255 for colour in noise)], 1)
 
-    scores = 100 * probe(embed, tmp_path, "details", batch=64).groupby("measure").right.mean()
+    scores = 100 * probe(encoder(Red(2), 64), *read(tmp_path)).groupby("measure").right.mean()
     assert scores["shown"] == 100
     assert scores["hidden"] == pytest.approx(100 / 3, abs=8)
 
@@ -909,14 +941,12 @@ def test_the_probe_is_given_directions_alone(tmp_path: Path) -> None:
     """As similarities are: what only an embedding's length tells is no detail that it holds."""
     write_details(tmp_path)
 
-    class Long(nn.Module):
-        def preprocess(self, image: Image.Image) -> torch.Tensor:
-            return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32)
-
+    class Long(Raw):
         def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-            return (1 + pixels[:, :1]) * pixels[:, 1:]
+            return (1 + pixels[:, :1, 0, 0]) * pixels[:, 1:, 0, 0]
 
-    summary, _ = zeroshot.score(Long(), tmp_path, Zeroshot(batch=64, recall=1), CPU)
+    section = Zeroshot(batch=64, recall=1, precision="float32")
+    summary, _ = zeroshot.score(Long(2), tmp_path, section, CPU)  # type: ignore[arg-type]
     assert summary["details"]["shown"] == pytest.approx(100 / 3, abs=8)
 
 

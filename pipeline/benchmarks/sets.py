@@ -1,10 +1,13 @@
 """Sets of images in clip-benchmark's wds/ layout, and the table of answers that every scoring of a set gives."""
 
 import io
+import json
 import re
 import tarfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,7 @@ from numpy.typing import ArrayLike
 from pipeline.core.stages import UserError
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
-IMAGE_ENDINGS = {"webp", "png", "jpg", "jpeg"}  # endings that clip-benchmark reads as images
+IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")  # that clip-benchmark reads as images; of several, the first
 
 
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -29,81 +32,129 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, 
                 tar.addfile(member, io.BytesIO(content))
 
 
-def kinds(root: Path) -> dict[str, str]:
-    """The sets below `root`/wds and their kind: classification (the default), retrieval or probe.
+class Sample(NamedTuple):
+    """An image of a set: its tar, its key there, and where it lies in it (offset and length in bytes).
 
-    Raises UserError for a set of another kind, and if there is no set.
+    label: the number of its class; its captions; or the values of its attributes, by name.
     """
-    sets = sorted(path for path in (root / "wds").glob("*") if path.is_dir())
-    if not sets:
+
+    tar: Path
+    key: str
+    place: tuple[int, int]
+    label: Any
+
+    def read(self) -> bytes:
+        with self.tar.open("rb") as file:
+            file.seek(self.place[0])
+            return file.read(self.place[1])
+
+
+@dataclass(frozen=True)
+class BenchmarkSet:
+    """A set and its samples by split: test, and train where a probe is fitted; classes and templates: where it has any.
+
+    kind: classification, retrieval or probe.
+    """
+
+    name: str
+    kind: str
+    classes: list[str]
+    templates: list[str]
+    splits: dict[str, list[Sample]]
+
+
+def read(root: Path) -> list[BenchmarkSet]:
+    """The sets below `root`/wds by name, with all that their scoring needs. Images are not decoded.
+
+    Raises UserError if there is no set, for a set of another kind, and for one that lacks a file or cannot be read.
+    """
+    folders = sorted(path for path in (root / "wds").glob("*") if path.is_dir())
+    if not folders:
         raise UserError(
             f"{root} holds no set (a folder wds/<name>/). Run `dvc repro --force pipeline/dvc.yaml:zeroshot_sets`."
         )
-    found = {}
-    for path in sets:
-        file = path / "dataset_type.txt"
-        found[path.name] = kind = (
-            file.read_text(errors="replace", encoding="utf-8").strip().lower() if file.exists() else "classification"
-        )
-        if kind not in LABELS:
-            raise UserError(f"{file} names the kind '{kind}'; known kinds: {', '.join(LABELS)}. {_without(path.name)}")
-    return found
+    return [_read_set(folder) for folder in folders]
 
 
-def check(root: Path) -> None:
-    """Raises UserError if a set lacks a file that its scoring reads. It does not decode images."""
-    for name, kind in kinds(root).items():
-        folder = root / "wds" / name
-        try:
-            classes = _classes(folder) if kind == "classification" else 0
-            for split in ("train", "test") if kind == "probe" else ("test",):
-                number = (folder / split / "nshards.txt").read_text(encoding="utf-8").strip()
-                if not number.isdecimal():
-                    raise ValueError(f"{split}/nshards.txt says {number!r}")
-                shards = [folder / split / f"{i}.tar" for i in range(int(number))]
-                if not sum(_samples(shard, LABELS[kind], classes) for shard in shards):
-                    raise ValueError(f"{split}/ holds no image")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be scored: {error}. {_without(name)}") from error
+def _read_set(folder: Path) -> BenchmarkSet:
+    without = f"Remove '{folder.name}' from zeroshot_sets.sets in params.yaml, or name another revision of it there."
+    file, kind = folder / "dataset_type.txt", "classification"  # what a set without that file is
+    if file.exists():
+        kind = file.read_text(errors="replace", encoding="utf-8").strip().lower()
+    if kind not in LABELS:
+        raise UserError(f"{file} names the kind '{kind}'; known kinds: {', '.join(LABELS)}. {without}")
+    try:
+        classes, templates = _classes(folder) if kind == "classification" else ([], [])
+        splits = {}
+        for split in ("train", "test") if kind == "probe" else ("test",):
+            number = (folder / split / "nshards.txt").read_text(encoding="utf-8").strip()
+            if not number.isdecimal():
+                raise ValueError(f"{split}/nshards.txt says {number!r}")
+            tars = [folder / split / f"{i}.tar" for i in range(int(number))]
+            splits[split] = [sample for tar in tars for sample in _samples(tar, kind, len(classes))]
+            if not splits[split]:
+                raise ValueError(f"{split}/ holds no image")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be scored: {error}. {without}") from error
+    return BenchmarkSet(folder.name, kind, classes, templates, splits)
 
 
-def _without(name: str) -> str:
-    return f"Remove '{name}' from zeroshot_sets.sets in params.yaml, or name another revision of it there."
-
-
-def _classes(folder: Path) -> int:
-    """The number of classes, which have names and templates."""
-    names = (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
-    templates = (folder / "zeroshot_classification_templates.txt").read_text(encoding="utf-8").splitlines()
+def _classes(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the classes, and the templates."""
+    names, templates = (
+        [line.strip() for line in (folder / file).read_text(encoding="utf-8").splitlines()]
+        for file in ("classnames.txt", "zeroshot_classification_templates.txt")
+    )
     if not names or not templates:
         raise ValueError("classnames.txt or zeroshot_classification_templates.txt is empty")
     for template in templates:
         if re.search(r"\{(?!c\})", template):
             raise ValueError(f"the template {template!r} has a placeholder other than {{c}}")
-    return len(names)
+    return names, templates
 
 
-def _samples(tar: Path, label: str, classes: int) -> int:
-    """The number of images in a shard. Raises ValueError for an image without a label, or with an unknown class."""
-    found: dict[str, set[str]] = {}
+def _samples(tar: Path, kind: str, classes: int) -> list[Sample]:
+    """A tar's samples in its order. Raises ValueError for one without an image or a label, or with an unknown class."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(tar) as file:
+        with tarfile.open(tar, "r:") as file:
             for member in file:
                 folder, _, name = member.name.rpartition("/")
                 key, _, ending = name.partition(".")
-                found.setdefault(f"{folder}/{key}", set()).add(ending.lower())
-                if classes and ending == "cls":
-                    said = file.extractfile(member).read().decode(errors="replace")  # type: ignore[union-attr]
-                    if not said.strip().isdecimal() or int(said) >= classes:
-                        raise ValueError(f"{tar.name}: {member.name} says {said!r}, which is none of {classes} classes")
+                files = found.setdefault(f"{folder}/{key}".removeprefix("/"), {})
+                if ending.lower() in files:
+                    raise ValueError(f"{tar.name} holds {member.name} twice")
+                if member.isfile():
+                    files[ending.lower()] = member.offset_data, member.size
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{tar.name} cannot be read ({str(error).splitlines()[0]})") from error
-    images = {key for key, endings in found.items() if endings & IMAGE_ENDINGS}
-    labelled = {key for key, endings in found.items() if label in endings}
-    if images != labelled:
-        some = min(images ^ labelled).removeprefix("/")
-        raise ValueError(f"{tar.name}: {some} lacks an image ({', '.join(sorted(IMAGE_ENDINGS))}) or its .{label}")
-    return len(images)
+    samples = []
+    with tar.open("rb") as content:
+        for key, files in found.items():
+            image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
+            label = files.get(LABELS[kind])
+            if (image is None) != (label is None):
+                raise ValueError(
+                    f"{tar.name}: {key} lacks an image ({', '.join(IMAGE_ENDINGS)}) or its .{LABELS[kind]}"
+                )
+            if image and label:
+                content.seek(label[0])
+                said = _label(f"{tar.name}: {key}", kind, content.read(label[1]), classes)
+                samples.append(Sample(tar, key, image, said))
+    return samples
+
+
+def _label(of: str, kind: str, content: bytes, classes: int) -> Any:
+    if kind == "probe":
+        return json.loads(content)
+    if kind == "retrieval":
+        if captions := content.decode("utf-8").splitlines():
+            return captions
+        raise ValueError(f"{of}.txt holds no caption")
+    said = content.decode(errors="replace")
+    if not said.strip().isdecimal() or int(said) >= classes:
+        raise ValueError(f"{of}.cls says {said!r}, which is none of {classes} classes")
+    return int(said)
 
 
 def answers(measure: str, right: ArrayLike, images: list[int] | None = None) -> pd.DataFrame:

@@ -37,3 +37,14 @@ def _watch(parent: str) -> None:
 def cpus() -> int:
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_every_gpu(module: str) -> None:
+    """Become torchrun with a process of `module` for each GPU, unless there is one at most, or torchrun started us."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ[STARTED_BY] = str(os.getpid())  # torchrun, which takes this process's place, starts the others
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from pipeline.core.compute import deterministic_device
 from pipeline.core.config import PARAMS_FILE
-from pipeline.core.processes import STARTED_BY
+from pipeline.core.processes import STARTED_BY, on_every_gpu
 from pipeline.core.stages import UserError
 from pipeline.sections.launch import Launch
 
@@ -61,11 +61,7 @@ def start(module: str, launch: Launch) -> None:
         # Hosts have their own process ids: a process is tied to the torchrun that started it, as DVC_STAGE asks for.
         os.environ.pop(STARTED_BY, None)
         os.execvp(command[0], [*command, "-m", module, *sys.argv[1:]])
-    gpus = torch.cuda.device_count()
-    if gpus > 1:
-        os.environ[STARTED_BY] = str(os.getpid())  # torchrun, which takes this process's place, starts the others
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", module, *sys.argv[1:]])
+    on_every_gpu(module)
 
 
 def check_port(command: list[str]) -> None:

@@ -15,14 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.transforms import Compose
 
 from pipeline.core.compute import seeded
 from pipeline.core.stages import UserError
@@ -53,7 +55,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.clip = clip
         self.tokenizer, self.sha256 = tokenizer, sha256
-        self.preprocessing = preprocessing
+        self.preprocessing, self.resizing = preprocessing, dict[str | None, Compose]()
         self.mean, self.std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
         self.image_size: int = preprocessing["size"]
         if image_tokens.dispatch(type(clip.visual)) is image_tokens.dispatch(object):
@@ -94,8 +96,21 @@ class Backbone(nn.Module):
 
     def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
         """The backbone's evaluation transform, an image to float [3, size, size]; resize_mode None: its own."""
-        other = {"resize_mode": resize_mode} if resize_mode else {}
-        return image_transform_v2(PreprocessCfg(**self.preprocessing | other), is_train=False)(image)
+        return self.normalize(torch.from_numpy(self.resize(image, resize_mode).copy())[None])[0]
+
+    def resize(self, image: Image.Image, resize_mode: str | None = None) -> np.ndarray:
+        """The transform's first half, which Pillow does without Python's lock: uint8 [size, size, 3]."""
+        if resize_mode not in self.resizing:
+            other = {"resize_mode": resize_mode} if resize_mode else {}
+            transform = image_transform_v2(PreprocessCfg(**self.preprocessing | other), is_train=False)
+            self.resizing[resize_mode] = Compose(transform.transforms[:-2])  # the last two are what `normalize` does
+        return np.asarray(self.resizing[resize_mode](image))
+
+    def normalize(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        """Its second half, the same to the bit for a batch on any device: uint8 to float [B, 3, size, size]."""
+        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float()
+        mean, std, white = (pixels_BCHW.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std, [255.0]))
+        return pixels_BCHW.div_(white).sub_(mean).div_(std)  # by a tensor: a GPU divides by a number inexactly
 
     def encode_image(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_image(pixels_BCHW)
@@ -126,6 +141,20 @@ def stored_tensors(folder: Path) -> Tensors:
     """The tensors of a model's folder by name, its residual head's among them, as the model's state has them."""
     head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
     return _float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
+
+
+def text_sha256(folder: Path) -> str:
+    """Of all in a model's folder that its text embeddings depend on: text tower, its configuration, the tokenizer."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    digest = hashlib.sha256(json.dumps({key: config[key] for key in config if key != "vision_cfg"}).encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".safetensors" and path.name not in (CONFIG, "diva.json"):  # what is left is the tokenizer's
+            digest.update(path.name.encode() + path.read_bytes())
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in sorted(file.keys()):
+            if not name.startswith(("visual.", "logit_")):
+                digest.update(name.encode() + file.get_tensor(name).float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _float32(tensors: Tensors) -> Tensors:
