@@ -383,7 +383,7 @@ def test_a_card_names_code_and_data_and_needs_no_git(
 ) -> None:
     """Whoever owns the checkout, and in whatever state it is: the card is the same."""
     assert (
-        "  - models/mini/diva/mini: unknown: no dvc.lock here tells of it\n" in (handed_over / "README.md").read_text()
+        "  - models/mini/diva/mini: unknown: no dvc.lock here lists it\n" in (handed_over / "README.md").read_text()
     )
     Path("pipeline").mkdir()
     for name, text in LOCKS.items():
@@ -396,7 +396,7 @@ def test_a_card_names_code_and_data_and_needs_no_git(
 - Made from, md5 in DVC's locks:
   - data/mini/images: aaa.dir
   - models/mini/diva/mini: ddd.dir
-  - models/mini/pretrained/mini: unknown: no dvc.lock here tells of it
+  - models/mini/pretrained/mini: unknown: no dvc.lock here lists it
 - sha256""" in card  # fmt: skip
     run(report)
     page = (METRICS / "report.md").read_text()

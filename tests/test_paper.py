@@ -222,7 +222,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
 
 
 def test_an_unknown_architecture_is_named() -> None:
-    with pytest.raises(UserError, match=r"'ViT-B-17': open_clip has no such model. Near.*"):
+    with pytest.raises(UserError, match=r"'ViT-B-17': open_clip has no such model. Similar names.*"):
         backbones.model_config("ViT-B-17")
 
 
