@@ -382,9 +382,7 @@ def test_a_card_names_code_and_data_and_needs_no_git(
     handed_over: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever owns the checkout, and in whatever state it is: the card is the same."""
-    assert (
-        "  - models/mini/diva/mini: unknown: no dvc.lock here lists it\n" in (handed_over / "README.md").read_text()
-    )
+    assert "  - models/mini/diva/mini: unknown: no dvc.lock here lists it\n" in (handed_over / "README.md").read_text()
     Path("pipeline").mkdir()
     for name, text in LOCKS.items():
         Path(name).write_text(text)
