@@ -16,7 +16,7 @@ from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import CHECKPOINTS, COLUMNS
+from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import fill
 from pipeline.models import exports
@@ -61,7 +61,7 @@ def card(
         "profile": profile, "backbone": name, "weights": weights,
         "base": source.weights if isinstance(source, CheckpointSource) else None,
         "architecture": source.architecture if isinstance(source.architecture, str) else None,
-        "released": entry.released if weights == "released" else None,
+        "checkpoint": entry.checkpoints.get(weights),
         "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
         "rows": rows, "found": found, "distances": distances, "no_transformers": no_transformers,
@@ -91,7 +91,8 @@ def main() -> None:
         if no_transformers:
             print(f"{name}: exported for open_clip only. {no_transformers}")
         notes = None
-        if weights not in CHECKPOINTS:
+        entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
+        if weights not in ("pretrained", *entry.checkpoints):
             notes = json.loads((original / "diva.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(
             card(profile, name, weights, backbone.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),

@@ -29,6 +29,7 @@ from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
 from pipeline.sections import params
 from pipeline.sections.backbone import BackboneEntry
+from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
 from pipeline.sections.images import PublishedImages
@@ -67,12 +68,14 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
     if isinstance(sets, PublishedZeroshotSets) and "zeroshot" in p.run.benchmarks:
         wanted += [(data / "zeroshot", download) for download in sets.downloads().values()]
     for backbone in p.run.backbones:
-        source, released = p.backbones[backbone].source, p.backbones[backbone].released
+        source = p.backbones[backbone].source
         if isinstance(source, CheckpointSource):
             files = [source.weights, *([source.tokenizer] if source.tokenizer else [])]
             wanted += [(models / "pretrained" / backbone, download) for download in files]
-        if "released" in p.run.checkpoints and released:
-            wanted.append((models / "released" / backbone, released))
+        for name in p.run.checkpoints:
+            weights = p.backbones[backbone].checkpoints[name].weights
+            if isinstance(weights, Download):
+                wanted.append((models / name / backbone, weights))
     if p.run.recipes:
         if isinstance(images, PublishedImages) and images.kind == "shards":
             wanted.append((data / "images", images.shards))
@@ -208,8 +211,12 @@ def pins(p: params.Params) -> dict[str, dict]:
     for name in p.run.backbones:
         backbone = p.backbones[name]
         found[f"pretrained-{name}"] = _pinned(backbone.source, "backbone", p.profile.threads)
-        if backbone.released:
-            found[f"released-{name}"] = {"released": _only_pins(backbone.released)}
+        for chosen in p.run.checkpoints:
+            checkpoint = backbone.checkpoints[chosen]
+            pinned = {"parts": checkpoint.parts, "weights": _only_pins(checkpoint.weights)}
+            if isinstance(checkpoint.weights, LocalFiles):
+                pinned["weights"] = {"sha256": downloads.found_here(checkpoint.weights)["sha256"]}
+            found[f"{chosen}-{name}"] = pinned
         for benchmark, weights in itertools.product(p.run.benchmarks, p.run.weights):
             found[f"{benchmark}-{name}-{weights}"] = _scoring(p, benchmark, backbone)
     return found

@@ -30,9 +30,10 @@ from pipeline.core.stages import UserError, stage
 from pipeline.evidence import figures, results, statistics
 from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
 from pipeline.evidence.provenance import provenance
-from pipeline.evidence.results import COLUMNS, Scores, label, without_controls
+from pipeline.evidence.results import COLUMNS, Claim, Scores, label, without_controls
 from pipeline.evidence.templates import fill
 from pipeline.sections import reported
+from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.reported import Reported
 
 
@@ -45,16 +46,36 @@ def summary(scores: dict[str, Scores], found: dict, published: tuple[float, floa
     }
 
 
+def claims(p: Reported, entry: BackboneEntry) -> dict[str, Claim]:
+    """What is published, by weights: of what was trained here and its controls the paper's, of a checkpoint its own."""
+    paper = entry.published
+    if not paper:
+        return {}
+    found = {weights: Claim(paper.before, paper.after, "published") for weights in p.run.trained}
+    for name in p.run.checkpoints:
+        if figure := entry.checkpoints[name].published:
+            found[name] = Claim(paper.before, figure.pairs, figure.pooling)
+    return found
+
+
+def known(entry: BackboneEntry) -> dict[str, float]:
+    """Published figures of the pretrained weights, in %."""
+    paper = entry.published
+    if not paper:
+        return {}
+    return {"pairs": paper.before, **({"imagenet1k": paper.imagenet1k} if paper.imagenet1k else {})}
+
+
 def build(p: Reported) -> tuple[dict, dict, pd.DataFrame, dict]:
     """(report.json, evidence.json, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
     metrics = Path("metrics", profile)
     report, evidence, tables, sections = {}, {}, [], []
     for backbone in p.run.backbones:
-        entry = p.backbones[backbone].published
-        published = (entry.before, entry.after) if entry else None
+        entry = p.backbones[backbone]
+        published = (entry.published.before, entry.published.after) if entry.published else None
         scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
-        found = evidence[backbone] = results.evidence(scores, published)
+        found = evidence[backbone] = results.evidence(scores, claims(p, entry), known(entry))
         report[backbone] = summary(scores, found, published)
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         sections.append(section(p, backbone, scores, found, report[backbone]["gain"]))

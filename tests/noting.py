@@ -24,7 +24,7 @@ FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on whic
     "mmvp_vlm": "profiles.${run.profile}.mmvp_vlm",
     "zeroshot_sets": "profiles.${run.profile}.zeroshot_sets",
     "backbone": "backbones.${item.backbone}.source",
-    "released": "backbones.${item.backbone}.released",
+    "checkpoint": "backbones.${item.backbone}.checkpoints",
 }
 DECLARED |= {name: [section] for name, section in FETCHED.items()}
 DECLARED |= {  # likewise of a scoring's

@@ -74,15 +74,16 @@ SHRUNK = {
     "backbones.mini.published_pooling.tokens": {"kind": "random", "number": 3},
 }  # fmt: skip
 
+CHECKPOINTS = ("released", "genhancer", "dcr", "un2clip")
 SCORED = ("pretrained", "diva", "diva-shuffled", "diva-drift")
 
 
 def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
     """The lists of `run` under which these weights are scored, of which every recipe has the same controls."""
-    recipes = [name for name in weights if name not in ("pretrained", "released") and "-" not in name]
+    recipes = [name for name in weights if name not in ("pretrained", *CHECKPOINTS) and "-" not in name]
     return {
         "run.benchmarks": ["mmvp", "zeroshot"],
-        "run.checkpoints": [name for name in weights if name == "released"],
+        "run.checkpoints": [name for name in weights if name in CHECKPOINTS],
         "run.recipes": recipes,
         "run.controls": list(dict.fromkeys(name.partition("-")[2] for name in weights if "-" in name)),
         "run.inputs": ["images", "denoiser"] if recipes else [],

@@ -52,10 +52,10 @@ RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
     **{f"score{of}": PARAMS["run"]["benchmarks"] for of in ("", "-checkpoints", "-recipes", "-controls")},
     **{f"export{of}": ["export"] for of in ("", "-checkpoints", "-recipes")},
     "input": ["images", "denoiser"],
-    "checkpoint": ["released"],
+    "checkpoint": ["checkpoint"],
     "control": ["shuffled", "drift"],
 }
-FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "backbone", "released"}
+FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "backbone", "checkpoint"}
 STAGES = [file for file in FILES if file.parent == Path("pipeline") and defines_main(file)]
 
 
@@ -173,7 +173,7 @@ def test_dependencies_are_the_import_closure(stage: str) -> None:
         assert sum("/planned/" in dep for dep in DVC[stage]["deps"]) == 1
         return
     if stage == "plan":
-        runs = [*runs, *(FETCH - {"released"}), *RUNS["score"]]
+        runs = [*runs, *(FETCH - {"checkpoint"}), *RUNS["score"]]
     assert len(code) == len(set(code))
     assert set(code) == set().union(*(closure(Path("pipeline", f"{file}.py")) for file in runs))
     assert all((ROOT / dep).is_file() for dep in deps)
@@ -185,7 +185,7 @@ def test_a_program_is_the_import_closure(file: Path) -> None:
 
 
 def test_every_stage_before_the_report_decides_gains() -> None:
-    after = {"plan", "released", "report", "export"}  # or have no part in them
+    after = {"plan", "checkpoint", "report", "export"}  # or have no part in them
     stages = {file.stem for file in STAGES}
     assert set(provenance.DECIDE) == {f"{stage}.py" for stage in stages - after} | {"evidence/results.py"}
 
@@ -225,7 +225,7 @@ def test_a_stage_runs_its_own_file(stage: str) -> None:
     offline = ["HF_HUB_OFFLINE=1"] if not FETCH.issuperset(RUNS[stage]) and matrix else []
     module, *arguments = command[6 if offline else 5 :]
     assert command[: 6 if offline else 5] == ["exec", "env", "STARTED_BY=$PPID", *offline, "python", "-m"]
-    axis = {"input", "checkpoint", "control"} & {stage} or {"benchmark"} & {*matrix}
+    axis = {"input", "control"} & {stage} or {"benchmark"} & {*matrix}
     assert module == (f"pipeline.${{item.{next(iter(axis))}}}" if axis else f"pipeline.{RUNS[stage][0]}")
     assert set(re.findall(r"item\.(\w+)", " ".join(arguments))) == matrix.keys() - axis
     assert ("wdir" in DVC[stage]) == (stage not in WANTED)

@@ -1,5 +1,6 @@
 """The paper profile: the eight published backbones as data; its stages on checkpoints served by a hub of our own."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -27,25 +28,25 @@ from shrunk import run, run_of
 from torch.nn import functional as F
 
 from pipeline import backbone as backbone_stage
-from pipeline import denoiser as denoiser_stage
 from pipeline import (
+    checkpoint,
     drift,
     export,
     images,
     mmvp,
     mmvp_vlm,
     plan,
-    released,
     report,
     shuffled,
     train,
     zeroshot,
     zeroshot_sets,
 )
+from pipeline import denoiser as denoiser_stage
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
-from pipeline.models import backbones
+from pipeline.models import backbones, exports
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
@@ -310,7 +311,8 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
         entry["source"]["weights"] |= {"at": [address], "files": {file: None}}
         if entry["source"].get("tokenizer"):
             entry["source"]["tokenizer"]["at"] = [address]
-        entry["released"] |= {"at": ["hf://BAAI/DIVA@main"], "files": {tuned: None}}
+        released = entry["checkpoints"]["released"]["weights"]
+        released |= {"at": ["hf://BAAI/DIVA@main"], "files": {tuned: None}}
         entry["gpu_memory"] = None
         entry["published"]["parameters"] = 0.1  # million: a test needs no disk for models of true size
     return content
@@ -366,8 +368,9 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     assert "hf://gone/sd@main" in told.err  # the first address does not answer, the mirror does
 
     hub.requests.clear()
-    for stage, name in itertools.product((backbone_stage, released), names):
-        run(stage, name)
+    for name in names:
+        run(backbone_stage, name)
+        run(checkpoint, name, "released")
     assert sorted(fetched(hub.requests)) == [
         "ViT-L-14.pt", "open_clip_model.safetensors", "openai.pth", "siglip.pth", "special_tokens_map.json",
         "tokenizer.json", "tokenizer_config.json",
@@ -391,7 +394,7 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
         assert evidence[name]["weights"]["diva"]["verdict"]["pairs"] in (
             "reproduced", "not reproduced", "not distinguishable",
         )  # fmt: skip
-    assert "<td>GenHancer, theirs<td>19.3<td>31.9<td>+12.6" in page
+    assert "<td>genhancer, theirs (stock pooling)<td>19.3<td>31.9<td>+12.6" in page
     said = "stock embedding before, published pooling after, as in the paper&#39;s table; published +6.6; "
     assert f"{said}the published pooling alone" in page
 
@@ -424,6 +427,101 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     assert hub.requests == []  # once all was fetched, nobody is asked
     declared = taken.keys() - {"plan", "drift"}  # drift is one of two that stage control runs
     assert not {name: idle(name) for name in declared if idle(name)}  # no stage declares in vain
+
+
+SHORTEST = ["released", "genhancer", "un2clip"]
+
+
+@pytest.fixture
+def compared(hub: Hub, folder: Path) -> Path:
+    """openai_224 beside three of others' checkpoints, on the pairs alone: a file, a folder of transformers, a path."""
+    content, tuned = smaller(committed(), hub.endpoint), checkpoints.build(checkpoints.OPENAI, 8)
+    made = folder / "made/OpenAICLIP/clip-vit-large-patch14"
+    like = folder / "like"
+    backbones.write_config(checkpoints.OPENAI, PAPER["openai_224"].source.preprocessing.model_dump(), like)
+    backbones.save_weights(tuned.state_dict(), like)
+    exports.transformers_model(tuned, exports.tokenizer(Backbone.load(like))).save_pretrained(made)
+    hub.add_repo("msj9817/GenHancer", folder / "made", lfs=1000)
+    by_hand = folder / "data/by_hand/un2clip/openai_224.pth"
+    by_hand.parent.mkdir(parents=True)
+    torch.save({name: tensor for name, tensor in tuned.state_dict().items() if name.startswith("visual.")}, by_hand)
+    write(content, ["openai_224"], ["pretrained", *SHORTEST])
+    content["run"]["benchmarks"] = ["mmvp"]
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return by_hand
+
+
+def test_the_shortest_way_fetches_weights_and_pairs_alone(
+    hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pretrained beside others' checkpoints on MMVP-VLM alone: told before, fetched, scored, judged and compared."""
+    hub.requests.clear()
+    run(plan)
+    told = "".join(capsys.readouterr().out.split())
+    for folder in ("data/paper/mmvp", *(f"models/paper/{name}/openai_224" for name in ("pretrained", *SHORTEST[:2]))):
+        assert folder in told
+    assert "zeroshot" not in told
+    run(mmvp_vlm)
+    run(backbone_stage, "openai_224")
+    for name in SHORTEST:
+        run(checkpoint, "openai_224", name)
+    names = [name for name in fetched(hub.requests) if not name.endswith((".jpg", "Questions.csv"))]
+    assert sorted(names) == ["ViT-L-14.pt", "config.json", "model.safetensors", "openai.pth"]
+    record = read("metrics/paper/checkpoint/openai_224-un2clip.json")
+    assert record["sha256"] == hashlib.sha256(compared.read_bytes()).hexdigest()
+    genhancer, un2clip, pretrained = (
+        load_file(Path("models/paper", name, "openai_224", backbones.WEIGHTS))
+        for name in ("genhancer", "un2clip", "pretrained")
+    )
+    for name, tensor in genhancer.items():  # one model, whole and its image tower alone
+        of = tensor if name.startswith("visual.") else pretrained[name]
+        torch.testing.assert_close(un2clip[name], of, rtol=1e-6, atol=1e-6)
+
+    for name in ("pretrained", *SHORTEST):
+        run(mmvp, "openai_224", name)
+    run(report)
+    evidence = read("metrics/paper/evidence.json")["openai_224"]
+    for name in SHORTEST:
+        verdict = evidence["weights"][name]["verdict"]
+        assert verdict["pairs"] in ("reproduced", "not reproduced", "not distinguishable")
+        assert verdict["zeroshot"] == "not measured"
+    published = {name: found["published"] for name, found in evidence["weights"].items()}
+    assert published["released"] == {"gain": 6.6, "pooling": "published"}
+    assert published["genhancer"] == {"gain": 12.6, "pooling": "stock"}
+    assert published["un2clip"] == {"gain": 13.3, "pooling": "stock"}
+    assert len(evidence["comparison"]) == 6  # every two of four
+    away = evidence["baseline"]["pairs"]
+    assert away["away"] == round(away["found"] * 9 / 100) - round(19.3 * 9 / 100)
+    page = Path("metrics/paper/report.md").read_text()
+    assert "p, corrected (Holm)" in page
+    assert "| un2clip minus genhancer |" in page
+    assert "The pretrained weights: pairs " in page
+    run(export, "openai_224", "un2clip")
+    card = Path("models/paper/export/openai_224-un2clip/README.md").read_text()
+    assert "checkpoint `un2clip`, its image tower alone" in card
+    assert "- Tuned weights: the authors of un2CLIP, licence theirs" in card
+    assert {"config.json", "open_clip_config.json"} <= {
+        p.name for p in Path("models/paper/export/openai_224-un2clip").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"path": "nowhere.pth"}, "nowhere.pth: no such file or folder. .*get it from the authors of un2CLIP"),
+        ({"sha256": "0" * 64}, "other bytes than params.yaml states: expected sha256 0000"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_fetched(
+    hub: Hub, compared: Path, value: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["backbones"]["openai_224"]["checkpoints"]["un2clip"]["weights"] |= value
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        run(plan)
+    assert re.search(said, capsys.readouterr().err)
+    assert not Path("data/paper/planned").exists()
 
 
 @pytest.mark.usefixtures("folder")
@@ -530,9 +628,9 @@ def test_the_authors_checkpoint_lies_where_git_and_dvc_do_not_look(
         return read_checkpoint(checkpoint)
 
     monkeypatch.setattr(backbones, "read_checkpoint", read)
-    run(released, "siglip_224")
-    (checkpoint,) = lay
-    assert checkpoint.parts[:4] == ("models", "paper", "released", ".siglip_224.partial")
+    run(checkpoint, "siglip_224", "released")
+    (file,) = lay
+    assert file.parts[:4] == ("models", "paper", "released", ".siglip_224.partial")
     models = (Path("models/paper", weights, "siglip_224") for weights in ("released", "pretrained"))
     assert len({frozenset(path.name for path in model.iterdir()) for model in models}) == 1
 

@@ -91,7 +91,7 @@ def test_the_committed_file_loads() -> None:
         (f"{MINI}.published_pooling.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
         ("run.profile", "papr", "'papr'"),
-        ("run.checkpoints", ["released"], "backbones.mini has none"),
+        ("run.checkpoints", ["released"], "backbones.mini.checkpoints has none"),
         ("profiles.paper.images", {"kind": "tar"}, "'tar'"),
         (f"{OPENAI}.source.weights", {"at": ["https://a"], "licence": "MIT"}, "either files or match"),
         (f"{OPENAI}.source.weights", {**HUB, "files": {"a.pt": None, "b.pt": None}}, "2 files, wanted one checkpoint"),

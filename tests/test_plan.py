@@ -245,7 +245,7 @@ def test_what_is_fetched_depends_on_its_pins_alone() -> None:
     }  # fmt: skip
     after = planned("openai_224 siglip_224", "diva diva-drift released", **same)
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"pretrained-siglip_224", "released-siglip_224"}
+    assert after.keys() - before.keys() == {"pretrained-siglip_224", "released-siglip_224", "released-openai_224"}
     other = planned("openai_224", "pretrained", **{"zeroshot_sets.sets": {"imagenet1k": "abc124"}})
     assert {name for name in before if other[name] != before[name]} == {"zeroshot_sets"}
 

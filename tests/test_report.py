@@ -17,7 +17,7 @@ from shrunk import METRICS, run, write_params, write_seeds
 from pipeline import report
 from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
-from pipeline.evidence.results import COLUMNS, Scores
+from pipeline.evidence.results import COLUMNS, Claim, Scores
 from pipeline.mini import world
 from pipeline.sections import params
 
@@ -116,7 +116,7 @@ def several(scores: Scores) -> pd.DataFrame:
     return pd.concat([scores.pairs.assign(pair=scores.pairs.pair + 5 * i) for i in range(20)])
 
 
-def evidence(published: tuple[float, float] | None) -> dict:
+def evidence(published: tuple[float, float] | None, pooling: str = "published", **known: float) -> dict:
     """Of two recipes: diva, and one that does nothing, of which the mismatched images make what diva is."""
     scores = {
         "pretrained": BEFORE, "diva": AFTER, "diva-shuffled": BEFORE, "diva-drift": AFTER,
@@ -124,7 +124,8 @@ def evidence(published: tuple[float, float] | None) -> dict:
     }  # fmt: skip
     moved = {name: np.zeros(2) if name in ("diva", "diva-drift") else np.ones(2) for name in scores}
     scores = {name: replace(of_weights, cosines=moved[name]) for name, of_weights in scores.items()}
-    return results.evidence(scores, published)
+    claims = dict.fromkeys(scores, Claim(*published, pooling)) if published else {}
+    return results.evidence(scores, claims, known)
 
 
 def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
@@ -141,6 +142,47 @@ def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
     assert diva["verdict"]["pairs"] == statistics.gain_verdict(judged, 6.0)
     assert evidence((0.0, 100.0))["weights"]["diva"]["verdict"]["pairs"] == "not reproduced"
     assert evidence(None)["weights"]["diva"]["verdict"]["pairs"] == "not distinguishable"
+
+
+def test_a_checkpoint_is_judged_by_its_own_figure_and_pooling_rule() -> None:
+    """GenHancer's are of the stock embedding: nothing of a change of pooling is in them."""
+    found = evidence((40.0, 46.0), "stock")["weights"]["diva"]
+    assert found["as_published"] == found["gain"]["pairs_stock"]
+    assert found["published"] == {"gain": 6.0, "pooling": "stock"}
+    said = page.verdicts(evidence((40.0, 46.0), "stock"))["diva"]
+    assert "; published +6.0)" in said
+    assert "published pooling" not in said
+
+
+def test_every_two_weights_are_compared_and_p_corrected_for_their_number() -> None:
+    found = evidence(None)["comparison"]
+    assert list(found) == ["diva minus pretrained", "idle minus pretrained", "idle minus diva"]
+    assert (found["idle minus diva"]["won"], found["idle minus diva"]["lost"]) == (1, 2)
+    assert found["diva minus pretrained"]["won"] == 2
+    rows = page.comparison(evidence(None))
+    assert [row[0] for row in rows[1:]] == list(found)
+    assert all(len(row) == len(rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "away", "said"),
+    [
+        (40.0, 0, "pairs as published (41.7 %, published 40 %)"),
+        (60.0, -1, "pairs 1 pair away"),
+        (0.0, 2, "2 pairs of 5"),
+    ],
+)
+def test_the_baseline_is_held_against_what_is_published(pairs: float, away: int, said: str) -> None:
+    found = evidence(None, pairs=pairs, objects=75.05, elsewhere=3.0)["baseline"]
+    assert found["pairs"]["away"] == away
+    assert found["objects"] == {"published": 75.05, "found": 75.0, "away": 0.0}
+    assert found.keys() == {"pairs", "objects"}
+    told = page.baseline(found, BEFORE)
+    assert said in told
+    assert "objects as published" in told
+    assert ("Check revision" in told) == (away != 0)
+    assert "objects 5 points away" in page.baseline({"objects": {"published": 80, "found": 75.0, "away": -5.0}}, BEFORE)
+    assert page.baseline({}, BEFORE) == ""
 
 
 def test_an_effect_is_a_recipe_s_gain_less_that_of_its_own_control() -> None:
@@ -172,9 +214,9 @@ def test_a_control_never_fails_the_check() -> None:
 def test_a_gain_at_the_cost_of_zero_shot_ability_is_called_so() -> None:
     found = evidence(None)
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "lost"}
-    assert "at the cost of zero-shot ability" in page.verdicts(found, None)["diva"]
+    assert "at the cost of zero-shot ability" in page.verdicts(found)["diva"]
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
-    assert "at the cost" not in " ".join(page.verdicts(found, None).values())
+    assert "at the cost" not in " ".join(page.verdicts(found).values())
 
 
 def test_over_seeds_a_published_gain_is_judged_with_its_pooling_rule() -> None:
@@ -274,6 +316,7 @@ def test_recipes_stand_side_by_side() -> None:
     assert html.index("pairs: effect over random perturbation") < html.index("Next:") < html.index("all figures</h2>")
     difference = statistics.Interval(*found["difference"]["text_anchored minus diva"]["pairs_stock"]).text()
     assert f"| text_anchored minus diva | {difference} |" in markdown
+    assert "corrected for the number of comparisons" in markdown
     for recipe in ("diva", "text_anchored"):
         assert f"- run of mini, {recipe}: {provenance.run('mini', 'mini', recipe)}\n" in markdown
 

@@ -213,3 +213,10 @@ def test_a_loss_of_the_margin_is_seldom_called_preserved(answers: int, experimen
     verdicts = [preserved_verdict(stratified(experiment(draws))) for _ in range(experiments)]
     assert 0 < verdicts.count("preserved") <= most
     assert 0 < verdicts.count("lost") <= most
+
+
+def test_holm_s_correction() -> None:
+    """The smallest times their number, the next times one less, and never falling."""
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert statistics.holm([]) == []

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from pipeline.core.outputs import remove
 from pipeline.core.stages import UserError
+from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.download import Download
 
 T = TypeVar("T")
@@ -110,6 +111,27 @@ def locate(download: Download) -> Listing:
 def fetch(download: Download, folder: Path) -> dict[str, Any]:
     """Fetch the files into `folder`; see `fetch_all`."""
     return fetch_all({folder: download})[folder]
+
+
+def found_here(local: LocalFiles) -> dict[str, Any]:
+    """The record of a checkpoint that lies here: `path`, `origin`, `licence`, `bytes`, `sha256` as found.
+
+    Raises UserError where there is none, and where params.yaml has another hash.
+    """
+    path = Path(local.path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder. It is not fetched by itself: get it from {local.origin} (licence: "
+            f"{local.licence}), put it there, or give another path in params.yaml."
+        )
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    hashes = {str(each.relative_to(path)): _digest(each, hashlib.sha256()) for each in files}
+    lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+    found = hashlib.sha256(lines.encode()).hexdigest() if path.is_dir() else next(iter(hashes.values()))
+    if local.sha256 and found != local.sha256:
+        raise UserError(f"{path}: other bytes than params.yaml states: expected sha256 {local.sha256}, found {found}.")
+    size = sum(each.stat().st_size for each in files)
+    return {"path": str(path), "origin": local.origin, "licence": local.licence, "bytes": size, "sha256": found}
 
 
 def fetch_all(

@@ -18,6 +18,12 @@ TESTS = [
     "cosine to the original [95 %]",
 ]  # fmt: skip
 
+COMPARISON = [
+    "", "pairs, stock embedding", "zero-shot classification", "pairs won", "lost", "exact McNemar p",
+    "p, corrected (Holm)",
+]  # fmt: skip
+NEAR = 0.1  # points of accuracy that rounding and other kernels explain
+
 Pair = tuple[float, float]  # the paper's pairs before and after, in %
 
 
@@ -40,11 +46,15 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
     return {
         "backbone": backbone,
         "controlled": bool(found["effect"]),
-        "overview": overview(scores, found, published),
-        "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found, published).items()],
+        "overview": overview(scores, found),
+        "baseline": baseline(found["baseline"], scores["pretrained"]),
+        "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found).items()],
         "headline": headline_rows(scores, found),
-        "difference": [
-            [name, *cells(change, ("pairs_stock", "zeroshot"))] for name, change in found["difference"].items()
+        "comparison": comparison(found),
+        "claims": [
+            [name, checkpoint.published.pairs, checkpoint.published.pooling]
+            for name, checkpoint in p.backbones[backbone].checkpoints.items()
+            if checkpoint.published
         ],
         "four_cells": four_cells(scores),
         "published": entry,
@@ -70,9 +80,41 @@ def cells(intervals: dict[str, list[float]], columns: Iterable[str] = COLUMNS) -
     return [cell(intervals.get(column)) for column in columns]
 
 
-def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> list[list[str]]:
+def baseline(compared: dict[str, dict], before: Scores) -> str:
+    """Whether the pretrained weights have their published figures; empty where none is known of what was scored."""
+    told = []
+    for name, figures_ in compared.items():
+        away, unit = abs(figures_["away"]), "points"
+        if name == "pairs":
+            away, unit = int(away), f"pairs of {len(before.right('stock'))}" if away != 1 else "pair"
+        near = away <= (0 if name == "pairs" else NEAR)
+        said = "as published" if near else f"{away:g} {unit} away from what is published"
+        told.append(f"{name} {said} ({figures_['found']:.1f} %, published {figures_['published']:g} %)")
+    if not told:
+        return ""
+    hint = (
+        " Check revision, tokenizer and preprocessing before trusting what follows." if "away" in "".join(told) else ""
+    )
+    return f"The pretrained weights: {'; '.join(told)}.{hint}"
+
+
+def comparison(found: dict) -> list[list[str]]:
+    """Every two sets of weights, the first row with headings; nothing where there are but two."""
+    rows = []
+    for name, tests in found["comparison"].items():
+        second, _, first = name.partition(" minus ")
+        change = found["weights"][second]["gain"] if first == "pretrained" else found["difference"][name]
+        counts = [str(tests[key]) for key in ("won", "lost")]
+        rows.append(
+            [name, *cells(change, ("pairs_stock", "zeroshot")), *counts, f"{tests['p']:g}", f"{tests['p_holm']:g}"]
+        )
+    return [COMPARISON, *rows] if len(rows) > 1 else []
+
+
+def overview(scores: dict[str, Scores], found: dict) -> list[list[str]]:
     """Recipes side by side, with their controls: what was gained and what it cost; the first row has the headings."""
-    shown, as_published = without_controls(scores), " as the paper's table counts it" if published else ""
+    shown = without_controls(scores)
+    claimed = any("published" in result for result in found["weights"].values())
     rows = [["", *("original" if weights == "pretrained" else weights for weights in shown)]]
     for name, column in (("pairs", "pairs_stock"), ("zeroshot", "zeroshot")):
         values = [scores[weights].headline().get(column) for weights in shown]
@@ -82,11 +124,12 @@ def overview(scores: dict[str, Scores], found: dict, published: Pair | None) -> 
             rows.append([f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)])
             continue
         gained = [
-            t.get("as_published") if as_published and name == "pairs" else t.get("gain", {}).get(column) for t in tuned
+            t["as_published"] if name == "pairs" and "published" in t else t.get("gain", {}).get(column) for t in tuned
         ]
         rows += [
             [f"{COLUMNS[column]}, %", *(f"{value:.1f}" for value in values)],
-            [f"{what}: gain{as_published if name == 'pairs' else ''}, points", *map(cell, gained)],
+            [f"{what}: gain{' as published' if claimed and name == 'pairs' else ''}, points", *map(cell, gained)],
+            *([["pairs: published gain, points", *map(claim, tuned)]] if claimed and name == "pairs" else []),
             [f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)],
         ]
         for control, words in CONTROLS.items():
@@ -133,7 +176,13 @@ def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
     return rows
 
 
-def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
+def claim(result: dict) -> str:
+    """The published gain of these weights' part of evidence.json, and its pooling rule; empty where there is none."""
+    said = result.get("published")
+    return f"{said['gain']:+.1f} ({said['pooling']} pooling)" if said else ""
+
+
+def verdicts(found: dict) -> dict[str, str]:
     """A sentence of verdict for each set of weights, without controls."""
     texts = {}
     for weights in without_controls(found["weights"]):
@@ -143,12 +192,15 @@ def verdicts(found: dict, published: Pair | None) -> dict[str, str]:
             texts[weights] = f"{weights}: pairs {judged['pairs']}.{_cost(result)}"
             continue
         tests = result["pairs"]["stock"]
+        published = result.get("published")
         gain = Interval(*(result["as_published"] if published else result["gain"]["pairs_stock"])).text()
         said = f"{weights}: pairs {judged['pairs']}, {gain} points (stock embedding"
         if published:
-            alone = Interval(*found["pooling"]).text()
-            said += " before, published pooling after, as in the paper's table; published "
-            said += f"{published[1] - published[0]:+.1f}; the published pooling alone gives {alone}"
+            if published["pooling"] == "published":
+                said += " before, published pooling after, as in the paper's table"
+            said += f"; published {published['gain']:+.1f}"
+            if published["pooling"] == "published":
+                said += f"; the published pooling alone gives {Interval(*found['pooling']).text()}"
         said += f").{_cost(result)}"
         shows, smallest = "No gain of so few pairs is detected reliably", tests["smallest_gain"]
         if smallest is not None:

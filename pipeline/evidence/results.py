@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,10 +37,21 @@ COLUMNS = {
     "probe": "detail probe",
 }
 NOT_MEASURED = "not measured"
-CHECKPOINTS = ("pretrained", "released")
 CONTROLS = {"shuffled": "mismatched images", "drift": "random perturbation"}
 
 Read = Callable[[Path], bytes]
+
+
+class Claim(NamedTuple):
+    """What is published of tuned weights: pairs right before and after, in %, and the pooling rule of the latter."""
+
+    before: float
+    after: float
+    pooling: str
+
+    @property
+    def gain(self) -> float:
+        return self.after - self.before
 
 
 @dataclass(frozen=True)
@@ -162,17 +173,18 @@ def without_controls(scores: Iterable[str]) -> list[str]:
     return [weights for weights in scores if not recipe_and_control(weights)[1]]
 
 
-def evidence(scores: dict[str, Scores], published: tuple[float, float] | None) -> dict:
+def evidence(scores: dict[str, Scores], claims: dict[str, Claim], known: dict[str, float] | None = None) -> dict:
     """Everything that follows from one backbone's scores; intervals as [value, low, high].
 
-    weights, by weights: gain: over pretrained, each column. as_published: stock embedding before, published pooling
-    after, as the paper's table has it. pairs: won, lost, McNemar's p, smallest gain. cosine: of the pairs' images'
-    stock embeddings to the original ones. verdict: by the rule of metrics/README.md.
-    Without pairs there is nothing of theirs, and a verdict on what was not scored is "not measured".
-    pooling: the part of as_published that the pooling rule alone gives. effect, by control's weights: the recipe's gain
-    minus the control's (difference in differences). difference, by two recipes: the first's gain minus the second's.
+    weights, by weights: gain: over pretrained, each column. as_published: stock embedding before, and after the pooling
+    rule of the published figure. published: the gain that was published, and that rule. pairs: won, lost, McNemar's p,
+    smallest gain. cosine: of the pairs' images' stock embeddings to the original ones. verdict: by the rule of
+    metrics/README.md. Without pairs there is nothing of theirs, and a verdict on what was not scored is "not measured".
+    pooling: what the published pooling rule alone gives. effect, by control's weights: the recipe's gain minus the
+    control's (difference in differences). difference, by two tuned weights: the first's gain minus the second's.
+    comparison and baseline: see the functions.
 
-    published: the paper's pairs before and after, in %.
+    claims: what was published, by weights. known: published figures of the pretrained weights, see `baseline`.
     """
     before, found = scores["pretrained"], dict[str, dict[str, Any]]()
     for weights, after in scores.items():
@@ -181,9 +193,13 @@ def evidence(scores: dict[str, Scores], published: tuple[float, float] | None) -
         gain, verdict = gains(before, after), {"pairs": NOT_MEASURED, "zeroshot": NOT_MEASURED}
         found[weights] = {"gain": _rounded(gain)}
         if "pairs_stock" in gain:
-            as_published = change(before.strata("pairs_stock"), after.strata("pairs_published"))
-            judged = (as_published, published[1] - published[0]) if published else (gain["pairs_stock"], None)
+            claim = claims.get(weights)
+            pooling = claim.pooling if claim else "published"
+            as_published = change(before.strata("pairs_stock"), after.strata(f"pairs_{pooling}"))
+            judged = (as_published, claim.gain) if claim else (gain["pairs_stock"], None)
             verdict["pairs"] = statistics.gain_verdict(*judged)
+            if claim:
+                found[weights] |= {"published": {"gain": round(claim.gain, 2), "pooling": pooling}}
             found[weights] |= {
                 **_rounded({"as_published": as_published}),
                 "pairs": {pooling: won_and_lost(before, after, pooling) for pooling in POOLINGS},
@@ -192,18 +208,55 @@ def evidence(scores: dict[str, Scores], published: tuple[float, float] | None) -
         if "zeroshot" in gain:
             verdict["zeroshot"] = statistics.preserved_verdict(gain["zeroshot"])
         found[weights]["verdict"] = verdict
-    recipes = [weights for weights in without_controls(scores) if weights not in CHECKPOINTS]
-    controls = {weights: recipe_and_control(weights)[0] for weights in scores.keys() - {*recipes, *CHECKPOINTS}}
-    pooling = {"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))} if before.mmvp else {}
+    tuned = without_controls(found)
+    controls = {weights: recipe_and_control(weights)[0] for weights in found.keys() - {*tuned}}
+    pools = {"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))} if before.mmvp else {}
     return {
         "weights": found,
-        **_rounded(pooling),
+        **_rounded(pools),
+        "baseline": baseline(before, known or {}),
         "effect": {w: _rounded(gains(scores[w], scores[controls[w]])) for w in scores if w in controls},
         "difference": {
             f"{second} minus {first}": _rounded(gains(scores[first], scores[second], ("pairs_stock", "zeroshot")))
-            for first, second in itertools.combinations(recipes, 2)
+            for first, second in itertools.combinations(tuned, 2)
         },
+        "comparison": comparison({weights: scores[weights] for weights in ("pretrained", *tuned)})
+        if before.mmvp
+        else {},
     }
+
+
+def comparison(scores: dict[str, Scores]) -> dict[str, dict]:
+    """Every two of these weights by the pairs (stock embedding): won and lost by the second, McNemar's exact p, and the
+    same corrected by Holm for all of these comparisons.
+    """
+    found = {
+        f"{second} minus {first}": won_and_lost(scores[first], scores[second], "stock")
+        for first, second in itertools.combinations(scores, 2)
+    }
+    corrected = statistics.holm([result["p"] for result in found.values()])
+    return {name: {**found[name], "p_holm": float(f"{p:.2g}")} for name, p in zip(found, corrected, strict=True)}
+
+
+def baseline(before: Scores, known: dict[str, float]) -> dict[str, dict]:
+    """The pretrained weights' figures beside the published ones; a difference tells of another revision, tokenizer or
+    preprocessing.
+
+    known: published figures in %: `pairs` (MMVP-VLM, stock embedding), and zero-shot accuracies by the name of the set.
+    Returns by name published, found, and `away`: whole pairs, or points of a set.
+    """
+    compared = {}
+    for name, published in known.items():
+        if name == "pairs" and before.mmvp:
+            found, pairs = before.headline()["pairs_stock"], len(before.right("stock"))
+            away = float(round(found * pairs / 100) - round(published * pairs / 100))
+        elif name in before.zeroshot:
+            found = before.zeroshot[name]["average"]
+            away = round(found - published, 1)
+        else:
+            continue
+        compared[name] = {"published": published, "found": found, "away": away}
+    return compared
 
 
 def failures(evidence: dict) -> list[str]:

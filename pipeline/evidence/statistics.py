@@ -84,6 +84,15 @@ def mcnemar(won: int, lost: int) -> float:
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p values for their number, each at most 1, in their order."""
+    order, corrected, highest = sorted(range(len(ps)), key=lambda i: ps[i]), [1.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = highest
+    return corrected
+
+
 def smallest_gain(pairs: int, changed: int) -> float:
     """The smallest gain (won minus lost, as a share of the pairs) that is shown with probability POWER.
 

@@ -4,14 +4,14 @@ from pydantic import Field
 
 from pipeline.core.config import Name, NonNegativeFloat, PositiveFloat, Section
 from pipeline.diva.rules import Condition, PoolingRule
-from pipeline.sections.download import Download
+from pipeline.sections.checkpoint import Checkpoint
 from pipeline.sections.source import Source
 
 
 class Published(Section):
     """What the paper's table says: million parameters; pairs right in %, average and by pattern.
 
-    later: what later methods report for the same backbone and pairs, each under a pooling rule of its own.
+    imagenet1k: zero-shot accuracy of the pretrained weights, %, as open_clip's table of results has it.
     """
 
     parameters: PositiveFloat
@@ -19,7 +19,7 @@ class Published(Section):
     after: PositiveFloat
     before_patterns: list[NonNegativeFloat] = Field(min_length=9, max_length=9)
     after_patterns: list[NonNegativeFloat] | None = Field(min_length=9, max_length=9)
-    later: dict[str, PositiveFloat] = Field({})
+    imagenet1k: PositiveFloat | None = None
 
 
 class GpuMemory(Section):
@@ -32,7 +32,7 @@ class GpuMemory(Section):
 class BackboneEntry(Section):
     profile: Name
     source: Source
-    released: Download | None = None  # the authors' tuned weights
+    checkpoints: dict[Name, Checkpoint] = Field({})
     condition: Condition
     published_pooling: PoolingRule
     published: Published | None = None

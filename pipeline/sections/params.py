@@ -40,6 +40,8 @@ RENAMED = {  # keys of earlier versions, by the end of their full name, and what
     "denoiser.held_out": "denoiser.validation",
     "image_tower.pictures": "image_tower.images",
     "published_read_out": "published_pooling",
+    "released": "checkpoints.released.weights",
+    "published.later": "checkpoints.<method>.published (pairs, and their pooling)",
     "published_pooling.unit_tokens": "published_pooling.normalize_tokens",
     "published_pooling.unit_sum": "published_pooling.normalize_output",
 }
@@ -81,10 +83,15 @@ class Params(Reported):
                     f"run.backbones names '{key}', which belongs to profile '{own}', but run.profile is "
                     f"'{self.run.profile}'. Set run.profile={own}, or choose among: {', '.join(fitting) or 'none'}"
                 )
-            if "released" in self.run.checkpoints and self.backbones[key].released is None:
-                raise ValueError(
-                    f"run.checkpoints names 'released', but backbones.{key} has none. Take it out, or add them there"
-                )
+            for name in self.run.checkpoints:
+                there = self.backbones[key].checkpoints
+                if name not in there:
+                    raise ValueError(
+                        f"run.checkpoints names '{name}', but backbones.{key}.checkpoints has "
+                        f"{', '.join(there) or 'none'}. Take it out, or add it there"
+                    )
+                if name in {"pretrained", *self.profile.recipes}:
+                    raise ValueError(f"backbones.{key}.checkpoints names '{name}', as other weights are. Rename it")
         for name in self.run.recipes:
             if name not in self.profile.recipes:
                 raise ValueError(

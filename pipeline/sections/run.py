@@ -11,14 +11,19 @@ from pipeline.core.config import Name, Section
 class Run(Section):
     profile: Name
     backbones: list[Name] = Field(min_length=1)
-    checkpoints: list[Literal["released"]]
+    checkpoints: list[Name]
     recipes: list[Name]
     controls: list[Literal["shuffled", "drift"]]
     benchmarks: list[Literal["mmvp", "zeroshot"]]
     inputs: list[Literal["images", "denoiser"]]
 
     @property
+    def trained(self) -> list[str]:
+        """What is trained here: each recipe followed by its controls."""
+        each = [[recipe, *(f"{recipe}-{control}" for control in self.controls)] for recipe in self.recipes]
+        return [*chain.from_iterable(each)]
+
+    @property
     def weights(self) -> list[str]:
-        """All that is scored: as published, then each recipe followed by its controls."""
-        trained = [[recipe, *(f"{recipe}-{control}" for control in self.controls)] for recipe in self.recipes]
-        return ["pretrained", *self.checkpoints, *chain.from_iterable(trained)]
+        """All that is scored: as published, then what is trained here."""
+        return ["pretrained", *self.checkpoints, *self.trained]

@@ -115,7 +115,9 @@ def backbones() -> str:
     """The published backbones of params.yaml; GPU memory as stage plan counts it."""
     p = params.load()
     micro_batch = p.profiles["paper"].train.micro_batch
-    later = sorted({name for entry in p.backbones.values() if entry.published for name in entry.published.later})
+    later = sorted(
+        {name for entry in p.backbones.values() if entry.published for name in entry.checkpoints if name != "released"}
+    )
     rows: list[Sequence[object]] = [
         ("key", "weights from", "licence", "GPU memory, GB", "before: stock", "DIVA: published pooling", *later)
     ]
@@ -123,7 +125,8 @@ def backbones() -> str:
         if entry.published and entry.gpu_memory and entry.source.kind == "checkpoint":
             weights, takes = entry.source.weights, entry.gpu_memory
             origin = re.sub(r"^hf://|^https://|@.*|/clip/models/.*", "", weights.at[0])
-            others = (entry.published.later.get(method, "") for method in later)
+            figures = {key: checkpoint.published for key, checkpoint in entry.checkpoints.items()}
+            others = (figure.pairs if (figure := figures.get(method)) else "" for method in later)
             memory = f"{MARGIN * (takes.fixed + micro_batch * takes.image):.0f}"
             shown = (f"`{name}`", origin, weights.licence, memory, entry.published.before, entry.published.after)
             rows.append((*shown, *others))

@@ -29,7 +29,7 @@ from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import CHECKPOINTS, COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
+from pipeline.evidence.results import COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
 from pipeline.evidence.statistics import over_seeds
 from pipeline.sections import params
 
@@ -46,7 +46,7 @@ def runs(p: params.Params) -> Runs:
 def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
     """The seeds that some backbone and weights have no row of, of the runs at hand."""
     there = set(seeds_table(p.run.profile)[["run", "weights", "seed"]].itertuples(index=False, name=None))
-    trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.weights if weights not in CHECKPOINTS]
+    trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.trained]
     wanted = [(run, weights) for (_, own), run in runs(p).items() for weights, recipe in trained if recipe == own]
     return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 

@@ -1,0 +1,30 @@
+"""What a scoring was of, beside its scores: figures of different scorings are not compared."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.outputs import write_json
+
+FILE = "scoring.json"
+
+
+def write(folder: Path, version: int, **of: Any) -> None:
+    """Write the record of a scoring: its version, prompts, rules, precision, data, and the sha256 of all of these.
+
+    version: to be raised when the same record would stand for other figures.
+    """
+    record = {"version": version, **of}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    write_json(folder / FILE, {**record, "sha256": digest})
+
+
+def content(folder: Path, small: tuple[str, ...]) -> str:
+    """A hash of a folder's files: names and sizes, and of those that end like one of `small` the bytes, too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if path.name.endswith(small):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

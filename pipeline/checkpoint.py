@@ -1,0 +1,46 @@
+"""Stage checkpoint@<backbone>-<checkpoint>: a tuned checkpoint of a backbone, to score it and compare it with others.
+
+models/<profile>/<checkpoint>/<backbone>/           the backbone's folder with those weights
+metrics/<profile>/checkpoint/<backbone>-<checkpoint>.json      their source and its hash
+
+Text tower, tokenizer and preprocessing are the pretrained backbone's where the checkpoint is of the image tower alone
+(`parts`, see sections/checkpoint.py).
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline.core import config
+from pipeline.core.outputs import atomic, write_json
+from pipeline.core.stages import stage
+from pipeline.data import downloads
+from pipeline.models import backbones, imports
+from pipeline.sections.checkpoint import Checkpoint
+from pipeline.sections.download import Download
+
+
+@stage
+def main() -> None:
+    profile, (name, chosen) = config.profile(), sys.argv[1:3]
+    entry: Checkpoint = config.read(Checkpoint, f"backbones.{name}.checkpoints.{chosen}")
+    original = Path("models", profile, "pretrained", name)
+    outputs = (
+        Path("models", profile, chosen, name),
+        Path("metrics", profile, "checkpoint", f"{name}-{chosen}.json"),
+    )
+    with atomic(*outputs) as (folder, metrics_file):
+        folder.mkdir()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # where neither git nor DVC looks, killed or not
+            if isinstance(entry.weights, Download):
+                origin, source = downloads.fetch(entry.weights, Path(scratch)), imports.only_model(Path(scratch))
+            else:
+                origin, source = downloads.found_here(entry.weights), Path(entry.weights.path)
+            tensors = imports.tensors(source, original, entry.parts)
+            backbones.save_like(original, tensors, folder)
+        backbones.Backbone.load(folder)  # what later stages will load can be loaded
+        write_json(metrics_file, origin)
+
+
+if __name__ == "__main__":
+    main()

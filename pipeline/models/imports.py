@@ -1,0 +1,177 @@
+"""Checkpoints in others' formats, as open_clip's tensors: the inverse of exports.py, and image towers alone.
+
+A checkpoint is a file (backbones.read_checkpoint says of which formats) or a folder as transformers saves it:
+config.json beside model.safetensors, shards of it with an index, or pytorch_model.bin. Known are CLIPModel, SiglipModel
+and their vision models, with a projection and without, in any precision.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.timm_model import TimmModel
+from torch import nn
+from transformers import AutoConfig
+
+from pipeline.core.stages import UserError
+from pipeline.models import exports
+from pipeline.models.backbones import Tensors, empty, fitting, read_checkpoint, stored_tensors
+
+KINDS = {"clip": exports.CLIP, "clip_vision_model": exports.CLIP, "siglip": exports.SIGLIP}
+KINDS["siglip_vision_model"] = exports.SIGLIP
+POOL, PROJECTION = "visual.trunk.attn_pool.", "visual.proj"
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+SAME = ("hidden_act", "num_attention_heads", "num_hidden_layers", "layer_norm_eps")  # what no tensor's shape tells
+
+
+def only_model(folder: Path) -> Path:
+    """The one checkpoint that was fetched into a folder: a file, or the folder that holds a config.json."""
+    configs = [path.parent for path in folder.rglob("config.json")]
+    found = configs or [path for path in folder.rglob("*") if path.is_file()]
+    if len(found) != 1:
+        names = ", ".join(sorted(str(path.relative_to(folder)) for path in found)) or "no file"
+        raise UserError(
+            f"found {len(found)} checkpoints ({names}), wanted one file, or one folder with a config.json. "
+            "Let `weights` in params.yaml name that one alone."
+        )
+    return found[0]
+
+
+def tensors(source: Path, original: Path, parts: str) -> Tensors:
+    """The state of a checkpoint in float32, as the backbone in folder `original` has it.
+
+    parts: `all`; `vision`: the image tower alone; `vision_tower`: without its projection. The rest is the original's.
+    Raises UserError where the checkpoint is of another architecture or lacks a part, naming what is missing.
+    """
+    wanted = empty(original).state_dict()
+    found = _of_transformers(source, original, wanted) if source.is_dir() else _of_file(source, parts)
+    kept = {
+        "all": lambda name: False,
+        "vision": lambda name: not name.startswith("visual."),
+        "vision_tower": lambda name: not name.startswith("visual.") or name == PROJECTION,
+    }[parts]
+    lacking = [name for name in wanted if name not in found and not kept(name)]
+    tower = [name for name in wanted if name.startswith("visual.") and name != PROJECTION]
+    projected, read = PROJECTION not in lacking, any(not name.startswith("visual.") for name in found)
+    if lacking and not {*tower} & {*lacking} and not (read and projected):
+        have, need = ("is of the image tower alone", "vision") if projected else ("has no projection", "vision_tower")
+        raise UserError(
+            f"{source} {have} ({len(lacking)} tensors are missing, first: {lacking[0]}). If it was trained so, set "
+            f"parts: {need} for this checkpoint in params.yaml, which takes the rest from the pretrained weights."
+        )
+    used = {name: tensor for name, tensor in found.items() if not kept(name)}
+    before = stored_tensors(original)
+    return fitting({**used, **{name: before[name] for name in wanted if kept(name)}}, original, source)
+
+
+def _of_file(source: Path, parts: str) -> Tensors:
+    """Of a file; an image tower's own state, without `visual.` before its names, is taken as such."""
+    found = read_checkpoint(source)
+    if parts != "all" and not any(name.startswith("visual.") for name in found):
+        return {f"visual.{name}": tensor for name, tensor in found.items()}
+    return found
+
+
+def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
+    """A transformers folder's tensors by the names that this backbone has for them; what it lacks is left out."""
+    if not (folder / "config.json").is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{folder}: a folder without config.json (it holds {there}), so it is no model of transformers. Give the "
+            "path of one, or of a checkpoint file."
+        )
+    stored = _stored(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    model = empty(original)
+    own = "siglip" if isinstance(model, open_clip.CustomTextCLIP) else "clip"
+    if kind not in KINDS or not kind.startswith(own) or (own == "clip" and kind.startswith("siglip")):
+        raise UserError(
+            f"{folder}/config.json says model_type {kind!r}, and the backbone is a {own} model. Known: "
+            f"{', '.join(KINDS)}. Name a checkpoint of this backbone."
+        )
+    _same_architecture(folder, model)
+    inverse = _inverse(KINDS[kind], wanted)
+    return {name: tensor for name, make in inverse.items() if (tensor := make(stored)) is not None}
+
+
+def _stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder in float32. Raises UserError where a file is missing or cannot be read."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: a config.json, but no weights ({', '.join(WEIGHTS)}). Fetch them, too.")
+    files = [file]
+    if file.suffix == ".json":
+        shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in dict.fromkeys(shards)]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{file} names {', '.join(missing)}, which {folder} has not. Fetch them, too.")
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        found |= read_checkpoint(path)
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(".position_ids")}
+    bare = not any(name.startswith(("vision_model.", "text_model.")) for name in found)
+    return {f"vision_model.{name}": tensor for name, tensor in found.items()} if bare else found
+
+
+def _same_architecture(folder: Path, model: nn.Module) -> None:
+    """Raises UserError where the towers differ in what no tensor's shape tells."""
+    config: Any = AutoConfig.from_pretrained(folder)
+    visual: Any = model.visual
+    trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
+    text: Any = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+    towers = {"vision": trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks}
+    if hasattr(config, "text_config"):
+        towers["text"] = text.transformer.resblocks
+    for tower, blocks in towers.items():
+        theirs, ours = getattr(config, f"{tower}_config", config), exports._encoder(blocks)
+        wrong = [f"{key} {getattr(theirs, key)}, not {ours[key]}" for key in SAME if getattr(theirs, key) != ours[key]]
+        if wrong:
+            raise UserError(
+                f"{folder}/config.json is of another {tower} tower than the backbone: {'; '.join(wrong)}. Score it "
+                "with a backbone of its own architecture."
+            )
+
+
+def _inverse(
+    table: tuple[tuple[str, str], ...], wanted: Tensors
+) -> dict[str, Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]]:
+    """By open_clip's name, what makes its tensor of transformers' ones; it gives None where one of these is missing."""
+    return {name: _maker(name, table, tensor.shape) for name, tensor in wanted.items()}
+
+
+def _maker(
+    name: str, table: tuple[tuple[str, str], ...], shape: torch.Size
+) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]:
+    if name.startswith(POOL) and (part := re.match(r"(q|kv)\.(weight|bias)$", name.removeprefix(POOL))):
+        joint = f"vision_model.head.attention.in_proj_{part[2]}"
+
+        def pool(stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+            if joint not in stored:
+                return None
+            width = len(stored[joint]) // 3
+            return stored[joint][:width] if part[1] == "q" else stored[joint][width:]
+
+        return pool
+    new = name
+    for pattern, text in table:
+        new = re.sub(pattern, text, new)
+    stem, joined, kind = new.partition(".self_attn.in_proj_")
+
+    def one(stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        names = [f"{stem}.self_attn.{part}_proj.{kind}" for part in "qkv"] if joined else [new]
+        if not all(each in stored for each in names):
+            return None
+        tensor = torch.cat([stored[each] for each in names]) if joined else stored[new]
+        if name in ("visual.proj", "text_projection"):
+            return tensor.T
+        if name == "visual.trunk.pos_embed":
+            return tensor[None]
+        return tensor.reshape(shape) if name in ("logit_scale", "logit_bias") else tensor
+
+    return one

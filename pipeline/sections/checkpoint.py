@@ -1,0 +1,43 @@
+"""Section `backbones.<backbone>.checkpoints`: tuned weights of a backbone that others made."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Tag
+
+from pipeline.core.config import PositiveFloat, Section
+from pipeline.sections.download import Download, Sha256
+
+
+class LocalFiles(Section):
+    """A checkpoint that somebody put here: a file, or a folder as transformers saves it.
+
+    origin: where it is to be had. sha256: of the file, or of the lines "NAME SHA256\\n" of a folder's files in order of
+    their names; null: any, so DVC does not notice when another takes its place.
+    """
+
+    path: str
+    origin: str
+    licence: str
+    sha256: Sha256 | None = None
+
+
+class Figure(Section):
+    """MMVP-VLM pairs right in %, as a checkpoint's authors state them, and the pooling rule that they scored it by."""
+
+    pairs: PositiveFloat
+    pooling: Literal["stock", "published"]
+
+
+class Checkpoint(Section):
+    """Tuned weights of a backbone.
+
+    parts: what of the model is theirs, all of it, the image tower with its projection (vision) or without it
+    (vision_tower); the rest is taken from the pretrained weights.
+    """
+
+    weights: Annotated[
+        Annotated[Download, Tag("download")] | Annotated[LocalFiles, Tag("local")],
+        Discriminator(lambda value: "local" if "path" in value else "download"),
+    ]
+    parts: Literal["all", "vision", "vision_tower"] = "all"
+    published: Figure | None = None
