@@ -2,30 +2,36 @@
 
 metrics/<profile>/scores/mmvp/<backbone>-<weights>/
   scores.json    averages and patterns in %, ties, spread over evaluation draws
-  pairs.csv      one row a pair and pooling rule: share of draws that were right
+  pairs.csv      one row a pair and pooling rule: share of draws that were right, by MMVP's rule in both directions
+                 and by the better of the two matchings; similarity_ij of statement i to image j, mean over draws
+  scoring.json   version and hash of what was asked: prompt, rules, precision, the pairs' bytes
   images.csv     one row an image: the cosine between its stock embedding and the one of the pretrained weights
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.nn.functional import cosine_similarity
 
+from pipeline.benchmarks import scoring
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.core import config
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import progress, stage
 from pipeline.diva.condition import draw_positions, pool
-from pipeline.diva.pairs import PairScores, score_pairs
+from pipeline.diva.pairs import PairScores, matching, score_pairs
 from pipeline.diva.rules import STOCK, PoolingRule
 from pipeline.models.backbones import Backbone
 from pipeline.sections.mmvp import Mmvp
 
 PROMPT = "a photo of "
 DIRECTIONS = ("statement_to_image", "image_to_statement")
+SIMILARITIES = ("similarity_11", "similarity_12", "similarity_21", "similarity_22")
+VERSION = 1  # of the scoring, see benchmarks/scoring.py
 
 
 @torch.no_grad()
@@ -63,15 +69,18 @@ def score(
 ) -> tuple[dict, pd.DataFrame, torch.Tensor]:
     """(summary for the JSON file, a table of pairs, the images' stock embeddings [Q, D])."""
     stock = pooled, patches = tokens(backbone, questions, None, p.batch, compute)
-    summary: dict = {"pairs": len(questions) // 2}
+    summary: dict = {"pairs": len(questions) // 2, "matching": {}}
     tables = []
     for name, rule in (("stock", STOCK), ("published", published)):
         if rule.resize_mode:
             pooled, patches = tokens(backbone, questions, rule.resize_mode, p.batch, compute)
         draws = p.draws if rule.tokens.positions(patches.shape[1]) else 1
         scores: dict[str, list[PairScores]] = {direction: [] for direction in DIRECTIONS}
+        similarities, matched = [], []
         for draw in range(draws):
             asked = logits(backbone, questions, pooled, patches, rule, p.seed, draw).cpu()
+            similarities.append(asked.double() / backbone.logit_scale.double().cpu())
+            matched.append(matching(asked))
             scores["statement_to_image"].append(score_pairs(asked))
             scores["image_to_statement"].append(score_pairs(asked.transpose(1, 2)))
         table = pd.DataFrame({"pair": range(1, len(questions) // 2 + 1), "pattern": [q.type for q in questions[::2]]})
@@ -91,6 +100,14 @@ def score(
                 "patterns": {pattern: round(float(value), 3) for pattern, value in patterns.items()},
                 "patterns_sd_over_draws": {pattern: round(float(value), 3) for pattern, value in sd.items()},
             }
+        table["matching"] = torch.stack(matched).double().mean(0).numpy()
+        patterns = 100 * table.groupby("pattern", sort=False)["matching"].mean()
+        summary["matching"][name] = {
+            "average": round(float(patterns.mean()), 3),
+            "patterns": {pattern: round(float(value), 3) for pattern, value in patterns.items()},
+        }
+        for (i, j), column in zip(((0, 0), (0, 1), (1, 0), (1, 1)), SIMILARITIES, strict=True):
+            table[column] = [f"{value:.7f}" for value in torch.stack(similarities).mean(0)[:, i, j].tolist()]
         tables.append(table)
     return summary, pd.concat(tables), stock[0].cpu()
 
@@ -106,6 +123,12 @@ def main() -> None:
         backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
         summary, table, pooled = score(backbone, questions, published, section, compute)
         folder.mkdir()
+        scoring.write(
+            folder, VERSION, prompt=PROMPT, rule="p > 0.5 of a softmax over the pair, both statements",
+            precision="float32", published_pooling=asdict(published), draws=section.draws, seed=section.seed,
+            preprocessing=backbone.preprocessing,
+            pairs=scoring.content(Path("data", profile, "mmvp"), (".csv", ".jpg")),
+        )  # fmt: skip
         write_json(folder / "scores.json", {"weights_sha256": backbone.sha256, **summary})
         table.to_csv(folder / "pairs.csv", index=False, float_format="%.4f")
         if weights != "pretrained":

@@ -2,6 +2,7 @@
 
 metrics/<profile>/scores/zeroshot/<backbone>-<weights>/
   scores.json        accuracy, recall and probe accuracy in %, by set
+  scoring.json       version and hash of what was asked: rule, precision, classes and templates of the sets
   answers.parquet    what of it was right: one row an answer (set, measure, image)
 """
 
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
+from pipeline.benchmarks import scoring
 from pipeline.benchmarks.clip_sets import classification, retrieval
 from pipeline.benchmarks.encoder import Encoder
 from pipeline.benchmarks.probe import probe
@@ -24,6 +26,8 @@ from pipeline.core.processes import on_every_gpu
 from pipeline.core.stages import stage
 from pipeline.models.backbones import Backbone, text_sha256
 from pipeline.sections.zeroshot import Zeroshot
+
+VERSION = 1  # of the scoring, see benchmarks/scoring.py
 
 
 def score(
@@ -60,6 +64,11 @@ def main() -> None:
         summary, answers = score(backbone, data / "zeroshot", section, compute, texts)
         if writes:
             folder.mkdir()
+            scoring.write(
+                folder, VERSION, rule="clip_benchmark's; an image's first answer", precision=section.precision,
+                recall=section.recall, preprocessing=backbone.preprocessing,
+                sets={name: scoring.content(data / "zeroshot" / "wds" / name, (".txt",)) for name in summary},
+            )  # fmt: skip
             write_json(folder / "scores.json", summary)
             answers.to_parquet(folder / "answers.parquet", index=False)
 

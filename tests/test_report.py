@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from shrunk import METRICS, run, write_params, write_seeds
 
-from pipeline import report
+from pipeline import mmvp, report
+from pipeline.benchmarks import scoring
 from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Claim, Scores
@@ -93,6 +95,50 @@ def test_answers_to_other_questions_are_not_compared() -> None:
     fewer = Scores(AFTER.mmvp, AFTER.pairs[AFTER.pairs.pair < 5], AFTER.zeroshot, AFTER.answers)
     with pytest.raises(UserError, match="different questions"):
         results.gains(BEFORE, fewer)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"prompt": "an image of "}, "prompt: a photo of  and an image of "), ({"version": 2}, "version: 1 and 2")],
+)
+def test_different_scorings_are_not_compared(other: dict[str, Any], said: str) -> None:
+    asked = {"version": 1, "prompt": "a photo of ", "sha256": "1234"}
+    same, changed = (replace(AFTER, scoring={"mmvp": record}) for record in (asked, asked | other | {"sha256": "5678"}))
+    before = replace(BEFORE, scoring={"mmvp": asked, "zeroshot": {"version": 1}})
+    assert results.gains(before, same) == results.gains(BEFORE, AFTER)
+    with pytest.raises(UserError, match=f"different scorings of mmvp are not compared: {said}$"):
+        results.gains(before, changed)
+
+
+def test_a_scoring_is_recorded_with_all_that_decides_it(finished: Path, tmp_path: Path) -> None:
+    for benchmark, keys in (("mmvp", {"prompt", "published_pooling", "pairs"}), ("zeroshot", {"sets", "recall"})):
+        records = [
+            json.loads((finished / METRICS / f"scores/{benchmark}/mini-{weights}/scoring.json").read_text())
+            for weights in ("pretrained", "diva")
+        ]
+        assert records[0] == records[1]
+        assert records[0].keys() >= keys | {"version", "rule", "precision", "preprocessing", "sha256"}
+    (tmp_path / "a").mkdir()
+    hashes = set()
+    for name, content in (("a/list.txt", "1"), ("a/list.txt", "2"), ("a/0.tar", "1"), ("a/0.tar", "12")):
+        (tmp_path / name).write_text(content)
+        hashes.add(scoring.content(tmp_path, (".txt",)))
+    assert len(hashes) == 4
+    (tmp_path / "a/0.tar").write_text("34")
+    assert scoring.content(tmp_path, (".txt",)) in hashes  # of what is large, names and sizes
+
+
+def test_the_better_matching_stands_beside_mmvp_s_rule(finished: Path) -> None:
+    pairs = pd.read_csv(finished / METRICS / "scores/mmvp/mini-diva/pairs.csv")
+    stock = pairs[pairs.pooling == "stock"]
+    s11, s12, s21, s22 = (stock[column] for column in mmvp.SIMILARITIES)
+    assert (stock.matching == (s11 + s22 > s12 + s21)).mean() > 0.9  # but for rounding
+    assert (stock.matching >= stock.statement_to_image).all()  # who is right by the one is right by the other
+    average = 100 * stock.groupby("pattern").matching.mean().mean()
+    assert f"| diva | stock | {100 * stock.groupby('pattern').statement_to_image.mean().mean():.1f} |" in (
+        markdown := (finished / METRICS / "report.md").read_text()
+    )
+    assert re.search(rf"^\| diva \| stock \| .* \| {average:.1f} \| .* \|$", markdown, re.MULTILINE)
 
 
 def test_pairs_won_and_lost_are_those_of_one_pooling_rule() -> None:

@@ -40,7 +40,7 @@ from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
-from pipeline.diva.pairs import score_pairs
+from pipeline.diva.pairs import matching, score_pairs
 from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
 from pipeline.engine import assemble
@@ -633,6 +633,15 @@ def test_scores_of_hand_made_pairs(tmp_path: Path) -> None:
     assert rows.pattern.tolist() == ["Color"] * 4 + ["Text"] + ["State"] * 2
     assert rows.statement_to_image.tolist() == [1, 1, 0, 0, 1, 0, 1]
     assert rows.image_to_statement.tolist() == [1, 0, 0, 0, 1, 1, 0]
+    assert rows.matching.tolist() == [1, 1, 0, 0, 1, 1, 1]  # forgives an image that both like; a tie is not right
+    assert summary["matching"]["stock"] == {
+        "average": 83.333, "patterns": {"Color": 50.0, "Text": 100.0, "State": 100.0}
+    }  # fmt: skip
+    kept = rows[list(mmvp.SIMILARITIES)].astype(float).to_numpy()
+    assert kept[0].tolist() == [1, 0, 0, 1]
+    again = torch.from_numpy(kept).unflatten(1, (2, 2))
+    assert score_pairs(again[:3]).right_P.tolist() == [True, True, False]  # any rule can be asked of them later
+    assert matching(again).tolist() == rows.matching.astype(bool).tolist()
 
 
 @pytest.mark.parametrize("drawn_per", ["statement", "pair"])

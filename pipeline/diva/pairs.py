@@ -28,3 +28,13 @@ def score_pairs(logits_P22: torch.Tensor) -> PairScores:
     first = logits_P22.float().softmax(-1)[..., 0]
     chosen_first = first > 0.5
     return PairScores(right_P=chosen_first[:, 0] & ~chosen_first[:, 1], ties=int((first == 0.5).sum()))
+
+
+def matching(logits_P22: torch.Tensor) -> torch.Tensor:
+    """Whether the right matching of two statements to two images is the better one, bool [P]: s11 + s22 > s12 + s21.
+
+    Chance is 50 %. Unlike the rule above it forgives an image that both statements like. Source: Test-Time Matching,
+    ICLR 2026.
+    """
+    s = logits_P22.double()
+    return s[:, 0, 0] + s[:, 1, 1] > s[:, 0, 1] + s[:, 1, 0]

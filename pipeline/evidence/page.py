@@ -57,6 +57,7 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
             if checkpoint.published
         ],
         "four_cells": four_cells(scores),
+        "matching": matching(scores) if scores["pretrained"].mmvp else [],
         "published": entry,
         "figures": [figures.url(figure) for figure in drawn if figure],
         "tests": [
@@ -180,6 +181,21 @@ def claim(result: dict) -> str:
     """The published gain of these weights' part of evidence.json, and its pooling rule; empty where there is none."""
     said = result.get("published")
     return f"{said['gain']:+.1f} ({said['pooling']} pooling)" if said else ""
+
+
+def matching(scores: dict[str, Scores]) -> list[list[str]]:
+    """Pairs right by MMVP's rule and by the better of the two matchings, the first row with headings."""
+    rows = [["weights", "pooling rule", "pairs right, %", "gain", "right by the better matching, %", "gain"]]
+    before = scores["pretrained"]
+    for weights in without_controls(scores):
+        for pooling in results.POOLINGS:
+            row = [weights, pooling]
+            for column in ("statement_to_image", "matching"):
+                was, now = (s.answers_of_pairs(pooling, column) for s in (before, scores[weights]))
+                average = sum(answers.mean() for answers in now.values()) / len(now)
+                row += [f"{average:.1f}", "" if weights == "pretrained" else results.change(was, now).text()]
+            rows.append(row)
+    return rows
 
 
 def verdicts(found: dict) -> dict[str, str]:

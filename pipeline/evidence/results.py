@@ -59,6 +59,7 @@ class Scores:
     """All that the scorings say of one backbone with one set of weights; empty where a benchmark was not scored.
 
     cosines: of the pairs' images' stock embeddings to the pretrained ones; of the pretrained weights there are none.
+    scoring: by benchmark, what was asked and how.
     """
 
     mmvp: dict
@@ -66,13 +67,16 @@ class Scores:
     zeroshot: dict
     answers: pd.DataFrame
     cosines: np.ndarray = field(default_factory=lambda: np.empty(0))
+    scoring: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def read(
         cls, profile: str, backbone: str, weights: str, benchmarks: Iterable[str], read: Read = Path.read_bytes
     ) -> "Scores":
         """`read` gives the bytes of a path, of this folder or of another commit."""
-        root, found = Path("metrics", profile, "scores"), cls({}, pd.DataFrame(), {}, pd.DataFrame())
+        root = Path("metrics", profile, "scores")
+        asked = {b: json.loads(read(root / b / f"{backbone}-{weights}" / "scoring.json")) for b in benchmarks}
+        found = cls({}, pd.DataFrame(), {}, pd.DataFrame(), scoring=asked)
         if "mmvp" in benchmarks:
             folder = root / "mmvp" / f"{backbone}-{weights}"
             mmvp = json.loads(read(folder / "scores.json"))
@@ -94,14 +98,17 @@ class Scores:
     def strata(self, column: str) -> dict[str, np.ndarray]:
         """The answers of a column in %, by stratum; none where nothing of that kind was scored."""
         if column in PAIRS:
-            pooling, direction = PAIRS[column]
-            asked = self.pairs[self.pairs.pooling == pooling]
-            return {name: 100 * group.to_numpy() for name, group in asked.groupby("pattern", sort=False)[direction]}
+            return self.answers_of_pairs(*PAIRS[column])
         sets = [name for name, scores in self.zeroshot.items() if scores["kind"] == KINDS[column]]
         asked = self.answers[self.answers.set.isin(sets)]
         by_measure = asked.groupby(["set", "image", "measure"], sort=False).right.mean()
         by_image = by_measure.groupby(["set", "image"], sort=False).mean()  # an image with all its texts is one sample
         return {name: 100 * group.to_numpy() for name, group in by_image.groupby("set", sort=False)}
+
+    def answers_of_pairs(self, pooling: str, column: str) -> dict[str, np.ndarray]:
+        """A column of the pairs' table under one pooling rule, in %, by pattern."""
+        asked = self.pairs[self.pairs.pooling == pooling]
+        return {name: 100 * group.to_numpy() for name, group in asked.groupby("pattern", sort=False)[column]}
 
     def right(self, pooling: str) -> pd.Series:
         """Whether a pair is right in most draws, statement to image, by the pair's number."""
@@ -132,7 +139,12 @@ def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Inter
 
 
 def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> dict[str, Interval]:
-    """The change of every one of these columns that both have."""
+    """The change of every one of these columns that both have. Raises UserError where they were scored differently."""
+    for benchmark in before.scoring.keys() & after.scoring.keys():
+        was, now = before.scoring[benchmark], after.scoring[benchmark]
+        other = [f"{key}: {was.get(key)} and {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
+        if other := [said for said in other if not said.startswith("sha256: ")]:
+            raise UserError(f"scores of different scorings of {benchmark} are not compared: {'; '.join(other)}")
     there = before.headline().keys() & after.headline().keys()
     return {column: change(before.strata(column), after.strata(column)) for column in columns if column in there}
 
