@@ -16,14 +16,14 @@ from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
 from pipeline.data import downloads
 from pipeline.models import backbones, imports
-from pipeline.sections.checkpoint import Checkpoint
+from pipeline.sections.checkpoint import TunedWeights
 from pipeline.sections.download import Download
 
 
 @stage
 def main() -> None:
     profile, (name, chosen) = config.profile(), sys.argv[1:3]
-    entry: Checkpoint = config.read(Checkpoint, f"backbones.{name}.checkpoints.{chosen}")
+    entry: TunedWeights = config.read(TunedWeights, f"backbones.{name}.checkpoints.{chosen}")
     original = Path("models", profile, "pretrained", name)
     outputs = (
         Path("models", profile, chosen, name),
@@ -38,7 +38,7 @@ def main() -> None:
                 origin, source = downloads.found_here(entry.weights), Path(entry.weights.path)
             tensors = imports.tensors(source, original, entry.parts)
             backbones.save_like(original, tensors, folder)
-        backbones.Backbone.load(folder)  # what later stages will load can be loaded
+        backbones.Backbone.load(folder)  # fail here if later stages could not load it
         write_json(metrics_file, origin)
 
 

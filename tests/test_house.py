@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from functools import cache, reduce
 from pathlib import Path
 
@@ -129,6 +130,11 @@ def test_packages_enter_through_models_data_and_benchmarks() -> None:
     }
     assert {file: names for file, names in found.items() if names} == BUILDERS
     assert set().union(*(packages(file) for file in FILES)) >= TOOLS  # each is used: the list is not out of date
+
+
+def test_no_two_classes_share_a_name() -> None:
+    found = [node.name for file in FILES for node in ast.walk(tree(file)) if isinstance(node, ast.ClassDef)]
+    assert not [name for name, count in Counter(found).items() if count > 1]
 
 
 def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:

@@ -32,7 +32,7 @@ from pipeline import mmvp, zeroshot
 from pipeline.benchmarks import clip_sets
 from pipeline.benchmarks.encoder import AHEAD, Encoder
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.benchmarks.sets import BenchmarkSet, Sample, read
+from pipeline.benchmarks.sets import BenchmarkSet, SetImage, read
 from pipeline.core.stages import UserError
 from pipeline.diva.rules import STOCK
 from pipeline.models import exports
@@ -146,8 +146,8 @@ def test_no_more_is_decoded_ahead_than_said(
 ) -> None:
     write(tmp_path, "objects", "classification", 40)
     (objects,) = read(tmp_path)
-    seen, whole = [], Sample.read
-    monkeypatch.setattr(Sample, "read", lambda sample: seen.append(sample.key) or whole(sample))
+    seen, whole = [], SetImage.read
+    monkeypatch.setattr(SetImage, "read", lambda sample: seen.append(sample.key) or whole(sample))
     batches = encoder(backbone, 4).images(objects)
     for _ in range(3):
         next(batches)

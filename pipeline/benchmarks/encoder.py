@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn.functional import normalize
 
-from pipeline.benchmarks.sets import BenchmarkSet, Sample
+from pipeline.benchmarks.sets import BenchmarkSet, SetImage
 from pipeline.core.code import program
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress
@@ -37,12 +37,12 @@ CHUNK = 8  # images that a thread takes at once
 T = TypeVar("T")
 
 
-class Coming(NamedTuple):
+class FillingBatch(NamedTuple):
     """A batch that threads are filling: its number in the set, its samples, uint8 pixels [B, size, size, 3]; what they
     return is what cannot be decoded, and why."""
 
     number: int
-    samples: list[Sample]
+    samples: list[SetImage]
     pixels_BHWC: torch.Tensor
     filling: list[Future[list[str]]]
 
@@ -61,7 +61,7 @@ class Encoder:
     texts: Path | None = None
 
     @torch.no_grad()
-    def images(self, found: BenchmarkSet, split: str = "test") -> Iterator[tuple[int, list[Sample], torch.Tensor]]:
+    def images(self, found: BenchmarkSet, split: str = "test") -> Iterator[tuple[int, list[SetImage], torch.Tensor]]:
         """This process's batches of a split: number, samples and image embeddings of length 1, [B, D].
 
         Raises UserError at the end where any image, of any process, cannot be decoded; how many, and which.
@@ -87,9 +87,9 @@ class Encoder:
                 f"'{found.name}' from zeroshot_sets.sets in params.yaml."
             )
 
-    def _coming(self, samples: list[Sample], starts: range, pool: ThreadPoolExecutor) -> Iterator[Coming]:
+    def _coming(self, samples: list[SetImage], starts: range, pool: ThreadPoolExecutor) -> Iterator[FillingBatch]:
         """The batches in order; while one is used, the next are filled."""
-        waiting: deque[Coming] = deque()
+        waiting: deque[FillingBatch] = deque()
         for start in starts:
             own, size = samples[start : start + self.batch], self.backbone.image_size
             on_gpu = self.processes.device.type == "cuda"
@@ -98,12 +98,12 @@ class Encoder:
                 pool.submit(self._fill, own[first : first + CHUNK], pixels_BHWC[first : first + CHUNK])
                 for first in range(0, len(own), CHUNK)
             ]
-            waiting.append(Coming(start // self.batch, own, pixels_BHWC, filling))
+            waiting.append(FillingBatch(start // self.batch, own, pixels_BHWC, filling))
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
-    def _fill(self, samples: list[Sample], pixels_BHWC: torch.Tensor) -> list[str]:
+    def _fill(self, samples: list[SetImage], pixels_BHWC: torch.Tensor) -> list[str]:
         undecodable = []
         for sample, pixels_HWC in zip(samples, pixels_BHWC.numpy(), strict=True):
             content = sample.read()

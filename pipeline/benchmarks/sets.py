@@ -32,7 +32,7 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, 
                 tar.addfile(member, io.BytesIO(content))
 
 
-class Sample(NamedTuple):
+class SetImage(NamedTuple):
     """An image of a set: its tar, its key there, and where it lies in it (offset and length in bytes).
 
     label: the number of its class; its captions; or the values of its attributes, by name.
@@ -60,7 +60,7 @@ class BenchmarkSet:
     kind: str
     classes: list[str]
     templates: list[str]
-    splits: dict[str, list[Sample]]
+    splits: dict[str, list[SetImage]]
 
 
 def read(root: Path) -> list[BenchmarkSet]:
@@ -113,7 +113,7 @@ def _classes(folder: Path) -> tuple[list[str], list[str]]:
     return names, templates
 
 
-def _samples(tar: Path, kind: str, classes: int) -> list[Sample]:
+def _samples(tar: Path, kind: str, classes: int) -> list[SetImage]:
     """A tar's samples in its order. Raises ValueError for one without an image or a label, or with an unknown class."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -140,7 +140,7 @@ def _samples(tar: Path, kind: str, classes: int) -> list[Sample]:
             if image and label:
                 content.seek(label[0])
                 said = _label(f"{tar.name}: {key}", kind, content.read(label[1]), classes)
-                samples.append(Sample(tar, key, image, said))
+                samples.append(SetImage(tar, key, image, said))
     return samples
 
 

@@ -4,7 +4,7 @@ from pydantic import Field
 
 from pipeline.core.config import Name, NonNegativeFloat, PositiveFloat, Section
 from pipeline.diva.rules import Condition, PoolingRule
-from pipeline.sections.checkpoint import Checkpoint
+from pipeline.sections.checkpoint import TunedWeights
 from pipeline.sections.source import Source
 
 
@@ -32,7 +32,7 @@ class GpuMemory(Section):
 class BackboneEntry(Section):
     profile: Name
     source: Source
-    checkpoints: dict[Name, Checkpoint] = Field({})
+    checkpoints: dict[Name, TunedWeights] = Field({})
     condition: Condition
     published_pooling: PoolingRule
     published: Published | None = None

@@ -11,8 +11,8 @@ from pipeline.sections.download import Download, Sha256
 class LocalFiles(Section):
     """A checkpoint that somebody put here: a file, or a folder as transformers saves it.
 
-    origin: where it is to be had. sha256: of the file, or of the lines "NAME SHA256\\n" of a folder's files in order of
-    their names; null: any, so DVC does not notice when another takes its place.
+    origin: where others can get it. sha256: of the file, or of the lines "NAME SHA256\\n" of its files, sorted by
+    name; null: any bytes; then DVC does not notice a change.
     """
 
     path: str
@@ -28,7 +28,7 @@ class Figure(Section):
     pooling: Literal["stock", "published"]
 
 
-class Checkpoint(Section):
+class TunedWeights(Section):
     """Tuned weights of a backbone.
 
     parts: what of the model is theirs, all of it, the image tower with its projection (vision) or without it
