@@ -158,7 +158,7 @@ def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
     torch.save({name: tensor[..., :1] for name, tensor in wanted.items() if tensor.ndim}, tmp_path / "narrow.pth")
     refused(tmp_path / "narrow.pth", "does not fit the architecture")
     (tmp_path / "text.pth").write_text("no checkpoint")
-    refused(tmp_path / "text.pth", "no checkpoint that can be read")
+    refused(tmp_path / "text.pth", "cannot be read as a checkpoint")
 
 
 def test_a_download_is_one_model(tmp_path: Path) -> None:
