@@ -39,7 +39,7 @@ def add(
     write_json(
         Path("metrics/mini/report.json"), {"mini": {"gain": {name: dict.fromkeys(COLUMNS, gain) for name in names}}}
     )
-    sweep.add(params.load())
+    sweep.add(params.load(), Path("metrics/mini/report.json").read_text())
 
 
 def found(weights: str = "diva") -> list[tuple[str, int, float]]:
@@ -160,10 +160,9 @@ stages:
 """
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """One with a pipeline of seconds that has run, to work in; its params.yaml."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
@@ -190,7 +189,14 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     do(*sweep.DVC, "repro", "--quiet")
     do("git", "add", "--all")
     do("git", "commit", "--quiet", "--message", "first")
+    return parameters
 
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
+    repository: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = repository
     Path("trap").touch()
     with pytest.raises(sweep.UserError, match="seed 2: `dvc exp run` ended with status"):
         sweep.sweep(params.load(), [1, 2, 3])
@@ -225,3 +231,49 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
         process.kill()
     assert survivors == []
     assert Path("params.yaml").read_bytes() == parameters
+
+
+@pytest.mark.exhaustive
+def test_side_by_side_gives_the_table_of_one_after_the_other(
+    repository: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in a folder and on a GPU of its own; one that fails costs no other, and runs again alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    program = Path("pipeline/train.py")
+    fails = f'import os\nopen({str(Path("ran").resolve())!r}, "a").write(os.environ["CUDA_VISIBLE_DEVICES"] + "\\n")\n'
+    program.write_text(TRAIN.replace('pathlib.Path("trap")', f"pathlib.Path({str(Path('trap').resolve())!r})") + fails)
+    Path(".gitignore").write_text("runs\nran\ntrap\nwaiting\n")
+    for command in (["git", "add", "--all"], ["git", "commit", "--quiet", "--message", "second"]):
+        subprocess.run(command, check=True)
+    Path("trap").touch()
+    with pytest.raises(sweep.UserError, match="failed for seed 2 with status"):
+        sweep.sweep(params.load(), [1, 2, 3, 4], at_once=2)
+    assert set(Path("ran").read_text().split()) == {"5", "7"}
+    assert Path("params.yaml").read_bytes() == repository
+    Path("trap").unlink()
+    count = len(Path("ran").read_text().split())
+    result = sweep.sweep(params.load(), [1, 2, 3, 4], at_once=2)
+    assert "3 are there, 1 to run" in capsys.readouterr().out
+    assert len(Path("ran").read_text().split()) == count + 2  # seed 2, and the workspace's own
+    side_by_side = TABLE.read_bytes()
+    assert result.seed.tolist() == [1, 2, 3, 4, 42]
+    TABLE.write_text(side_by_side.decode().splitlines()[0] + "\n")
+    capsys.readouterr()
+    sweep.sweep(params.load(), [1, 2, 3, 4])
+    assert "seeds 1, 2, 3, 4: taken up from experiments that have run" in capsys.readouterr().out
+    assert TABLE.read_bytes() == side_by_side
+    TABLE.write_text(side_by_side.decode().splitlines()[0] + "\n")
+    for name in subprocess.check_output([*sweep.DVC, "exp", "list", "--name-only"], text=True).split():
+        subprocess.run([*sweep.DVC, "exp", "remove", name], check=True)
+    sweep.sweep(params.load(), [1, 2, 3, 4])
+    assert TABLE.read_bytes() == side_by_side
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_slurm_array_has_a_task_for_each_missing_seed() -> None:
+    add(2, 1.0)
+    written = sweep.array(params.load(), [1, 2, 3])
+    assert "#SBATCH --array 1,3\n" in written
+    name = sweep.name_of(sweep.runs(params.load()), 7).removesuffix("7")
+    assert f"dvc exp run --temp --name {name}$SLURM_ARRAY_TASK_ID -S seed=$SLURM_ARRAY_TASK_ID >" in written
+    subprocess.run(["bash", "-n"], input=written, text=True, check=True)

@@ -63,6 +63,7 @@ def start(host: str, clone: Clone, restarts: int = 3) -> subprocess.Popen[str]:
     clone.environment = {"GLOO_SOCKET_IFNAME": device, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     torchrun = ["torchrun", "--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}", f"--local-addr={address}"]
     meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={HOSTS['a'][0]}:{PORT}", "--rdzv-id=test"]
+    meet += [f"--rdzv-conf=is_host={int(host == 'a')},join_timeout={HANG}"]  # both have this machine's name
     return clone.start("ip", "netns", "exec", f"diva-{host}", *torchrun, *meet, "-m", "pipeline.train", "mini", "diva")
 
 

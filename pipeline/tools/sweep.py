@@ -1,10 +1,14 @@
 """The effect of training over several training seeds.
 
-    python -m pipeline.tools.sweep --seeds 1..5         also 1,2,7 or 42,1..4
+    python -m pipeline.tools.sweep --seeds 1..5                 also 1,2,7 or 42,1..4
+    python -m pipeline.tools.sweep --seeds 1..8 --at-once 4     by default as many as there are GPUs, each on its own
+    python -m pipeline.tools.sweep --seeds 1..50 --slurm        print a SLURM array that runs what is missing
 
-A plain loop over `dvc exp run -S seed=N`, which trains every recipe of run.recipes with its controls. Each seed that
-ends is added to metrics/seeds/<profile>.csv, gains in points, and is not run again: the same command goes on after an
-interruption, and seeds of another machine count once git has merged its table. At the end the report is made anew.
+One at a time, it is a plain loop over `dvc exp run -S seed=N`, which trains every recipe of run.recipes with its
+controls. Several at once, each is a `dvc exp run --temp` in a folder of its own, under a name that tells run and seed;
+what it found is read from its commit. Each seed that ends is added to metrics/seeds/<profile>.csv, gains in points, and
+is not run again: the same command goes on after an interruption, takes up what a SLURM array has made, and seeds of
+another machine count once git has merged its table. At the end the report is made anew.
 
 A row names its run: the hash of all parameters and code that decide its recipe's figures, but for the seed (`run` of
 evidence/provenance.py). Rows of the run at hand are never taken away. Rows of the same backbone and recipe, but of
@@ -12,13 +16,19 @@ another run, make room for the first new row, and the command says so.
 """
 
 import argparse
+import hashlib
 import json
+import os
+import queue
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 import pandas as pd
@@ -34,6 +44,9 @@ from pipeline.evidence.statistics import over_seeds
 from pipeline.sections import params
 
 DVC = [sys.executable, "-m", "dvc"]
+LOGS = Path(".dvc", "tmp", "sweep")
+BUSY = "Unable to acquire lock"  # of DVC, which waits for three seconds where another holds it at its start or its end
+TRIES = 50  # again costs little: what a stage has made is in DVC's memory
 
 
 Runs = dict[tuple[str, str], str]  # by backbone and recipe
@@ -51,10 +64,9 @@ def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
     return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 
 
-def add(p: params.Params) -> None:
-    """Add what the last run here found to the table, unless it has that seed of that run already."""
-    profile = p.run.profile
-    report = json.loads(Path("metrics", profile, "report.json").read_text(encoding="utf-8"))
+def add(p: params.Params, text: str) -> None:
+    """Add what a run found, its report.json, to the table, unless it has that seed of that run already."""
+    profile, report = p.run.profile, json.loads(text)
     table, rows = seeds_table(profile), []
     for (backbone, recipe), own in runs(p).items():
         rows += [
@@ -102,27 +114,128 @@ def restored(file: Path) -> Iterator[int]:
         yield restoring.pid
 
 
-def sweep(p: params.Params, seeds: list[int]) -> pd.DataFrame:
+def report_of(p: params.Params) -> Path:
+    return Path("metrics", p.run.profile, "report.json")
+
+
+def name_of(own: Runs, seed: int | str) -> str:
+    """Of the experiment that has this seed of these runs."""
+    return f"sweep-{hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:10]}-{seed}"
+
+
+def command(own: Runs, seed: int | str) -> list[str]:
+    return ["exp", "run", "--temp", "--name", name_of(own, seed), "-S", f"seed={seed}"]
+
+
+def collect(p: params.Params, own: Runs, seed: int) -> bool:
+    """Add what the commit of an experiment holds to the table; False where there is no such experiment."""
+    refs = ["git", "for-each-ref", "--format=%(refname)", "refs/exps/**"]
+    listed = subprocess.run(refs, check=True, capture_output=True, text=True).stdout.split()
+    found = [ref for ref in listed if ref.endswith(f"/{name_of(own, seed)}")]
+    if not found:
+        return False
+    show = ["git", "show", f"{found[0]}:{report_of(p).as_posix()}"]
+    add(p.model_copy(update={"seed": seed}), subprocess.run(show, check=True, capture_output=True, text=True).stdout)
+    return True
+
+
+def gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return given if given != [""] else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def one_by_one(p: params.Params, own: Runs, ahead: list[int], group: int) -> None:
+    start = time.monotonic()
+    for i, seed in enumerate(ahead):
+        left = f", about {(time.monotonic() - start) / i * (len(ahead) - i) / 60:.0f} min left" if i else ""
+        print(f"--- seed {seed}, {i + 1} of {len(ahead)}{left}", flush=True)
+        status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"], process_group=group).returncode
+        if status:
+            raise UserError(
+                f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
+            )
+        now = params.load()
+        if runs(now) != own:
+            raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
+        add(now, report_of(now).read_text(encoding="utf-8"))
+
+
+def side_by_side(p: params.Params, own: Runs, ahead: list[int], group: int, at_once: int) -> None:
+    """Run as many at once, each on a GPU of its own where there are any; their output goes to LOGS.
+
+    Raises UserError once all have ended, if some did not end well.
+    """
+    free, failed = queue.SimpleQueue[str](), dict[int, int]()
+    for place in islice(cycle(gpus() or [""]), at_once):
+        free.put(place)
+    LOGS.mkdir(parents=True, exist_ok=True)
+
+    def run(seed: int) -> tuple[int, int]:
+        gpu, log = free.get(), LOGS / f"{seed}.log"
+        for _ in range(TRIES):
+            with log.open("w", encoding="utf-8") as file:
+                status = subprocess.run(
+                    [*DVC, *command(own, seed)], process_group=group, stdout=file, stderr=subprocess.STDOUT,
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+                ).returncode  # fmt: skip
+            if not status or BUSY not in log.read_text(encoding="utf-8"):
+                break
+            time.sleep(random.uniform(1, 5))
+        free.put(gpu)
+        return seed, status
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for future in as_completed([pool.submit(run, seed) for seed in ahead]):
+            seed, status = future.result()
+            if status:
+                failed[seed] = status
+            elif runs(params.load()) != own or not collect(p, own, seed):
+                raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
+            print(f"--- seed {seed} ended with status {status}", flush=True)
+    if failed:
+        listed = ", ".join(f"{seed} with status {status} ({LOGS}/{seed}.log)" for seed, status in failed.items())
+        raise UserError(f"`dvc exp run` failed for seed {listed}. The same command runs these again, and no other.")
+
+
+def array(p: params.Params, seeds: list[int]) -> str:
+    """A SLURM script that runs the missing seeds, one a task."""
+    ahead, own = seeds_to_run(p, seeds), runs(p)
+    return f"""#!/bin/bash
+# Submit it from here, at this commit, with `sbatch`; then the sweep's own command collects what the tasks have found.
+#SBATCH --job-name diva-seeds
+#SBATCH --array {",".join(map(str, ahead))}
+#SBATCH --gpus 1
+#SBATCH --requeue
+mkdir -p {LOGS}
+log={LOGS}/$SLURM_ARRAY_TASK_ID.log
+for try in $(seq {TRIES}); do
+    dvc {" ".join(command(own, "$SLURM_ARRAY_TASK_ID"))} >"$log" 2>&1 && exit 0
+    grep -q "{BUSY}" "$log" || exit 1
+    sleep $((1 + RANDOM % 10))
+done
+exit 1
+"""
+
+
+def sweep(p: params.Params, seeds: list[int], at_once: int = 1) -> pd.DataFrame:
     """Run what is missing, and leave the workspace with its own seed and a new report; returns the rows of this run."""
     ahead, own = seeds_to_run(p, seeds), runs(p)
-    print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - len(ahead)} are there, {len(ahead)} to run", flush=True)
-    start = time.monotonic()
+    new = len(ahead)
+    print(f"seeds {', '.join(map(str, seeds))}: {len(seeds) - new} are there, {new} to run", flush=True)
+    if made := [seed for seed in ahead if collect(p, own, seed)]:
+        print(f"seeds {', '.join(map(str, made))}: taken up from experiments that have run", flush=True)
+        ahead = [seed for seed in ahead if seed not in made]
     with restored(PARAMS_FILE) as group:
-        for i, seed in enumerate(ahead):
-            left = f", about {(time.monotonic() - start) / i * (len(ahead) - i) / 60:.0f} min left" if i else ""
-            print(f"--- seed {seed}, {i + 1} of {len(ahead)}{left}", flush=True)
-            status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"], process_group=group).returncode
-            if status:
-                raise UserError(
-                    f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
-                )
-            now = params.load()
-            if runs(now) != own:
-                raise UserError(f"seed {seed}: code or parameters were changed while it ran. Start the sweep again.")
-            add(now)
-    if ahead:
+        if at_once > 1:
+            side_by_side(p, own, ahead, group, at_once)
+        else:
+            one_by_one(p, own, ahead, group)
+    if new:
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the workspace's own seed, from DVC's memory of it
-        add(p)
+        add(p, report_of(p).read_text(encoding="utf-8"))
         subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the report with the new table
     table = seeds_table(p.run.profile)
     return table[table.run.isin(own.values())]
@@ -158,10 +271,16 @@ def parse_seeds(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=parse_seeds, required=True, help="e.g. 1..5 or 1,2,7")
-    seeds, p = parser.parse_args().seeds, params.load()
+    at_once = parser.add_mutually_exclusive_group()
+    at_once.add_argument("--at-once", type=int, choices=range(1, 1000), metavar="N", help="by default as many as GPUs")
+    at_once.add_argument("--slurm", action="store_true", help="run nothing: print a SLURM array of what is missing")
+    asked, p = parser.parse_args(), params.load()
     if not p.run.recipes:
         raise UserError("run.recipes is []: there is nothing that depends on the seed. Name a recipe there.")
-    show(sweep(p, seeds))
+    if asked.slurm:
+        print(array(p, asked.seeds), end="")
+    else:
+        show(sweep(p, asked.seeds, asked.at_once or len(gpus()) or 1))
 
 
 if __name__ == "__main__":
