@@ -24,7 +24,7 @@ up)
     mkdir -p "$folder/state" "$folder/spool" "$folder/munge"
     chmod 700 "$folder/munge"
     host=$(hostname -s)
-    cpus=$(nproc)
+    cpus=$(env -u OMP_NUM_THREADS nproc)  # nproc counts OMP_NUM_THREADS instead
     dd if=/dev/urandom of="$folder/munge/key" bs=128 count=1 2>/dev/null
     chmod 400 "$folder/munge/key"
     cat >"$folder/slurm.conf" <<CONFIGURATION
