@@ -224,21 +224,3 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     expected = reproduced.contents(*LOCKS, "data", "models", "metrics")
     assert clone.contents(*LOCKS, "data", "models", "metrics") == expected
     assert all(contents.items() <= expected.items() for contents in left)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("weights", [WEIGHTS[:2]], ids=len, indirect=True, scope="session")
-def test_a_remote_carries_a_run_to_another_clone(reproduced: Clone, tmp_path: Path) -> None:
-    """What was pushed from one clone is pulled in another, where `dvc repro` runs nothing; likewise DVC's run cache."""
-    source = reproduced.copy(tmp_path / "source")
-    source.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    source.commit("run")
-    source.run("dvc", "push", "--run-cache")
-    source.run("git", "clone", "--quiet", ".", str(tmp_path / "other"))
-    other = Clone(tmp_path / "other")
-    other.run("dvc", "pull", "--run-cache")
-    assert stages_run(other.run("dvc", "repro")) == []
-    assert other.contents("models", "metrics") == source.contents("models", "metrics")
-    for lock in LOCKS:  # as after a merge that lost them
-        (other.root / lock).unlink()
-    assert "train@mini-diva" not in stages_run(other.run("dvc", "repro"))

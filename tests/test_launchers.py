@@ -1,44 +1,20 @@
-"""Training through a launcher under DVC: torchrun on this machine, and a real SLURM that preempts the job.
+"""Training through a launcher under DVC, and the ready files for SLURM and SkyPilot."""
 
-`slurm.sh` starts SLURM from the distribution's packages, where they are installed.
-"""
-
-import os
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from clones import Clone, stages_run
+from clones import Clone
 from shrunk import MODELS, ROOT
 from test_engine import outputs
 
-from pipeline.core.processes import cpus
-
 LAUNCH = ROOT / "pipeline/launch"
-SCRIPT = ROOT / "tests/slurm.sh"
 HANG = 1500  # seconds: only a hang takes as long
 TRAIN = "pipeline/dvc.yaml:train@mini-diva"
 INPUTS = ("input@images", "input@denoiser", "backbone@mini")
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Path]:
-    """The configuration of one that runs."""
-    if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")) or os.getuid():
-        pytest.skip("there is no SLURM here, or no root to start it (tests/slurm.sh install)")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    made = subprocess.run([SCRIPT, "up", folder], capture_output=True, text=True)
-    try:
-        assert made.returncode == 0, made.stderr
-        yield folder / "slurm.conf"
-    finally:
-        subprocess.run([SCRIPT, "down", folder], check=True)
 
 
 def launched_by(clone: Clone, train: str, processes: int = 1) -> None:
@@ -57,32 +33,6 @@ def ready(tmp_path: Path) -> Clone:
     (clone.root / "params.yaml").write_text(yaml.safe_dump(content))
     clone.run("dvc", "repro", *(f"pipeline/dvc.yaml:{name}" for name in INPUTS))
     return clone
-
-
-@pytest.mark.exhaustive
-def test_slurm_preempts_a_training_and_it_goes_on(ready: Clone, tmp_path: Path, slurm: Path) -> None:
-    """The same bytes and the same lock as torchrun without SLURM; neither launcher makes a stage stale."""
-    plain = ready.copy(tmp_path / "plain")
-    launched_by(plain, f"torchrun --standalone --nproc-per-node {cpus()}", cpus())
-    assert stages_run(plain.run("dvc", "repro", TRAIN)) == ["train@mini-diva"]
-
-    launched_by(ready, "srun pipeline/launch/node.sh", cpus())
-    ready.environment = {"SLURM_CONF": str(slurm), "GLOO_SOCKET_IFNAME": "lo"}
-    options = ["--nodes=1", "--gpus-per-node=0", f"--cpus-per-task={cpus()}", "--output=job.log"]
-    job = ready.start("sbatch", "--wait", "--partition=low", *options, "pipeline/launch/slurm.sbatch", TRAIN)
-    checkpoint, log = ready.root / MODELS / "diva/.mini.checkpoint", ready.root / "job.log"
-    while not checkpoint.exists() and job.poll() is None:
-        time.sleep(0.05)
-    ready.run("sbatch", "--wait", "--partition=high", f"--cpus-per-task={cpus()}", "--wrap=true")
-    output, _ = job.communicate(timeout=HANG)
-    assert job.returncode == 0, output + log.read_text()
-    printed = log.read_text()
-    assert len(stages_run(printed)) == 2
-    assert "going on after step" in printed
-    assert outputs(ready.root) == outputs(plain.root)
-    assert (ready.root / "pipeline/dvc.lock").read_text() == (plain.root / "pipeline/dvc.lock").read_text()
-    launched_by(ready, "")
-    assert stages_run(ready.run("dvc", "repro", TRAIN)) == []
 
 
 @pytest.mark.exhaustive
