@@ -39,8 +39,6 @@ from pipeline.sections.zeroshot_sets import PublishedZeroshotSets
 
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
-COUNTED = "diva"  # the recipe whose GPU memory the backbones declare
-MARGIN = 1.15  # for what tests/test_plan.py cannot count: CUDA's own 0.5 GB, workspaces of kernels, fragmentation
 NO_TRAINING = "-S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
 NOT_PINS = {"licence", "processes", "threads"}  # they change no byte of what is fetched
 
@@ -147,20 +145,6 @@ def _left(profile: str) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
-def gpu(p: params.Params, micro_batch: int) -> dict[str, float]:
-    """GB of GPU memory that the training of each backbone takes, if it says: in bfloat16, by recipe COUNTED."""
-    declared = {backbone: p.backbones[backbone].gpu_memory for backbone in p.run.backbones if p.run.recipes}
-    return {name: MARGIN * (takes.fixed + micro_batch * takes.image) for name, takes in declared.items() if takes}
-
-
-def gpus() -> list[tuple[str, float]]:
-    """Names and GB of the GPUs here; the first is the one that trains."""
-    import torch  # not above: most runs of this stage are of the mini profile, which does not need it
-
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [(properties.name, properties.total_memory / 1e9) for properties in found]
-
-
 def show(items: list[Item]) -> None:
     table = Table("what", title="What will be fetched")
     table.add_column("from", overflow="fold")
@@ -184,24 +168,35 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
     return f"{line}. Make room there, choose fewer run.backbones{training}."
 
 
+def check_recipes(p: params.Params) -> None:
+    """Raise UserError for settings of a loss that are wrong, which a training would tell after all was fetched."""
+    if p.run.recipes:
+        from pipeline.engine.losses import losses_of  # not above: torch takes a second
+
+        for name in p.run.recipes:
+            losses_of(f"profiles.{p.run.profile}.recipes.{name}", p.profile.recipes[name])
+
+
 def check_gpu(p: params.Params) -> str | None:
-    """The same for the GPU's memory."""
-    size = p.profile.train.micro_batch
-    needed, found = gpu(p, size), gpus()
-    most = max(needed, key=lambda backbone: needed[backbone])
-    listed = ", ".join(f"{name} with {memory:.1f} GB" for name, memory in found) or "none"
-    others = ", ".join(recipe for recipe in p.run.recipes if recipe != COUNTED)
-    counted = f" (counted for recipe {COUNTED}; {others} may take more or less)" if others else ""
-    takes = f"{needed[most]:.1f} GB needed to train {most} with micro_batch {size}{counted}"
-    line = f"GPU memory: {takes}; GPU found: {listed}"
-    print(line)
-    if found and needed[most] <= found[0][1]:
-        return None
-    ways = ["Train where there is more", "choose other run.backbones"]
-    fitting = [m for m in range(1, size) if size % m == 0 and max(gpu(p, m).values()) <= found[0][1]] if found else []
-    if fitting:
-        ways.insert(0, f"Set -S profiles.{p.run.profile}.train.micro_batch={fitting[-1]}, which changes memory alone")
-    return f"{line}. {', '.join(ways)}, or {NO_TRAINING}."
+    """Let every training go two steps on random weights. Returns what to do where the GPU's memory does not suffice."""
+    import torch
+
+    from pipeline.engine import trial
+
+    if not torch.cuda.is_available():
+        if p.profile.train.precision == "float32":
+            return None
+        needs = f"profiles.{p.run.profile}.train.precision is bfloat16, which is for one"
+        return f"GPU: none found, and {needs}. Train elsewhere, or {NO_TRAINING}."
+    for name, recipe in itertools.product(p.run.backbones, p.run.recipes):
+        try:
+            trial.check(p, name, recipe, torch.device("cuda"))
+        except UserError as error:
+            return f"{error} Or {NO_TRAINING}."
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        print(f"GPU memory: {memory:.1f} GB taken by two steps of {name} by recipe {recipe} with random weights")
+        torch.cuda.reset_peak_memory_stats()
+    return None
 
 
 def pins(p: params.Params) -> dict[str, dict]:
@@ -255,6 +250,7 @@ def _only_pins(value: Any) -> Any:
 @stage
 def main() -> None:
     p = params.load()
+    check_recipes(p)
     if downloads_of(p) or links_of(p):
         items = to_fetch(p)
         if items:
@@ -263,7 +259,8 @@ def main() -> None:
         folders = [*(folder for folder, _ in downloads_of(p)), *(item.folder for item in links_of(p))]
         there = ", ".join(sorted({str(folder) for folder in folders if folder.exists()}))
         print(f"to download in all: {total:,.1f} GB; there already: {there or 'nothing'}")
-        problems = [check_disk(p, items), check_gpu(p) if gpu(p, 1) else None]
+        trains = p.run.recipes and isinstance(p.profile.denoiser, PublishedDenoiser)
+        problems = [check_disk(p, items), check_gpu(p) if trains else None]
         if any(problems):
             raise UserError("This machine cannot hold this run.\n  " + "\n  ".join(filter(None, problems)))
     else:

@@ -43,7 +43,7 @@ def values(**changes: Any) -> Callable[[Path], None]:
 EDITS = {
     "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | EXPORT),
     "a comment in data": (comment("pipeline/data/shards.py"), {"plan"} | TRAIN),
-    "a comment in diva": (comment("pipeline/diva/losses.py"), TRAIN),
+    "a comment in diva": (comment("pipeline/diva/losses.py"), {"plan"} | TRAIN),
     "a schema that many read": (comment("pipeline/sections/download.py"), {"plan", "report"} | EXPORT),
     "the recipes' schema": (comment("pipeline/sections/recipe.py"), {"plan"} | TRAIN),
     "a scoring's schema": (comment("pipeline/sections/mmvp.py"), {"plan"}),

@@ -313,7 +313,6 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
             entry["source"]["tokenizer"]["at"] = [address]
         released = entry["checkpoints"]["released"]["weights"]
         released |= {"at": ["hf://BAAI/DIVA@main"], "files": {tuned: None}}
-        entry["gpu_memory"] = None
         entry["published"]["parameters"] = 0.1  # million: a test needs no disk for models of true size
     return content
 

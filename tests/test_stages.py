@@ -40,6 +40,7 @@ from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
+from pipeline.diva import step
 from pipeline.diva.pairs import matching, score_pairs
 from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
@@ -361,6 +362,22 @@ def poison_the_denoiser() -> None:
     weights = load_file(file)
     weights["conv_out.bias"][0] = torch.nan
     save_file(weights, file)
+
+
+def test_a_training_that_fills_the_gpu_says_which_micro_batch_to_set(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step, "terms", full)
+    for micro_batch, way in ((2, "Set -S profiles.mini.train.micro_batch=1, which"), (1, "Train where there is more")):
+        write_params(**{"profiles.mini.train.micro_batch": micro_batch})
+        with pytest.raises(SystemExit):
+            run(train, "mini", "diva")
+        said = capsys.readouterr().err
+        assert f"by recipe diva with micro_batch {micro_batch}. {way}" in said
+        assert "CUDA out of memory." in said
 
 
 def raise_the_rate() -> None:

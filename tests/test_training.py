@@ -21,7 +21,8 @@ from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule
 from pipeline.diva.rules import TokenRule
 from pipeline.diva.schedule import Phase
 from pipeline.diva.step import MicroBatch, NotFiniteError, Record, run
-from pipeline.engine.assemble import losses_of, phases
+from pipeline.engine.assemble import phases
+from pipeline.engine.losses import losses_of
 from pipeline.sections.recipe import Recipe
 
 WIDTH, CONTEXT, PATCHES, LATENT = 6, 5, 16, torch.Size([2, 3, 3])

@@ -7,7 +7,6 @@ it.
 
 import dataclasses
 import hashlib
-import json
 import math
 import sys
 import time
@@ -20,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from dvclive import Live
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +28,7 @@ from pipeline.core.compute import seeded
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
-from pipeline.diva import adapters, losses, pixels, step
+from pipeline.diva import adapters, pixels, step
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, Loss
@@ -38,6 +36,7 @@ from pipeline.diva.rules import CLASS_TOKEN, Condition, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import checkpoints, hosts
 from pipeline.engine.feed import Feed
+from pipeline.engine.losses import losses_of
 from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.residual_head import WithHead
@@ -58,18 +57,13 @@ def condition_of(recipe: Recipe, own: Condition) -> Condition:
     return own if recipe.condition == "backbone" else CLASS_TOKEN
 
 
-def losses_of(key: str, recipe: Recipe) -> list[Loss]:
-    """The losses of a recipe, which params.yaml has at `key`. Raises UserError naming the key that is wrong."""
-    found, known = [], losses.known()
-    for loss, settings in recipe.losses.items():
-        if loss not in known:
-            raise UserError(f"{key}.losses.{loss} is unknown. Known: {', '.join(known)}.")
-        try:
-            found.append(TypeAdapter(known[loss]).validate_json(json.dumps(settings), strict=True))
-        except ValidationError as error:
-            wrong = (f"{key}.losses.{loss}.{e['loc'][0]} ({e['msg']})" for e in error.errors())
-            raise UserError(f"{', '.join(wrong)}. Correct them in params.yaml.") from None
-    return found
+def out_of_memory(profile: str, name: str, recipe: str, micro_batch: int, fitting: int) -> str:
+    """What to do where the GPU's memory does not suffice; fitting: a smaller micro-batch, 0 if there is none."""
+    way = f"Set -S profiles.{profile}.train.micro_batch={fitting}, which changes memory alone"
+    return (
+        f"The GPU's memory does not suffice to train {name} by recipe {recipe} with micro_batch {micro_batch}. "
+        f"{way if fitting else 'Train where there is more'}, or choose other run.backbones."
+    )
 
 
 def pixel_rule(backbone: Backbone, p: Train) -> pixels.PixelRule:
@@ -102,11 +96,12 @@ def measure_gap(
 @torch.no_grad()
 def build_feedback(
     backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, found: list[Loss], seed: int,
-    shards: Shards, compute: torch.device,
+    shards: Shards | None, compute: torch.device,
 ) -> Feedback:  # fmt: skip
     """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
 
-    own: the backbone's condition; found: the recipe's losses, which see the tower as it was.
+    own: the backbone's condition. found: the recipe's losses, which see the tower as it was. shards: the images by
+    which the gap is measured; None where there is none to correct.
     """
     condition, trained = condition_of(recipe, own), recipe.trained
     with seeded(seed, "projection"):
@@ -115,7 +110,9 @@ def build_feedback(
     fits_denoiser = recipe.warmup is not None and recipe.warmup.denoiser
     denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser).to(compute)
     backbone.to(compute).clip.requires_grad_(False)
-    gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute) if recipe.gap_correction else None
+    gap = None
+    if recipe.gap_correction and shards:
+        gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute)
     for loss in found:
         loss.prepare(backbone.tower, backbone.embed, float(backbone.logit_scale))
     if isinstance(trained, Head):
@@ -429,6 +426,9 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                 feedback, backbone, denoiser, shards, section, recipe, found, seed, curves, processes, checkpoint,
                 fitted,
             )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            way = out_of_memory(profile, name, recipe_name, section.micro_batch, section.micro_batch // 2)
+            raise UserError(f"{error}\n{way}") from None
         except step.NotFiniteError as error:
             tensors = tuned(backbone)
             if not processes.is_main_process:

@@ -22,13 +22,6 @@ class Published(Section):
     imagenet1k: PositiveFloat | None = None
 
 
-class GpuMemory(Section):
-    """What training takes, in GB: for weights, gradients and momentum, and for each image of a micro-batch."""
-
-    fixed: PositiveFloat
-    image: PositiveFloat
-
-
 class BackboneEntry(Section):
     profile: Name
     source: Source
@@ -36,4 +29,3 @@ class BackboneEntry(Section):
     condition: Condition
     published_pooling: PoolingRule
     published: Published | None = None
-    gpu_memory: GpuMemory | None = None

@@ -30,6 +30,7 @@ RENAMED = {  # keys of earlier versions, by the end of their full name, and what
     },
     "train.shard": "no key: every GPU holds the model",
     "train.streams": "no key: any number of processes share a batch",
+    "gpu_memory": "no key: stage plan tries a step where there is a GPU",
     "fit": "warmup",
     "warmup.told": "warmup.source (image_embeddings, caption_embeddings)",
     "gap": "gap_correction",

@@ -24,11 +24,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import open_clip
 import psutil
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,29 +42,16 @@ from pipeline.diva.rules import Condition, TokenRule
 from pipeline.diva.schedule import Phase
 from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
-from pipeline.models.backbones import Backbone
-from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
+from pipeline.engine.trial import STABLE_DIFFUSION_2_1_BASE, random_clip, random_denoiser
+from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
-from pipeline.sections.denoiser import MiniDenoiser
 from pipeline.sections.params import Params
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.train import Train
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
-STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
-    "unet": {
-        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
-    },
-    "vae": {
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    },
-}  # fmt: skip
 ONE_BLOCK: dict[str, dict[str, Any]] = {  # that UNet's first block, down and up; the VAE at an eighth of its channels
     "unet": STABLE_DIFFUSION_2_1_BASE["unet"] | {
         "block_out_channels": (320,), "layers_per_block": 1, "attention_head_dim": 5,
@@ -106,35 +91,18 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
     on_gpu = compute.type == "cuda"
     changes = {"micro_batch": size, "compile": section.compile and on_gpu}
     precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
-    architecture = entry.source.architecture
-    config = dict(open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture)
+    config, shape = model_config(entry.source.architecture), STABLE_DIFFUSION_2_1_BASE
     if name == "block":
-        config["vision_cfg"] = config["vision_cfg"] | {"layers": 1}
-    custom = config.pop("custom_text", False) or "hf_tokenizer_name" in config["text_cfg"]
+        config["vision_cfg"], shape = config["vision_cfg"] | {"layers": 1}, ONE_BLOCK
     with seeded("bench", name):
-        clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval().requires_grad_(False)
-        denoiser, width = _denoiser(name, p.profiles[entry.profile].denoiser)
-        text = torch.randn(1, 77, width)
-    preprocessing = {"size": config["vision_cfg"]["image_size"], **entry.source.preprocessing.model_dump()}
+        backbone = random_clip(config, entry.source.preprocessing.model_dump())
+        denoiser = random_denoiser(p.profiles[entry.profile].denoiser, shape)
+        text = torch.randn(1, 77, denoiser.unet.config.cross_attention_dim)
     return Subject(
-        name, Backbone(clip, None, preprocessing, ""), denoiser, text, entry.condition,
+        name, backbone, denoiser, text, entry.condition,
         section.model_copy(update=changes | {"precision": precision}),
         p.profiles[entry.profile].recipes["diva"].model_copy(update={"batch": 2 * size}),
     )  # fmt: skip
-
-
-def _denoiser(name: str, p: Any) -> tuple[Denoiser, int]:
-    """A denoiser without text encoder and tokenizer, and the width of its condition."""
-    if isinstance(p, MiniDenoiser):
-        vae = PatchAutoencoder(**p.autoencoder.model_dump())
-        channels, size = p.autoencoder.latent_channels, 64 // p.autoencoder.patch_size
-        unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **p.unet)
-        scheduler = DDPMScheduler(**p.scheduler.model_dump())
-    else:
-        shape = ONE_BLOCK if name == "block" else STABLE_DIFFUSION_2_1_BASE
-        vae, unet = AutoencoderKL(**shape["vae"]), UNet2DConditionModel(**shape["unet"])
-        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return Denoiser(vae, unet, None, None, scheduler), unet.config.cross_attention_dim
 
 
 class ReleasedDenoiser(Denoiser):

@@ -43,12 +43,12 @@ from pipeline.engine.assemble import (
     FITTED,
     Checkpoint,
     build_feedback,
-    losses_of,
     save_fitted,
     train,
     tuned,
     without_warmup,
 )
+from pipeline.engine.losses import losses_of
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import Interval, over_groups
 from pipeline.mini import world

@@ -21,7 +21,6 @@ from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
-from pipeline.plan import MARGIN
 from pipeline.sections import params
 
 FOLDERS = "", "pipeline", "pipeline/mini", "pipeline/launch", "metrics", "metrics/recipes", "models", "data", "tests"
@@ -112,23 +111,21 @@ def sensitivity() -> str:
 
 
 def backbones() -> str:
-    """The published backbones of params.yaml; GPU memory as stage plan counts it."""
+    """The published backbones of params.yaml."""
     p = params.load()
-    micro_batch = p.profiles["paper"].train.micro_batch
     later = sorted(
         {name for entry in p.backbones.values() if entry.published for name in entry.checkpoints if name != "released"}
     )
     rows: list[Sequence[object]] = [
-        ("key", "weights from", "licence", "GPU memory, GB", "before: stock", "DIVA: published pooling", *later)
+        ("key", "weights from", "licence", "before: stock", "DIVA: published pooling", *later)
     ]
     for name, entry in p.backbones.items():
-        if entry.published and entry.gpu_memory and entry.source.kind == "checkpoint":
-            weights, takes = entry.source.weights, entry.gpu_memory
+        if entry.published and entry.source.kind == "checkpoint":
+            weights = entry.source.weights
             origin = re.sub(r"^hf://|^https://|@.*|/clip/models/.*", "", weights.at[0])
             figures = {key: checkpoint.published for key, checkpoint in entry.checkpoints.items()}
             others = (figure.pairs if (figure := figures.get(method)) else "" for method in later)
-            memory = f"{MARGIN * (takes.fixed + micro_batch * takes.image):.0f}"
-            shown = (f"`{name}`", origin, weights.licence, memory, entry.published.before, entry.published.after)
+            shown = (f"`{name}`", origin, weights.licence, entry.published.before, entry.published.after)
             rows.append((*shown, *others))
     return table(rows)
 

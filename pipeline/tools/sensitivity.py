@@ -41,8 +41,9 @@ from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, step
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.feedback import Feedback
-from pipeline.engine.assemble import build_feedback, losses_of, phases
+from pipeline.engine.assemble import build_feedback, phases
 from pipeline.engine.feed import Feed
+from pipeline.engine.losses import losses_of
 from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser

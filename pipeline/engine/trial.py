@@ -1,0 +1,120 @@
+"""Models of the sizes of a run with random weights, and one true step with them: does training fit this GPU?"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import open_clip
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from pipeline.core.compute import generator, seeded
+from pipeline.core.stages import UserError
+from pipeline.diva import diffusion, step
+from pipeline.diva.step import MicroBatch
+from pipeline.engine.assemble import build_feedback, out_of_memory, phases
+from pipeline.engine.losses import losses_of
+from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
+from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.params import Params
+
+STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    },
+}  # fmt: skip
+
+
+def random_clip(config: dict[str, Any], preprocessing: dict[str, Any]) -> Backbone:
+    """A CLIP of open_clip's configuration; without a tokenizer, it takes every text for the same."""
+    config = dict(config)
+    custom = config.pop("custom_text", False) or "hf_tokenizer_name" in config["text_cfg"]
+    clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval().requires_grad_(False)
+    length = config["text_cfg"].get("context_length", 77)
+    preprocessing = {"size": config["vision_cfg"]["image_size"], **preprocessing}
+    return Backbone(clip, lambda texts: torch.zeros(len(texts), length, dtype=torch.int64), preprocessing, "")
+
+
+def random_denoiser(section: Any, shape: dict[str, dict[str, Any]] = STABLE_DIFFUSION_2_1_BASE) -> Denoiser:
+    """A denoiser without its text encoder: that of section `denoiser` if it is made here, else one of `shape`."""
+    if isinstance(section, MiniDenoiser):
+        vae = PatchAutoencoder(**section.autoencoder.model_dump())
+        channels, size = section.autoencoder.latent_channels, 64 // section.autoencoder.patch_size
+        unet = UNet2DConditionModel(sample_size=size, in_channels=channels, out_channels=channels, **section.unet)
+        scheduler = DDPMScheduler(**section.scheduler.model_dump())
+    else:
+        vae, unet = AutoencoderKL(**shape["vae"]), UNet2DConditionModel(**shape["unet"])
+        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return Denoiser(vae, unet, None, None, scheduler)
+
+
+class Told(Denoiser):
+    """One whose every text is the same random one."""
+
+    def text(self, prompts: list[str]) -> torch.Tensor:
+        return torch.randn(len(prompts), self.text_tokens, self.unet.config.cross_attention_dim)
+
+
+def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: torch.device) -> Iterator[step.Record]:
+    """Two steps of each phase of a recipe, one micro-batch each: the second has the optimizer's state.
+
+    A denoiser that is still to be fetched counts as stable-diffusion-2-1-base. Nothing is compiled, and the gap is not
+    corrected; neither takes memory to speak of.
+    """
+    section = p.profile.train.model_copy(update={"micro_batch": micro_batch, "compile": False})
+    recipe = p.profile.recipes[recipe_name]
+    recipe = recipe.model_copy(update={"batch": micro_batch, "steps": 2, "gap_correction": None})
+    if recipe.warmup:
+        recipe = recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"steps": 2})})
+    entry, losses = p.backbones[name], losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
+    with seeded("trial"):
+        backbone = random_clip(model_config(entry.source.architecture), entry.source.preprocessing.model_dump())
+        denoiser = random_denoiser(p.profile.denoiser)
+        denoiser.__class__, denoiser.text_tokens = Told, p.profile.denoiser.text_tokens
+        feedback = build_feedback(backbone, denoiser, entry.condition, section, recipe, losses, p.seed, None, compute)
+    images_BCHW = torch.zeros(micro_batch, 3, section.size, section.size, dtype=torch.uint8, device=compute)
+    shape = denoiser.latent_shape(section.size)
+    draws = [[generator("trial", k, i) for i in range(micro_batch)] for k in range(len(recipe.draw_weights))]
+    drawn = [
+        diffusion.draw(shape, backbone.patches, feedback.tokens, (0, 1000), generators).to(compute)
+        for generators in draws
+    ]
+    view = images_BCHW if any(loss.second_view for loss in losses) else None
+    micro = MicroBatch(images_BCHW, drawn, view_BCHW=view)
+    processes, precision = Accelerator(cpu=compute.type == "cpu"), getattr(torch, section.precision)
+    for phase in phases(feedback, recipe, losses):
+        on_captions = phase.name == "projection" and recipe.warms_up_on_captions
+        captions = backbone.embed([""] * micro_batch) if on_captions else None
+        batch = [dataclasses.replace(micro, caption_BD=captions)]
+        for record, _ in step.run(feedback, phase, lambda number, batch=batch: batch, precision, processes):  # type: ignore[misc]
+            yield record
+        phase.optimizer.state.clear()
+
+
+def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None:
+    """Raises UserError where training does not fit the GPU's memory, naming the largest micro_batch that does."""
+    asked, recipe = p.profile.train.micro_batch, p.profile.recipes[recipe_name]
+    least = max(loss.images for loss in losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe))
+    for micro_batch in (size for size in range(asked, least - 1, -1) if asked % size == 0):
+        try:
+            for _ in trial(p, name, recipe_name, micro_batch, compute):
+                pass
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        except step.NotFiniteError:  # random weights may well come to that
+            pass
+        if micro_batch < asked:
+            raise UserError(out_of_memory(p.run.profile, name, recipe_name, asked, micro_batch))
+        return
+    raise UserError(out_of_memory(p.run.profile, name, recipe_name, asked, 0))
