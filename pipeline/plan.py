@@ -201,8 +201,9 @@ def check_gpu(p: params.Params) -> str | None:
 
 def pins(p: params.Params) -> dict[str, dict]:
     """What decides the bytes of every input, by the name of its file."""
-    inputs = ("images", "denoiser", "mmvp_vlm", "zeroshot_sets")
-    found = {name: _pinned(getattr(p.profile, name), name, p.profile.threads) for name in inputs}
+    inputs = ("images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets")
+    sections = {name: section for name in inputs if (section := getattr(p.profile, name))}
+    found = {name: _pinned(section, name, p.profile.threads) for name, section in sections.items()}
     for name in p.run.backbones:
         backbone = p.backbones[name]
         found[f"pretrained-{name}"] = _pinned(backbone.source, "backbone", p.profile.threads)
@@ -244,6 +245,8 @@ def _only_pins(value: Any) -> Any:
     if isinstance(value, BaseModel):
         fields = value.__class__.model_fields.keys() - NOT_PINS
         return {name: _only_pins(getattr(value, name)) for name in sorted(fields)}
+    if isinstance(value, dict):
+        return {name: _only_pins(each) for name, each in value.items()}
     return value
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
-from pipeline.evidence import figures, results, statistics
+from pipeline.evidence import downstream, figures, results, statistics
 from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, Claim, Scores, label, without_controls
@@ -76,6 +76,9 @@ def build(p: Reported) -> tuple[dict, dict, pd.DataFrame, dict]:
         published = (entry.published.before, entry.published.after) if entry.published else None
         scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
         found = evidence[backbone] = results.evidence(scores, claims(p, entry), known(entry))
+        readings = {w: downstream.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
+        if readings["pretrained"]:
+            found["downstream"] = downstream.evidence(readings)
         report[backbone] = summary(scores, found, published)
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         sections.append(section(p, backbone, scores, found, report[backbone]["gain"]))

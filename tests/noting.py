@@ -23,6 +23,8 @@ FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on whic
     "denoiser": "profiles.${run.profile}.denoiser",
     "mmvp_vlm": "profiles.${run.profile}.mmvp_vlm",
     "zeroshot_sets": "profiles.${run.profile}.zeroshot_sets",
+    "segmentation_sets": "profiles.${run.profile}.segmentation_sets",
+    "mllm_sets": "profiles.${run.profile}.mllm_sets",
     "backbone": "backbones.${item.backbone}.source",
     "checkpoint": "backbones.${item.backbone}.checkpoints",
 }
@@ -32,7 +34,7 @@ DECLARED |= {  # likewise of a scoring's
         "profiles.${run.profile}.mmvp", "profiles.${run.profile}.mmvp_vlm",
         "backbones.${item.backbone}.published_pooling",
     ],
-    "zeroshot": ["profiles.${run.profile}.zeroshot"],
+    **{name: [f"profiles.${{run.profile}}.{name}"] for name in ("zeroshot", "segmentation", "mllm")},
 }  # fmt: skip
 DECLARED |= dict.fromkeys(("shuffled", "drift"), DECLARED["control"])
 ELSEWHERE = {

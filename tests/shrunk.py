@@ -42,6 +42,13 @@ SHRUNK = {
     "profiles.mini.zeroshot_sets": {
         "kind": "mini", "classification": 12, "retrieval": 6, "probe_train": 80, "probe_test": 20
     },
+    "profiles.mini.segmentation_sets": {"kind": "mini", "train": 8, "test": 5},
+    "profiles.mini.segmentation.probe": {"cells": 2, "steps": 4, "batch": 32, "lr": 0.01},
+    "profiles.mini.mllm_sets": {"kind": "mini", "train": 6, "pairs_per_pattern": 2},
+    "profiles.mini.mllm": {
+        "seeds": 2, "context": 40, "steps": 2, "batch": 8, "lr": 0.003,
+        "language": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
     "profiles.mini.denoiser.images": 48,
     "profiles.mini.denoiser.validation": 12,
     "profiles.mini.denoiser.autoencoder.latent_channels": 4,
@@ -83,6 +90,7 @@ def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
     recipes = [name for name in weights if name not in ("pretrained", *CHECKPOINTS) and "-" not in name]
     return {
         "run.benchmarks": ["mmvp", "zeroshot"],
+        "run.benchmark_sets": [],
         "run.checkpoints": [name for name in weights if name in CHECKPOINTS],
         "run.recipes": recipes,
         "run.controls": list(dict.fromkeys(name.partition("-")[2] for name in weights if "-" in name)),

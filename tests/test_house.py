@@ -48,15 +48,18 @@ def defines_main(file: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree(file).body)
 
 
+DOWNSTREAM = ["segmentation", "mllm"]  # which no default run scores
 RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
-    **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets", "backbone", "train", "report")},
-    **{f"score{of}": PARAMS["run"]["benchmarks"] for of in ("", "-checkpoints", "-recipes", "-controls")},
+    **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets")},
+    **{stage: [stage] for stage in ("backbone", "train", "report")},
+    **{f"score{of}": ["mmvp", "zeroshot", *DOWNSTREAM] for of in ("", "-checkpoints", "-recipes", "-controls")},
     **{f"export{of}": ["export"] for of in ("", "-checkpoints", "-recipes")},
     "input": ["images", "denoiser"],
+    "benchmark_sets": [f"{name}_sets" for name in DOWNSTREAM],
     "checkpoint": ["checkpoint"],
     "control": ["shuffled", "drift"],
 }
-FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "backbone", "checkpoint"}
+FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets", "backbone", "checkpoint"}
 STAGES = [file for file in FILES if file.parent == Path("pipeline") and defines_main(file)]
 
 
@@ -139,7 +142,8 @@ def test_no_two_classes_share_a_name() -> None:
 
 def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:
     """It takes a second, and what is built on it several."""
-    light = "import pipeline.images, pipeline.mmvp_vlm, pipeline.plan, pipeline.zeroshot_sets, sys"
+    names = ("images", "mllm_sets", "mmvp_vlm", "plan", "segmentation_sets", "zeroshot_sets")
+    light = f"import {', '.join(f'pipeline.{name}' for name in names)}, sys"
     subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 
 
@@ -191,7 +195,14 @@ def test_a_program_is_the_import_closure(file: Path) -> None:
 
 
 def test_every_stage_before_the_report_decides_gains() -> None:
-    after = {"plan", "checkpoint", "report", "export"}  # or have no part in them
+    after = {
+        "plan",
+        "checkpoint",
+        "report",
+        "export",
+        *DOWNSTREAM,
+        *(f"{name}_sets" for name in DOWNSTREAM),
+    }  # or aside
     stages = {file.stem for file in STAGES}
     assert set(provenance.DECIDE) == {f"{stage}.py" for stage in stages - after} | {"evidence/results.py"}
 
@@ -232,7 +243,8 @@ def test_a_stage_runs_its_own_file(stage: str) -> None:
     module, *arguments = command[6 if offline else 5 :]
     assert command[: 6 if offline else 5] == ["exec", "env", "STARTED_BY=$PPID", *offline, "python", "-m"]
     axis = {"input", "control"} & {stage} or {"benchmark"} & {*matrix}
-    assert module == (f"pipeline.${{item.{next(iter(axis))}}}" if axis else f"pipeline.{RUNS[stage][0]}")
+    suffix = "_sets" if stage == "benchmark_sets" else ""
+    assert module == (f"pipeline.${{item.{next(iter(axis))}}}{suffix}" if axis else f"pipeline.{RUNS[stage][0]}")
     assert set(re.findall(r"item\.(\w+)", " ".join(arguments))) == matrix.keys() - axis
     assert ("wdir" in DVC[stage]) == (stage not in WANTED)
     pretrained = {"weights": ["pretrained"]} if stage in ("score", "export") else {}

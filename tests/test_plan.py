@@ -100,8 +100,9 @@ def test_mini_fetches_nothing_and_does_not_wait_for_large_packages() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "profile mini: all inputs are made here, nothing is fetched\n"
     planned = {path.stem: json.loads(path.read_text()) for path in Path("data/mini/planned").iterdir()}
+    inputs = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets"}
     scorings = {f"{benchmark}-mini-{weights}" for benchmark in ("mmvp", "zeroshot") for weights in SCORED}
-    assert planned.keys() == {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "pretrained-mini"} | scorings
+    assert planned.keys() == inputs | {"pretrained-mini"} | scorings
     written = json.loads(Path("metrics/mini/scores/planned.json").read_text())
     assert written == {benchmark: planned[f"{benchmark}-mini-pretrained"]["code"] for benchmark in ("mmvp", "zeroshot")}
     assert all(re.fullmatch(r"[0-9a-f]{64}", pinned["code"]) for pinned in planned.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.evidence import figures, provenance, results, statistics
+from pipeline.evidence import downstream, figures, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, CONTROLS, Scores, label, recipe_and_control, without_controls
 from pipeline.evidence.statistics import Interval
 from pipeline.sections.reported import Reported
@@ -56,6 +56,7 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
             for name, checkpoint in p.backbones[backbone].checkpoints.items()
             if checkpoint.published
         ],
+        "downstream": downstream.table(found.get("downstream", {})),
         "four_cells": four_cells(scores),
         "matching": matching(scores) if scores["pretrained"].mmvp else [],
         "published": entry,

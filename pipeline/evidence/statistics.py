@@ -54,6 +54,45 @@ def stratified(strata: Sequence[np.ndarray]) -> Interval:
     return Interval(float(np.mean([answers.mean() for answers in strata])), float(low), float(high))
 
 
+def mean_iou(pixels: np.ndarray) -> np.ndarray:
+    """Mean IoU in % of pixels [..., classes, 3] (right, predicted, labelled), over the classes that occur."""
+    right, predicted, labelled = np.moveaxis(np.asarray(pixels, dtype=float), -1, 0)
+    union = predicted + labelled - right
+    iou = np.divide(100 * right, union, out=np.full_like(union, np.nan), where=union > 0)
+    return np.nanmean(iou, axis=-1)
+
+
+def iou_change(before: np.ndarray, after: np.ndarray) -> Interval:
+    """The change of mean IoU, in points, and its percentile bootstrap interval, paired: images are resampled.
+
+    before, after: pixels [images, classes, 3] as for `mean_iou`, which is of sums, so that no image has a share of it.
+    """
+    images, rng = len(before), np.random.default_rng(0)
+    chosen = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(float)
+    sums = [np.tensordot(chosen, pixels, 1) for pixels in (before, after)]
+    changes = mean_iou(sums[1]) - mean_iou(sums[0])
+    low, high = (float(np.percentile(changes, 50 * (1 + side * CONFIDENCE))) for side in (-1, 1))
+    return Interval(float(mean_iou(after.sum(0)) - mean_iou(before.sum(0))), low, high)
+
+
+def over_seeds_and_answers(changes: np.ndarray) -> Interval:
+    """The mean of changes [seeds, answers] and a t interval for new seeds and new answers.
+
+    Its variance is that of the seeds' means plus that of the answers' means, each over its number. What is particular
+    to an answer under a seed is in both, so the interval is a little too wide. Degrees of freedom: Satterthwaite's.
+    Raises ValueError for fewer than two seeds or answers.
+    """
+    if min(changes.shape) < 2:
+        raise ValueError(f"found {changes.shape[0]} seeds and {changes.shape[1]} answers, wanted two at least of each")
+    value = float(changes.mean())
+    parts = [np.var(changes.mean(axis), ddof=1) / changes.shape[1 - axis] for axis in (1, 0)]
+    freedom = sum(parts) ** 2 / max(
+        sum(part**2 / (n - 1) for part, n in zip(parts, changes.shape, strict=True)), 1e-300
+    )
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)) * math.sqrt(sum(parts)))
+    return Interval(value, value - half, value + half)
+
+
 def over_seeds(values: Sequence[float]) -> Interval:
     """The mean over training seeds and its t interval. Raises ValueError for fewer than two."""
     if len(values) < 2:

@@ -35,6 +35,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 }
 PROMPT = "a photo of "
 CARDINALITIES = (len(OBJECTS), *(len(values) for values in PATTERNS.values()))
+SEGMENTS = ("background", "object", "hat", "star", "balls", "letter")  # of a mask, by the value of its pixels
 
 _INK = (40, 35, 45)
 _FILL = ((205, 50, 45), (50, 150, 70), (50, 90, 205), (225, 185, 40))
@@ -142,6 +143,20 @@ def caption(scene: np.ndarray, details: Iterable[int] = range(9)) -> str:
 
 def render(scene: np.ndarray, nuisance: Nuisance, rng: np.random.Generator) -> np.ndarray:
     """The image of a scene, uint8 [64, 64, 3]; `rng` is used for the pixel noise only."""
+    pixels = np.asarray(_draw(scene, nuisance)[0].reduce(2), np.float32)
+    noise = rng.standard_normal(pixels.shape, np.float32) * 5
+    return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
+
+
+def mask(scene: np.ndarray, nuisance: Nuisance) -> np.ndarray:
+    """Which of SEGMENTS each of its pixels shows, uint8 [64, 64]: most of its four dots do, of ties the front."""
+    dots = np.asarray(_draw(scene, nuisance)[1]).reshape(SIZE, 2, SIZE, 2)
+    counts = np.stack([(dots == i).sum((1, 3)) for i in range(len(SEGMENTS))])
+    return (len(SEGMENTS) - 1 - counts[::-1].argmax(0)).astype(np.uint8)  # what is in front has the larger number
+
+
+def _draw(scene: np.ndarray, nuisance: Nuisance) -> tuple[Image.Image, Image.Image]:
+    """A scene at twice its size: (in RGB, and which of SEGMENTS each dot shows)."""
     name = OBJECTS[scene[0]]
     facing, hat, broken, balls, star, colour, structure, letter, far = (int(v) for v in scene[1:])
     mirror = 1 if facing == 1 else -1
@@ -167,9 +182,11 @@ def render(scene: np.ndarray, nuisance: Nuisance, rng: np.random.Generator) -> n
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((0, nuisance.horizon, CANVAS, CANVAS), fill=nuisance.ground)
     behind = canvas.copy()
+    segments = Image.new("L", canvas.size)
+    label = ImageDraw.Draw(segments)
 
-    mask = Image.new("L", canvas.size)
-    paint(ImageDraw.Draw(mask), _BODY[name], 255)
+    body = Image.new("L", canvas.size)
+    paint(ImageDraw.Draw(body), _BODY[name], 255)
     skin = Image.new("RGB", canvas.size, _FILL[colour])
     skin_pen, shade = ImageDraw.Draw(skin), tuple(v * 2 // 5 for v in _FILL[colour])
     if structure == 1:
@@ -181,31 +198,39 @@ def render(scene: np.ndarray, nuisance: Nuisance, rng: np.random.Generator) -> n
             for j in range(-3, 4):
                 x, y = px(i * 0.34 + 0.17 * (j % 2), j * 0.3)
                 skin_pen.ellipse((x - 0.1 * radius, y - 0.1 * radius, x + 0.1 * radius, y + 0.1 * radius), fill=shade)
-    canvas.paste(skin, mask=mask)
+    canvas.paste(skin, mask=body)
+    segments.paste(SEGMENTS.index("object"), mask=body)
     paint(pen, _DETAIL[name], _INK)
+    paint(label, _DETAIL[name], SEGMENTS.index("object"))
     if broken:  # a zigzag gap through which the background shows
         gap = Image.new("L", canvas.size)
         crack = [px(x, y) for x, y in ((0.15, -1.2), (-0.1, -0.4), (0.2, 0.0), (-0.1, 0.4), (0.1, 1.2))]
         ImageDraw.Draw(gap).line(crack, fill=255, width=max(4, round(radius * 0.22)))
         canvas.paste(behind, mask=gap)
+        segments.paste(SEGMENTS.index("background"), mask=gap)
     if hat:
-        pen.polygon([px(-0.55, -0.75), px(0.55, -0.75), px(0.55, -0.92), px(-0.55, -0.92)], fill=_HAT)
-        pen.polygon([px(-0.32, -0.9), px(0.32, -0.9), px(0.32, -1.35), px(-0.32, -1.35)], fill=_HAT)
+        brim = [px(-0.55, -0.75), px(0.55, -0.75), px(0.55, -0.92), px(-0.55, -0.92)]
+        crown = [px(-0.32, -0.9), px(0.32, -0.9), px(0.32, -1.35), px(-0.32, -1.35)]
+        for points in (brim, crown):
+            pen.polygon(points, fill=_HAT)
+            label.polygon(points, fill=SEGMENTS.index("hat"))
 
     star_x, star_y = ((nuisance.x - 50, 52), (nuisance.x + 50, 52), (nuisance.x, 9))[star]
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
     reach = np.where(np.arange(10) % 2 == 0, 9.0, 4.0)
     tips = zip(star_x + reach * np.cos(angles), star_y + reach * np.sin(angles), strict=True)
-    pen.polygon([(float(x), float(y)) for x, y in tips], fill=_STAR)
+    star_shape = [(float(x), float(y)) for x, y in tips]
+    pen.polygon(star_shape, fill=_STAR)
+    label.polygon(star_shape, fill=SEGMENTS.index("star"))
     for k in range(balls + 1):
-        pen.ellipse((62 + 21 * k - 8, 102, 62 + 21 * k + 8, 118), fill=_BALL)
+        ball = (62 + 21 * k - 8, 102, 62 + 21 * k + 8, 118)
+        pen.ellipse(ball, fill=_BALL)
+        label.ellipse(ball, fill=SEGMENTS.index("balls"))
     pen.rectangle((6, 92, 34, 124), fill=_CARD)
+    label.rectangle((6, 92, 34, 124), fill=SEGMENTS.index("letter"))  # with the card that it stands on
     for x0, y0, x1, y1 in _LETTER[letter]:
         pen.line((12 + 16 * x0, 98 + 20 * y0, 12 + 16 * x1, 98 + 20 * y1), fill=_INK, width=4)
-
-    pixels = np.asarray(canvas.reduce(2), np.float32)
-    noise = rng.standard_normal(pixels.shape, np.float32) * 5
-    return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
+    return canvas, segments
 
 
 def image(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +238,13 @@ def image(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
     rng = generator(set_name, *index)
     scene = draw_scene(rng)
     return render(scene, Nuisance.sample(rng), rng), scene
+
+
+def segmented(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same image, and which of SEGMENTS each pixel shows: (uint8 [64, 64, 3], uint8 [64, 64])."""
+    rng = generator(set_name, *index)
+    scene, nuisance = draw_scene(rng), Nuisance.sample(rng)
+    return render(scene, nuisance, rng), mask(scene, nuisance)
 
 
 def pair(pattern: int, index: int, set_name: str = "scorings") -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -9,10 +9,14 @@ from pipeline.core.config import Count, Name, Section
 from pipeline.sections.denoiser import Denoiser
 from pipeline.sections.images import Images
 from pipeline.sections.launch import Launch
+from pipeline.sections.mllm import Mllm
+from pipeline.sections.mllm_sets import MllmSets
 from pipeline.sections.mmvp import Mmvp
 from pipeline.sections.mmvp_vlm import MmvpVlm
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.reported import Reported
+from pipeline.sections.segmentation import Segmentation
+from pipeline.sections.segmentation_sets import SegmentationSets
 from pipeline.sections.train import Train
 from pipeline.sections.zeroshot import Zeroshot
 from pipeline.sections.zeroshot_sets import ZeroshotSets
@@ -49,17 +53,24 @@ RENAMED = {  # keys of earlier versions, by the end of their full name, and what
 
 
 class Profile(Section):
-    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read."""
+    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read.
+
+    mllm_sets, mllm: not of every profile.
+    """
 
     threads: Count
     images: Images
     mmvp_vlm: MmvpVlm
     zeroshot_sets: ZeroshotSets
+    segmentation_sets: SegmentationSets
+    mllm_sets: MllmSets | None = None
     denoiser: Denoiser
     train: Train
     recipes: dict[Name, Recipe]
     mmvp: Mmvp
     zeroshot: Zeroshot
+    segmentation: Segmentation
+    mllm: Mllm | None = None
 
 
 class Params(Reported):
@@ -93,6 +104,16 @@ class Params(Reported):
                     )
                 if name in {"pretrained", *self.profile.recipes}:
                     raise ValueError(f"backbones.{key}.checkpoints names '{name}', as other weights are. Rename it")
+        if "mllm" in self.run.benchmarks and not (self.profile.mllm and self.profile.mllm_sets):
+            raise ValueError(
+                f"run.benchmarks names 'mllm', but profiles.{self.run.profile} has no mllm and mllm_sets. Take it out"
+            )
+        sets = [name for name in ("segmentation", "mllm") if name in self.run.benchmarks]
+        if sorted(self.run.benchmark_sets) != sorted(sets):
+            raise ValueError(
+                f"run.benchmark_sets is {self.run.benchmark_sets}, but run.benchmarks is {self.run.benchmarks}. "
+                f"Set run.benchmark_sets=[{','.join(sets)}]"
+            )
         for name in self.run.recipes:
             if name not in self.profile.recipes:
                 raise ValueError(

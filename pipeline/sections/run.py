@@ -14,7 +14,8 @@ class Run(Section):
     checkpoints: list[Name]
     recipes: list[Name]
     controls: list[Literal["shuffled", "drift"]]
-    benchmarks: list[Literal["mmvp", "zeroshot"]]
+    benchmarks: list[Literal["mmvp", "zeroshot", "segmentation", "mllm"]]
+    benchmark_sets: list[Literal["segmentation", "mllm"]]
     inputs: list[Literal["images", "denoiser"]]
 
     @property

@@ -1,6 +1,8 @@
 """Oracle upper bound of a mini backbone: its score if its image tower had been trained on captions with every detail.
 
     python -m pipeline.tools.oracle mini       after `dvc repro`; writes metrics/<profile>/oracle/<backbone>.json
+    python -m pipeline.tools.oracle mini segmentation mllm      writes <backbone>-<benchmark>.json there for each: the
+                                               pretrained tower, the oracle's, and the gain with its interval
 
 The text tower stays frozen; the image tower gets twice the steps that it was made with. If this score were low,
 the text tower itself would not distinguish details, and no feedback to the image tower could gain anything.
@@ -12,28 +14,36 @@ from typing import Any
 
 import torch
 
-from pipeline import mmvp, zeroshot
+from pipeline import mllm, mmvp, segmentation, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
+from pipeline.evidence import downstream
 from pipeline.evidence.results import headline
 from pipeline.mini import pretrain, world
 from pipeline.models.backbones import Backbone
 from pipeline.sections import params
 from pipeline.sections.source import MiniSource
 
+SCORE = {"segmentation": segmentation.score, "mllm": mllm.score}
 
-def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any]:
-    """The headline figures, and the pairs right by the stock embedding by pattern, %. Raises UserError for others."""
-    profile, entry = p.run.profile, p.backbones[name]
-    source = entry.source
+
+def trained(p: params.Params, name: str, compute: torch.device) -> Backbone:
+    """The pretrained backbone, its image tower trained on. Raises UserError for one that was not made here."""
+    profile, source = p.run.profile, p.backbones[name].source
     if not isinstance(source, MiniSource):
         raise UserError(f"backbones.{name} was not made here, so its captions and details are unknown. Choose mini.")
     backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
     image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
     steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
     pretrain.image_tower(backbone.clip, tok, preprocessing, image_tower, steps, world.any_details)
+    return backbone
+
+
+def measure(p: params.Params, name: str, backbone: Backbone, compute: torch.device) -> dict[str, Any]:
+    """The headline figures, and the pairs right by the stock embedding by pattern, %."""
+    profile, entry = p.run.profile, p.backbones[name]
     questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
     published = entry.published_pooling
     pairs, _, _ = mmvp.score(backbone, questions, published, p.profile.mmvp, compute)
@@ -41,11 +51,34 @@ def measure(p: params.Params, name: str, compute: torch.device) -> dict[str, Any
     return {**headline(pairs, sets), "patterns": pairs["stock"]["statement_to_image"]["patterns"]}
 
 
+def compare(p: params.Params, name: str, benchmark: str, backbone: Backbone, compute: torch.device) -> dict[str, Any]:
+    """What the oracle's tower gains on a benchmark: evidence/downstream.py's columns."""
+    pretrained = Backbone.load(Path("models", p.run.profile, "pretrained", name)).to(compute)
+    data, section = Path("data", p.run.profile, benchmark), getattr(p.profile, benchmark)
+    scored = {
+        weights: downstream.OF[benchmark](*SCORE[benchmark](each, data, section, compute))
+        for weights, each in (("pretrained", pretrained), ("oracle", backbone))
+    }
+    return downstream.evidence(scored)
+
+
 @stage
 def main() -> None:
-    p, name = params.load(), sys.argv[1]
-    with atomic(Path("metrics", p.run.profile, "oracle", f"{name}.json")) as (file,):
-        result = measure(p, name, deterministic_device())
+    p, (name, *benchmarks), compute = params.load(), sys.argv[1:], deterministic_device()
+    folder, others = Path("metrics", p.run.profile, "oracle"), {*benchmarks} - SCORE.keys()
+    if others:
+        raise UserError(f"'{min(others)}' is none of {', '.join(SCORE)}. Name one of these, or none.")
+    backbone = trained(p, name, compute)
+    for benchmark in benchmarks:
+        with atomic(folder / f"{name}-{benchmark}.json") as (file,):
+            found = compare(p, name, benchmark, backbone, compute)
+            write_json(file, found)
+            for column, result in found.items():
+                print(f"{column}: {result.get('undefined') or [result['score'], result['gain']]}")
+    if benchmarks:
+        return
+    with atomic(folder / f"{name}.json") as (file,):
+        result = measure(p, name, backbone, compute)
         write_json(file, result)
         print(f"oracle upper bound of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 

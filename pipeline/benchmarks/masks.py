@@ -1,0 +1,101 @@
+"""Sets for segmentation: images, masks, and the words for their classes. A set is a folder:
+
+classes.json           {"classes": {class: [name, ...], ...}, "templates": ["a photo of a {c}", ...]}, the classes in
+                       the order of their pixels' values, from 0
+<split>/0.tar          train and test: KEY.jpg or KEY.png, and KEY.mask.png of one channel and the image's size
+
+A class may have several names, of which the nearest counts; one without a name has no words, so that its pixels count
+for the probe alone. Pixels of value UNLABELLED count for neither.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.core.stages import UserError
+
+UNLABELLED = 255
+
+
+@dataclass(frozen=True)
+class SegmentationSet:
+    """classes: the names of each, in the order of the masks' values. templates: with {c} in the place of a name."""
+
+    folder: Path
+    classes: dict[str, list[str]]
+    templates: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "SegmentationSet":
+        """Raises UserError where classes.json does not say what a set needs."""
+        file = folder / "classes.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            classes, templates = found["classes"], found["templates"]
+            names = [name for of_class in classes.values() for name in of_class]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file}: no classes with their names, or no templates ({error!r}). {_again(folder)}"
+            ) from error
+        if not 2 <= len(classes) <= UNLABELLED or not names:
+            raise UserError(f"{file}: {len(classes)} classes, wanted 2 to {UNLABELLED}, with names. {_again(folder)}")
+        if not templates or any("{c}" not in template for template in templates):
+            raise UserError(f"{file}: templates {templates}, wanted one at least, each with {{c}}. {_again(folder)}")
+        return cls(folder, classes, templates)
+
+    def samples(self, split: str) -> Iterator[tuple[Image.Image, np.ndarray]]:
+        """The images of a split in RGB and their masks, uint8 [height, width].
+
+        Raises UserError for a mask of another size, of more than one channel or with a class that the set has not.
+        """
+        file = self.folder / split / "0.tar"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file. {_again(self.folder)}")
+        with tarfile.open(file) as tar:
+            for key, parts in _grouped(tar):
+                where = f"{file}: {key}"
+                masks = [content for name, content in parts.items() if name == "mask.png"]
+                images = [content for name, content in parts.items() if name in ("jpg", "jpeg", "png")]
+                if len(masks) != 1 or len(images) != 1:
+                    raise UserError(f"{where} has {sorted(parts)}, wanted an image and mask.png. {_again(self.folder)}")
+                yield check_mask(images[0], masks[0], len(self.classes), where)
+
+
+def _again(folder: Path) -> str:
+    return f"Make the set '{folder.name}' again: `dvc repro --force pipeline/dvc.yaml:benchmark_sets@segmentation`."
+
+
+def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The files of each key, which stand together."""
+    key, parts = "", dict[str, bytes]()
+    for member in tar:
+        name, _, extension = member.name.partition(".")
+        if parts and name != key:
+            yield key, parts
+            parts = {}
+        key, parts[extension] = name, tar.extractfile(member).read()  # type: ignore[union-attr]
+    if parts:
+        yield key, parts
+
+
+def check_mask(image: bytes, mask: bytes, classes: int, where: str) -> tuple[Image.Image, np.ndarray]:
+    """An image and its mask, decoded. Raises UserError where they are not of one size, or of other classes."""
+    try:
+        decoded, values = Image.open(io.BytesIO(image)).convert("RGB"), np.asarray(Image.open(io.BytesIO(mask)))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{where} cannot be decoded ({error}). Take it out, or fetch it again.") from error
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise UserError(f"{where}: a mask of {values.dtype} {list(values.shape)}; wanted one channel of 8 bits.")
+    if values.shape != (decoded.height, decoded.width):
+        size = f"{values.shape[1]} x {values.shape[0]}"
+        raise UserError(f"{where}: the mask is {size} px, the image {decoded.width} x {decoded.height}.")
+    others = sorted({*np.unique(values).tolist()} - {*range(classes), UNLABELLED})
+    if others:
+        raise UserError(f"{where}: classes {others}, but the set has 0..{classes - 1} and {UNLABELLED} for unlabelled.")
+    return decoded, values

@@ -1,0 +1,13 @@
+"""Section `mllm_sets`, of the stage of that name."""
+
+from typing import Literal
+
+from pipeline.core.config import Count, Section
+
+
+class MllmSets(Section):
+    """train: images, each with a question on every detail and on its object. pairs_per_pattern: of the test."""
+
+    kind: Literal["mini"]
+    train: Count
+    pairs_per_pattern: Count

@@ -1,0 +1,118 @@
+"""Stage benchmark_sets@segmentation: images and masks, as benchmarks/segmentation.py reads them.
+
+data/<profile>/segmentation/<name>/classes.json, train/0.tar, test/0.tar
+
+The mini world's are drawn. The published ones are fetched by hand (params.yaml says where), checked and packed here.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.benchmarks.masks import UNLABELLED, check_mask
+from pipeline.benchmarks.sets import write_split
+from pipeline.core import config
+from pipeline.core.outputs import atomic, write_json
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.mini import world
+from pipeline.sections.segmentation_sets import (
+    LocalSegmentationSets,
+    LocalSet,
+    MiniSegmentationSets,
+    SegmentationSets,
+)
+
+SPLITS = {"train": "probe", "test": "scorings"}  # of a set, and whose images of the mini world they are
+GROUP = 4  # of those sets' images: no other benchmark has them
+WORDS = {  # for the mini world's segments; background has none
+    "background": [],
+    "object": list(world.OBJECTS),
+    "hat": ["hat"],
+    "star": ["star"],
+    "balls": ["ball", "balls"],
+    "letter": ["letter"],
+}
+
+
+def render(root: Path, sizes: MiniSegmentationSets) -> None:
+    """Draw the mini world's set, with its exact masks."""
+    for split, set_name in SPLITS.items():
+        write_split(root / "segments", split, "segmentation", _drawn(set_name, getattr(sizes, split)))
+    write_json(root / "segments/classes.json", {"classes": WORDS, "templates": [f"{world.PROMPT}a {{c}}"]})
+
+
+def _drawn(set_name: str, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for index in progress(range(count), f"images with masks of {set_name}"):
+        pixels, mask = world.segmented(set_name, GROUP, index)
+        yield f"{index:06d}", {"png": _png(pixels), "mask.png": _png(mask)}
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def pack(root: Path, section: LocalSegmentationSets) -> None:
+    """Check the sets that were fetched by hand, and pack them. Raises UserError for what is missing or does not fit."""
+    for name, local in section.sets.items():
+        for split, own, most in (("train", local.train, section.train), ("test", local.test, None)):
+            write_split(root / name, split, "segmentation", _local(name, local, own, most))
+        classes = {names.split(",")[0].strip(): [n.strip() for n in names.split(",")] for names in local.classes}
+        if len(classes) != len(local.classes):
+            raise UserError(f"segmentation_sets.sets.{name}.classes names a class twice. Correct it in params.yaml.")
+        write_json(root / name / "classes.json", {"classes": classes, "templates": section.templates})
+
+
+def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The images of a split and their masks; of more than `most`, so many at equal distances."""
+    hint = f"Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, says from where), or take it out there."
+    if local.ids:
+        file = Path(local.at, local.ids.replace("{split}", split))
+        if not file.is_file():
+            raise UserError(f"{file}: no such file. {hint}")
+        ids = file.read_text(encoding="utf-8").split()
+    else:
+        before, after = local.masks.replace("{split}", split).split("{id}")
+        found = Path(local.at).glob(f"{before}*{after}")
+        ids = sorted(str(path.relative_to(local.at))[len(before) :].removesuffix(after) for path in found)
+    if not ids:
+        raise UserError(f"{Path(local.at)}: no masks of split '{split}'. {hint}")
+    if most and len(ids) > most:
+        ids = [ids[i * len(ids) // most] for i in range(most)]
+    for key in progress(ids, f"{name}: {split}"):
+        image, mask = (
+            Path(local.at, part.replace("{split}", split).replace("{id}", key)) for part in (local.images, local.masks)
+        )
+        for path in (image, mask):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file. {hint}")
+        _, values = check_mask(image.read_bytes(), mask.read_bytes(), len(local.classes) + 1, str(mask))
+        labels = np.where(values == UNLABELLED, 0, values) - np.uint8(1)  # 0 becomes 255, which is UNLABELLED
+        yield key, {image.suffix[1:].lower(): image.read_bytes(), "mask.png": _png(labels.astype(np.uint8))}
+
+
+@stage
+def main() -> None:
+    profile = config.profile()
+    section: MiniSegmentationSets | LocalSegmentationSets = config.read(
+        SegmentationSets, f"profiles.{profile}.segmentation_sets"
+    )
+    outputs = Path("data", profile, "segmentation"), Path("metrics", profile, "segmentation_sets.json")
+    with atomic(*outputs) as (folder, report):
+        if isinstance(section, MiniSegmentationSets):
+            render(folder, section)
+        else:
+            pack(folder, section)
+        found = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/classes.json")
+        }
+        write_json(report, {name: {"classes": len(of_set["classes"])} for name, of_set in sorted(found.items())})
+
+
+if __name__ == "__main__":
+    main()
