@@ -1,6 +1,6 @@
 """Section `backbones.<backbone>.checkpoints`: tuned weights of a backbone that others made."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
@@ -21,6 +21,12 @@ class LocalFiles(Section):
     sha256: Sha256 | None = None
 
 
+def _kind(value: Any) -> str:
+    """Of what params.yaml says, and of what was read from it."""
+    local = "path" in value if isinstance(value, dict) else isinstance(value, LocalFiles)
+    return "local" if local else "download"
+
+
 class Figure(Section):
     """MMVP-VLM pairs right in %, as a checkpoint's authors state them, and the pooling rule that they scored it by."""
 
@@ -37,7 +43,7 @@ class TunedWeights(Section):
 
     weights: Annotated[
         Annotated[Download, Tag("download")] | Annotated[LocalFiles, Tag("local")],
-        Discriminator(lambda value: "local" if "path" in value else "download"),
+        Discriminator(_kind),
     ]
     parts: Literal["all", "vision", "vision_tower"] = "all"
     published: Figure | None = None
