@@ -1,12 +1,15 @@
 """Stage `images`: the images to post-train on, as shards.
 
-Three ways, by `kind`. links: a published list of links, fetched by img2dataset. shards: a mirror's shards, as they are.
-mini: images that a server on this machine renders while img2dataset fetches them, so that they take the path of links.
+Four ways, by `kind`. links: a published list of links, fetched by img2dataset. shards: a mirror's shards, as they are.
+index: a file that names shards, which stay where they are. mini: images that a server on this machine renders while
+img2dataset fetches them, so that they take the path of links.
 """
 
 import hashlib
 import io
+import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +113,26 @@ def mirror(source: Download, folder: Path) -> dict[str, Any]:
     return found | {"source": record}
 
 
+def indexed(file: Path, folder: Path) -> dict[str, Any]:
+    """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was."""
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file. It names the shards: `python -m pipeline.tools.index` writes it. Or name "
+            "its place in params.yaml (images.index.file)."
+        )
+    folder.mkdir(parents=True)
+    shutil.copyfile(file, folder / shards.INDEX)
+    found = shards.Shards(folder, cache_gb=math.inf)
+    if not found.remote:
+        raise UserError(f"{file} does not say where its shards are (at). Write it by `python -m pipeline.tools.index`.")
+    return {
+        "shards": len(found.found),
+        "images": len(found),
+        "bytes": sum(stated["bytes"] for stated in found.remote.files.values()),
+        "source": {"at": found.remote.at, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
+
+
 def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of a list of links. Returns img2dataset's counts, and which list it was."""
     tsv = Path(section.tsv)
@@ -161,6 +184,8 @@ def main() -> None:
             result = mini(images, folder)
         elif images.kind == "shards":
             result = mirror(images.shards, folder)
+        elif images.kind == "index":
+            result = indexed(Path(images.index.file), folder)
         else:
             result = published(images.links, folder, scratch)
         write_json(report, result)

@@ -11,6 +11,7 @@ for sizes only. An output that exists counts as fetched, whatever it holds.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import shutil
 import sys
@@ -230,6 +231,10 @@ def _scoring(p: params.Params, benchmark: str, backbone: BackboneEntry) -> dict:
 def _pinned(section: params.Section, maker: str, threads: int) -> dict:
     """threads: they decide the bytes of what torch makes."""
     found = {maker: _only_pins(section)}
+    if isinstance(section, PublishedImages):
+        index = Path(found[maker].pop("index")["file"])
+        if section.kind == "index":
+            found[maker]["index"] = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else None
     if getattr(section, "kind", None) == "mini":
         found |= {"code": program(f"{maker}.py")}
         if maker in ("denoiser", "backbone"):

@@ -156,7 +156,7 @@ def test_text_files_are_utf8_whatever_the_locale(file: Path) -> None:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if name not in names or ast.unparse(call.func) in ("Image.open", "tarfile.open"):
             continue
-        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab") for a in call.args)
+        binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab", "r+b") for a in call.args)
         encodings = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "encoding"]
         assert binary or encodings == ["'utf-8'"], f"{file}:{call.lineno}: {ast.unparse(call)}"
 

@@ -22,7 +22,7 @@ from transformers import (
 from pipeline import mllm, mllm_sets
 from pipeline.benchmarks import mllm as benchmark
 from pipeline.benchmarks import questions as sets
-from pipeline.benchmarks.questions import Question
+from pipeline.benchmarks.questions import Choice
 from pipeline.benchmarks.sets import write_split
 from pipeline.core.compute import generator
 from pipeline.core.stages import UserError
@@ -30,7 +30,7 @@ from pipeline.evidence import downstream, statistics
 from pipeline.sections import params
 
 CPU = torch.device("cpu")
-QUESTIONS = [Question(i % 2, "what is it ?", ("a cat", "a big dog"), i % 2) for i in range(8)]
+QUESTIONS = [Choice(i % 2, "what is it ?", ("a cat", "a big dog"), i % 2) for i in range(8)]
 LANGUAGE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -94,8 +94,8 @@ def test_the_likeliest_option_is_the_answer(
 ) -> None:  # fmt: skip
     told = iter([[-1.0, -2.0, -3.0], [-2.0, -2.0, -5.0], [-1.0]])  # batches of 3 options and what is left
     monkeypatch.setattr(benchmark, "_likelihood", lambda *_: torch.tensor(next(told)))
-    asked = [Question(0, "it ?", ("a cat", "a dog"), 0), Question(1, "it ?", ("a cat", "a dog"), 0)]
-    asked += [Question(1, "it ?", ("a cat", "a dog", "a big dog"), 2)]
+    asked = [Choice(0, "it ?", ("a cat", "a dog"), 0), Choice(1, "it ?", ("a cat", "a dog"), 0)]
+    asked += [Choice(1, "it ?", ("a cat", "a dog", "a big dog"), 2)]
     assert benchmark.answers(model, tok, torch.zeros(2, 4, 16), asked, 3, 20) == [
         True,
         False,

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pipeline.benchmarks.questions import Question
+from pipeline.benchmarks.questions import Choice
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError, progress
 
@@ -26,7 +26,7 @@ SPECIAL = ("<pad>", "<start>", "<end>", "<image>")
 NOT_ASKED = -100  # labels that have no loss, in transformers
 
 
-def tokenizer(questions: list[Question]) -> PreTrainedTokenizerFast:
+def tokenizer(questions: list[Choice]) -> PreTrainedTokenizerFast:
     """One token a word: those of these questions and their options."""
     words = sorted({word for q in questions for text in (q.text, *q.options) for word in text.split()} - {*SPECIAL})
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<pad>"))
@@ -112,7 +112,7 @@ def encode(
 
 
 def fit(
-    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, tokens: torch.Tensor, questions: list[Question],
+    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, tokens: torch.Tensor, questions: list[Choice],
     steps: int, batch: int, lr: float, context: int, seed: int,
 ) -> list[float]:  # fmt: skip
     """Train projector and language model on the right options; tokens [images, N, width]. Returns every step's loss.
@@ -155,7 +155,7 @@ def _likelihood(
 
 @torch.no_grad()
 def answers(
-    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, tokens: torch.Tensor, questions: list[Question],
+    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, tokens: torch.Tensor, questions: list[Choice],
     batch: int, context: int,
 ) -> list[bool]:  # fmt: skip
     """Whether the likeliest option of each question is the right one; of equal ones the first counts as chosen."""

@@ -17,7 +17,7 @@ from pipeline.core.stages import UserError
 
 
 @dataclass(frozen=True)
-class Question:
+class Choice:
     """image: the number of its image. pattern: what it asks for; '' in the train split."""
 
     image: int
@@ -27,13 +27,13 @@ class Question:
     pattern: str = ""
 
 
-def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Question]]:
+def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Choice]]:
     """Images in RGB, and the questions on them. Raises UserError for what is missing or no question."""
     file = folder / split / "0.tar"
     again = "Make the set again: `dvc repro --force pipeline/dvc.yaml:benchmark_sets@mllm`."
     if not file.is_file():
         raise UserError(f"{file}: no such file. {again}")
-    images, questions, numbers = dict[int, Image.Image](), list[Question](), dict[str, int]()
+    images, questions, numbers = dict[int, Image.Image](), list[Choice](), dict[str, int]()
     with tarfile.open(file) as tar:
         for member in tar:
             content, where = tar.extractfile(member).read(), f"{file}: {member.name}"  # type: ignore[union-attr]
@@ -47,7 +47,7 @@ def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Question]]:
                     if len(options) < 2 or not 0 <= asked["answer"] < len(options):
                         raise ValueError(f"answer {asked['answer']} of {len(options)} options")
                     pattern = asked.get("pattern", "")
-                    questions.append(Question(number, asked["question"], options, asked["answer"], pattern))
+                    questions.append(Choice(number, asked["question"], options, asked["answer"], pattern))
             except (ValueError, KeyError, TypeError, UnidentifiedImageError, OSError) as error:
                 raise UserError(f"{where}: no image, or no questions on it ({error!r}). {again}") from error
     if not questions or not {q.image for q in questions} == images.keys() == {*numbers.values()}:

@@ -4,6 +4,7 @@ A folder of shards holds tars (members KEY.jpg and KEY.txt) and `shards.json`:
 `{"size": 64, "samples": 12000, "shards": {"00000.tar": 1000, ...}}`, size in pixels of the shorter edge at most, the
 rest counts. Tars made here are called NNNNN.tar; their keys ascend, and no two of them share one. Other people's hold
 images of other kinds, too, and files of other kinds; `captioned` says how many of their images have a caption.
+Tars that lie elsewhere are named by an index (data/remote.py).
 """
 
 import bz2
@@ -40,6 +41,7 @@ from pipeline.core.compute import generator
 from pipeline.core.outputs import remove, write_json
 from pipeline.core.stages import UserError, progress
 from pipeline.data.decoding import UndecodableError, decode
+from pipeline.data.remote import RemoteShards
 
 INDEX = "shards.json"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # of several with one key, the first
@@ -448,6 +450,12 @@ def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
     return sorted(samples, key=lambda member: member.image), +others
 
 
+def count(tar: Path) -> tuple[int, int]:
+    """A tar's images, and how many of them have a caption."""
+    members, _ = _members(tar)
+    return len(members), sum(member.caption is not None for member in members)
+
+
 @dataclass(frozen=True)
 class Window:
     """Some shards of an epoch, whose images are mixed: `order`, and `spare` for those that cannot be decoded."""
@@ -484,8 +492,9 @@ class Shards:
     """
 
     def __init__(
-        self, folder: Path, max_undecodable: float = 0.01, validation: int = 0, captioned: bool = False
-    ) -> None:
+        self, folder: Path, max_undecodable: float = 0.01, validation: int = 0, captioned: bool = False,
+        cache_gb: float = 100.0,
+    ) -> None:  # fmt: skip
         """Bear with a share `max_undecodable` of each shard; keep the last shard's first `validation` from the order.
 
         captioned: pass over the images without a caption. Raises UserError where the index is missing or wrong, no
@@ -503,6 +512,10 @@ class Shards:
                 for name, count in sorted(index["shards"].items())
             }
             self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
+            self.remote = None
+            if "at" in index:
+                files = {name: index["files"][name] for name in self.found}
+                self.remote = RemoteShards(path, index["at"], files, 1e9 * cache_gb, 2 * WINDOW + 1)
             adds_up = sum(count for count, _ in self.found.values()) == index["samples"] > 0
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error!r}). {REMEDY}") from error
@@ -537,7 +550,12 @@ class Shards:
         return self.window(seed, epoch, window), image - (ends[window - 1] if window else 0)
 
     def open(self, window: Window) -> None:
-        """Read the tables of a window's shards, which takes a second or two each, before its images are wanted."""
+        """Read the tables of a window's shards, which takes a second or two each, before its images are wanted.
+
+        Shards that lie elsewhere are fetched first, several at once.
+        """
+        if self.remote:
+            self.remote.fetch_all(window.shards)
         for name in window.shards:
             self.members(name)
 
@@ -588,7 +606,7 @@ class Shards:
         return Window(names, ends, order, spare)
 
     def _read(self, name: str, where: tuple[int, int]) -> bytes:
-        with (self.folder / name).open("rb") as file:
+        with self.remote.reading(name) if self.remote else (self.folder / name).open("rb") as file:
             file.seek(where[0])
             return file.read(where[1])
 
@@ -599,6 +617,8 @@ class Shards:
         """One shard's images, in the order of the tar. Read once, and kept for longer than its window."""
         found = self.tables.get(name)
         if found is None:
+            if self.remote:
+                self.remote.fetch(name)  # which others need not wait for
             with self.reading:
                 found = self.tables[name] = self.tables.get(name) or self._members(name)
                 if len(self.tables) > 3 * WINDOW:
@@ -606,7 +626,11 @@ class Shards:
         return found
 
     def _members(self, name: str) -> list[_Member]:
-        members, _ = _members(self.folder / name)
+        if self.remote:
+            with self.remote.reading(name) as file:
+                members, _ = _members(Path(file.name))
+        else:
+            members, _ = _members(self.folder / name)
         captioned = [member for member in members if member.caption]
         # A tar cut between two members, or in a header, reads like a shorter tar: only the counts show it.
         if (len(members), len(captioned)) != (wanted := self.found[name]):

@@ -42,6 +42,7 @@ from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_lik
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import recipe as recipes
+from pipeline.sections.launch import Launch
 from pipeline.sections.recipe import Head, Lora, Recipe, Sgd
 from pipeline.sections.train import Train
 
@@ -407,7 +408,10 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                 f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
-        shards = Shards(images, section.max_undecodable, section.validation.images, recipe.reads_captions)
+        shards = Shards(
+            images, section.max_undecodable, section.validation.images, recipe.reads_captions,
+            config.read(Launch, "launch").cache_gb,
+        )  # fmt: skip
         if fitted and processes.is_main_process and not fitted.is_file():
             raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
         mark = fingerprint(

@@ -107,6 +107,8 @@ class Feed:
         self.pool = ThreadPoolExecutor(threads, "images")
         self.coming = self._coming()
         self.following: Window | None = None
+        self.opener = ThreadPoolExecutor(1, "shards")  # of its own: a window may take long to come
+        self.last = max(((self.first.get(phase, 0) + step + 1) * recipe.batch - 1 for phase, step in steps), default=0)
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
         for _ in range(0, len(self.own), self.p.micro_batch):
@@ -170,10 +172,10 @@ class Feed:
     def _submit(self, phase: str, step: int, sample: int, crops: list[Crop]) -> Future[str]:
         number = (self.first.get(phase, 0) + step) * self.recipe.batch + sample
         window, place = self.shards.place(self.seed, number)
-        following, _ = self.shards.place(self.seed, number + len(window.order) // 4)
+        following, _ = self.shards.place(self.seed, min(number + len(window.order) // 4, self.last))
         if following is not self.following:
             self.following = following
-            self.pool.submit(self.shards.open, following)
+            self.opener.submit(self.shards.open, following)  # a shard that cannot be had is told where it is read
         return self.pool.submit(self._fill, window, place, crops)
 
     def _fill(self, window: Window, place: int, crops: list[Crop]) -> str:

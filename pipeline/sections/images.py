@@ -32,10 +32,17 @@ class Links(Section):
     threads: Count
 
 
+class Index(Section):
+    """Shards that stay where they are (data/remote.py), named by a file that tools/index.py writes."""
+
+    file: str
+
+
 class PublishedImages(Section):
-    kind: Literal["shards", "links"]
+    kind: Literal["shards", "links", "index"]
     shards: Download
     links: Links
+    index: Index
 
 
 Images = Annotated[MiniImages | PublishedImages, Field(discriminator="kind")]

@@ -7,7 +7,7 @@ from pydantic import Field
 from pipeline.core.config import Count, Float, PositiveFloat, Section
 
 
-class PatchProbe(Section):
+class PatchProbeSettings(Section):
     """cells: predictions of a patch, so many a side. batch: tokens of a step."""
 
     cells: Count
@@ -26,4 +26,4 @@ class Segmentation(Section):
     stride: Annotated[Float, Field(gt=0, le=1)]
     attention: Literal["key_key", "value", "query_query_key_key"]
     neighbourhood: PositiveFloat
-    probe: PatchProbe
+    probe: PatchProbeSettings

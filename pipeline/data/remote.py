@@ -1,0 +1,175 @@
+"""Shards that lie elsewhere, named by an index: read through fsspec, checked once, kept in a bounded cache.
+
+The index is a `shards.json` (data/shards.py) with two keys more: `at`, the address of the folder that holds the shards
+(s3://, gs://, https:// or a local folder), and `files`: name -> `bytes` and `sha256`. All processes of a host share the
+cache, data/.shards, whose files are named by their sha256: what is there was checked when it came.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import aiohttp
+import fsspec
+
+from pipeline.core.stages import UserError
+
+CACHE = Path("data/.shards")
+TRIES = 5
+WAIT = 1.0  # seconds before the second try; doubles from try to try
+PATIENCE = 60.0  # seconds without a byte, and before a rate is judged
+SLOWEST = 100e3  # bytes a second; a server that is slower on average is asked anew
+CHUNK = 1 << 22
+STREAMS = 8  # shards of a window that come at once
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class RemoteShards:
+    """The files of an index; `reading` and `fetch` are for several threads and processes at once."""
+
+    def __init__(self, index: Path, at: str, files: dict[str, dict[str, Any]], limit: float, at_once: int) -> None:
+        """limit: bytes of the cache; at_once: shards that it must hold. Raises UserError where it could not."""
+        self.index, self.at, self.files, self.limit = index, at.rstrip("/"), files, limit
+        needed = sum(sorted((file["bytes"] for file in files.values()), reverse=True)[:at_once])
+        if needed > limit:
+            raise UserError(
+                f"launch.cache_gb is {limit / 1e9:g}, but {needed / 1e9:.3g} GB are needed for the {at_once} shards of "
+                f"{index} that are in use at once. Raise it, or make smaller shards."
+            )
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        """A shard, fetched where it is not in the cache."""
+        while True:
+            try:
+                file = self.fetch(name).open("rb")
+            except FileNotFoundError:  # it has just made room for another
+                continue
+            with file:
+                yield file
+            return
+
+    def fetch_all(self, names: list[str]) -> None:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            for path in pool.map(self.fetch, names):
+                with suppress(FileNotFoundError):
+                    os.utime(path)  # the last to make room
+
+    def fetch(self, name: str) -> Path:
+        """Where a shard lies in the cache. Raises UserError where it cannot be had as the index describes it."""
+        path = CACHE / f"{self.files[name]['sha256']}.tar"
+        if path.exists():
+            return path
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT), "r+b") as target:
+            fcntl.flock(target, fcntl.LOCK_EX)
+            if path.exists():  # another process has fetched it meanwhile
+                if os.fstat(target.fileno()).st_size == 0:  # made by this one, after the other's had its name
+                    partial.unlink(missing_ok=True)
+                return path
+            try:
+                self._fetch(name, target)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        return path
+
+    def _fetch(self, name: str, target: BinaryIO) -> None:
+        url, size = f"{self.at}/{name}", self.files[name]["bytes"]
+        for number in range(1, TRIES + 1):
+            try:
+                self._make_room(size, target)
+                target.seek(0)
+                target.truncate()
+                os.posix_fallocate(target.fileno(), 0, size)  # a full disk is told before anything is fetched
+                self._copy(url, target, self.files[name])
+                return
+            except FileNotFoundError as error:
+                raise self._refused(url, "is not there", error) from error
+            except (ImportError, ValueError) as error:  # no driver for this kind of address
+                raise self._refused(url, "cannot be read here", error) from error
+            except Exception as error:  # drivers raise a dozen kinds
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise UserError(
+                        f"{CACHE}: no space left for {url}, {size / 1e9:.3g} GB. Make room there, or lower "
+                        "launch.cache_gb; then run again."
+                    ) from error
+                if number == TRIES:
+                    raise self._refused(url, f"could not be fetched in {TRIES} tries", error) from error
+                print(f"{url}: {_words(error)}; try {number + 1} of {TRIES}", file=sys.stderr, flush=True)
+                time.sleep(WAIT * 2 ** (number - 1))
+
+    def _refused(self, url: str, what: str, error: Exception) -> UserError:
+        return UserError(
+            f"{url} {what} ({_words(error)}). {self.index} names it: put it back there, correct images.index.file in "
+            "params.yaml, or run again later. No image is passed over."
+        )
+
+    def _copy(self, url: str, target: BinaryIO, stated: dict[str, Any]) -> None:
+        """Raises OSError for other bytes than stated, and for a server that is too slow."""
+        found, start, done = hashlib.sha256(), time.monotonic(), 0
+        with fsspec.open(url, "rb", **_options(url)) as source:
+            while chunk := source.read(CHUNK):
+                target.write(chunk)
+                found.update(chunk)
+                done += len(chunk)
+                if done > stated["bytes"]:
+                    break
+                seconds = time.monotonic() - start
+                if seconds > PATIENCE and done < SLOWEST * seconds:
+                    raise TimeoutError(f"{done} of {stated['bytes']} bytes came in {seconds:.0f} s")
+        if done != stated["bytes"]:
+            raise OSError(f"{done} bytes came where the index says {stated['bytes']}")
+        if found.hexdigest() != stated["sha256"]:
+            raise OSError(f"its sha256 is {found.hexdigest()}, where the index says {stated['sha256']}")
+        target.flush()
+        os.fsync(target.fileno())
+
+    def _make_room(self, size: int, own: BinaryIO) -> None:
+        """Remove what was used longest ago, until `size` bytes more fit."""
+        with (CACHE / ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            there = {}
+            for path in CACHE.iterdir():
+                with suppress(FileNotFoundError):
+                    if path.suffix in (".tar", ".partial") and path.stat().st_ino != os.fstat(own.fileno()).st_ino:
+                        there[path] = path.stat()
+            total = sum(stat.st_size for stat in there.values())
+            for path, stat in sorted(there.items(), key=lambda item: item[1].st_mtime):
+                if total + size <= self.limit:
+                    return
+                if path.suffix == ".tar" or _abandoned(path):
+                    path.unlink(missing_ok=True)
+                    total -= stat.st_size
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether nobody fetches it any more."""
+    with suppress(FileNotFoundError, BlockingIOError), partial.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What lets a driver give up on a server that says nothing."""
+    if url.startswith(("http://", "https://")):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "block_size": 0}
+    if url.startswith("s3://"):
+        return {"config_kwargs": {"connect_timeout": PATIENCE, "read_timeout": PATIENCE}}
+    return {}

@@ -1,0 +1,52 @@
+"""Shards where they are, as an index: from any output folder of img2dataset, or another folder of tars.
+
+    python -m pipeline.tools.index FOLDER --at s3://bucket/folder --size 512 --output data/index.json
+
+FOLDER is read here, each tar once, and is not changed. ADDRESS is where trainings find the same files: s3://, gs://,
+https:// or a folder that every host has. SIZE is the images' shorter edge at most, in pixels. With `images.kind: index`
+a training reads the shards from there (data/remote.py).
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from pipeline.core.outputs import atomic, write_json
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.data import shards
+
+
+def index(folder: Path, at: str, size: int) -> dict:
+    """The index of a folder. Raises UserError where it has no tar, and for a tar that is packed or has no image."""
+    tars = sorted(path for path in folder.rglob("*.tar") if path.is_file())
+    if not tars:
+        raise UserError(f"{folder} has no file *.tar. Name the folder that img2dataset has written (webdataset).")
+    files, counts, captioned = {}, {}, {}
+    for tar in progress(tars, "indexing"):
+        name = tar.relative_to(folder).as_posix()
+        counts[name], captioned[name] = shards.count(tar)
+        if not counts[name]:
+            raise UserError(f"{tar} has no image. Move it away: an index names shards of images alone.")
+        with tar.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"bytes": tar.stat().st_size, "sha256": digest}
+    found = {"size": size, "samples": sum(counts.values()), "shards": counts, "captioned": captioned}
+    return {**found, "at": at, "files": files}
+
+
+@stage
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tools.index", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--at", required=True, metavar="ADDRESS")
+    parser.add_argument("--size", required=True, type=int)
+    parser.add_argument("--output", type=Path, default=Path("data/index.json"))
+    asked = parser.parse_args()
+    found = index(asked.folder, asked.at, asked.size)
+    with atomic(asked.output) as (file,):
+        write_json(file, found)
+    print(f"{found['samples']} images in {len(found['files'])} shards: {asked.output}")
+
+
+if __name__ == "__main__":
+    main()

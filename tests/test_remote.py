@@ -1,0 +1,206 @@
+"""Shards that lie elsewhere: the same images as from local tars, every fault told, a cache that stays bounded."""
+
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from shrunk import ROOT, run, write_shards
+
+from pipeline import images
+from pipeline.core.stages import UserError
+from pipeline.data import remote
+from pipeline.data.shards import Shards
+from pipeline.plan import pins
+from pipeline.sections import params
+from pipeline.tools import index
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; `faults` are what the next answers do instead, `asked` the files that were fetched."""
+
+    faults: ClassVar[list[str]] = []
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        fault = self.faults.pop(0) if self.faults else ""
+        self.asked.append(self.path)
+        if fault == "slow":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+            self.wfile.flush()
+            time.sleep(1)
+        elif fault == "busy":
+            self.send_error(503)
+        elif fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+            self.close_connection = True
+        else:
+            super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of four shards of eight to eleven images, in the place of img2dataset's output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remote, "WAIT", 0.0)
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    counts = {}
+    for i in range(4):
+        write_shards(tmp_path / str(i), 8 + i)
+        (tmp_path / str(i) / "00000.tar").rename(folder / f"{i:05d}.tar")
+        counts[f"{i:05d}.tar"] = 8 + i
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "shards.json").write_text(json.dumps({"size": 64, "samples": 38, "shards": counts}))
+    return folder
+
+
+@pytest.fixture
+def address(local: Path) -> Iterator[str]:
+    handler = partial(Handler, directory=str(local))
+    Handler.faults, Handler.asked = [], []
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def indexed(local: Path, at: str, **changes: Any) -> Path:
+    """Where stage images puts the index."""
+    folder = Path("data/images")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = index.index(local, at, 64)
+    for name, change in changes.items():
+        found["files"]["00002.tar"][name] = change
+    (folder / "shards.json").write_text(json.dumps(found))
+    return folder
+
+
+def epoch(shards: Shards) -> list[tuple[str, bytes, str]]:
+    samples = [shards.read(*shards.place(7, number)) for number in range(len(shards))]
+    return [(sample.tar, sample.image.tobytes(), sample.caption) for sample in samples]
+
+
+def test_the_same_images_in_the_same_order_from_anywhere(local: Path, address: str) -> None:
+    wanted = epoch(Shards(local))
+    assert epoch(Shards(indexed(local, address))) == wanted
+    assert len(Handler.asked) == 4  # each once
+    assert epoch(Shards(indexed(local, address))) == wanted
+    assert len(Handler.asked) == 4  # what is there was checked when it came
+    shutil.rmtree(remote.CACHE)
+    assert epoch(Shards(indexed(local, str(local)))) == wanted
+    assert len(Handler.asked) == 4
+
+
+def test_several_threads_fetch_a_shard_once(local: Path, address: str) -> None:
+    shards = Shards(indexed(local, address))
+    window, _ = shards.place(7, 0)
+    threads = [threading.Thread(target=shards.open, args=(window,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(Handler.asked) == [f"/{i:05d}.tar" for i in range(4)]
+    assert sorted(path.suffix for path in remote.CACHE.iterdir() if path.name != ".lock") == [".tar"] * 4
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut", "slow"])
+def test_a_fault_that_passes_is_told_and_costs_nothing(
+    local: Path, address: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    Handler.faults[:] = [fault, fault]
+    assert epoch(Shards(indexed(local, address))) == epoch(Shards(local))
+    told = capsys.readouterr().err
+    assert "try 2 of 5" in told
+    assert "try 3 of 5" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"sha256": "0" * 64},
+            r"00002.tar could not be fetched in 5 tries \(OSError: its sha256 is .*, where",
+        ),
+        ({"bytes": 1_000_000}, r"00002.tar could not be fetched in 5 tries \(OSError: \d+ bytes came where the index"),
+        ({"bytes": 100}, r"00002.tar could not be fetched in 5 tries \(OSError: \d+ bytes came where the index"),
+    ],
+)
+def test_other_bytes_are_refused(local: Path, address: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        epoch(Shards(indexed(local, address, **changes)))
+    assert not list(remote.CACHE.glob("*.partial"))
+
+
+def test_a_shard_that_is_gone_is_refused_at_once(local: Path, address: str) -> None:
+    folder = indexed(local, address)
+    (local / "00002.tar").unlink()
+    with pytest.raises(UserError, match=r"00002\.tar is not there .* No image is passed over"):
+        epoch(Shards(folder))
+    assert Handler.asked.count("/00002.tar") <= 1
+
+
+@pytest.mark.parametrize(("at", "said"), [("s4://bucket", "cannot be read here"), ("s3://bucket", "s3fs")])
+def test_an_address_without_a_driver_is_refused(local: Path, at: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        epoch(Shards(indexed(local, at)))
+
+
+def test_a_full_disk_is_told(local: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no space left for http.*Make room there, or lower launch.cache_gb"):
+        epoch(Shards(indexed(local, address)))
+    assert Handler.asked == []
+
+
+def test_the_cache_stays_bounded(local: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.shards.WINDOW", 1)
+    monkeypatch.setattr("pipeline.data.remote.STREAMS", 1)
+    size = max(path.stat().st_size for path in local.glob("*.tar"))
+    with pytest.raises(UserError, match=r"launch.cache_gb is .* GB are needed for the 3 shards .* in use at once"):
+        Shards(indexed(local, address), cache_gb=2 * size / 1e9)
+    shards, most = Shards(indexed(local, address), cache_gb=(3 * size + 1) / 1e9), 0
+    for number in range(2 * len(shards)):
+        shards.read(*shards.place(7, number))
+        most = max(most, sum(path.stat().st_size for path in remote.CACHE.glob("*.tar")))
+    assert size < most <= 3 * size
+    assert len(Handler.asked) > 4  # some came twice
+
+
+def test_the_stage_keeps_the_index_alone_and_depends_on_its_bytes(local: Path) -> None:
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["run"] |= {"profile": "paper", "backbones": ["openai_224"]}
+    content["profiles"]["paper"]["images"]["kind"] = "index"
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"data/index.json: no such file"):
+        images.indexed(Path("data/index.json"), Path("x"))
+    Path("data").mkdir()
+    Path("data/index.json").write_text(json.dumps(index.index(local, "s3://bucket", 64)))
+    before = pins(params.load())["images"]
+    run(images)
+    assert [path.name for path in Path("data/paper/images").iterdir()] == ["shards.json"]
+    report = json.loads(Path("metrics/paper/images.json").read_text())
+    assert (report["shards"], report["images"], report["source"]["at"]) == (4, 38, "s3://bucket")
+    Path("data/index.json").write_text(json.dumps(index.index(local, "gs://bucket", 64)))
+    assert pins(params.load())["images"] != before
