@@ -149,12 +149,12 @@ def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_text_files_are_utf8_whatever_the_locale(file: Path) -> None:
-    """Every call that could open a text file says so; tarfile's and PIL's open, and binary modes, cannot."""
+    """Every call that could open a text file says so; tarfile's, PIL's and os.open, and binary modes, cannot."""
     calls = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
     names = {"read_text", "write_text", "open", "fdopen", "TextIOWrapper", "NamedTemporaryFile", "TemporaryFile"}
     for call in calls:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name not in names or ast.unparse(call.func) in ("Image.open", "tarfile.open"):
+        if name not in names or ast.unparse(call.func) in ("Image.open", "tarfile.open", "os.open"):
             continue
         binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab", "r+b") for a in call.args)
         encodings = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "encoding"]
