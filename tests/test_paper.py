@@ -46,7 +46,7 @@ from pipeline import denoiser as denoiser_stage
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
-from pipeline.models import backbones, exports
+from pipeline.models import backbones, exports, imports
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
@@ -620,13 +620,13 @@ def test_the_authors_checkpoint_lies_where_git_and_dvc_do_not_look(
 ) -> None:
     """So that a kill leaves nothing that would be committed."""
     run(backbone_stage, "siglip_224")
-    lay, read_checkpoint = [], backbones.read_checkpoint
+    lay, read = [], imports.tensors
 
-    def read(checkpoint: Path) -> backbones.Tensors:
-        lay.append(checkpoint)
-        return read_checkpoint(checkpoint)
+    def noted(source: Path, original: Path, parts: str) -> backbones.Tensors:
+        lay.append(source)
+        return read(source, original, parts)
 
-    monkeypatch.setattr(backbones, "read_checkpoint", read)
+    monkeypatch.setattr(imports, "tensors", noted)
     run(checkpoint, "siglip_224", "released")
     (file,) = lay
     assert file.parts[:4] == ("models", "paper", "released", ".siglip_224.partial")
