@@ -315,3 +315,10 @@ def test_the_lock_pins_every_direct_dependency() -> None:
     names = [canonical(match[1]) for match in pinned if match]
     assert len(names) == len(set(names))
     assert {canonical(re.split(r"[<>=\[]", requirement)[0]) for requirement in direct} <= set(names)
+
+
+def test_every_fault_of_the_list_can_be_made() -> None:
+    """tests/mutate.py makes them; an edit of the code must not leave a fault that is nowhere."""
+    for fault in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()):
+        assert (ROOT / fault["file"]).read_text().count(fault["old"]) == 1, fault["broken"]
+        assert all((ROOT / test.split("::")[0]).is_file() for test in fault["tests"]), fault["broken"]
