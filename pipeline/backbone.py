@@ -18,6 +18,7 @@ from pipeline.core.stages import stage
 from pipeline.data import downloads
 from pipeline.mini import pretrain
 from pipeline.models import backbones
+from pipeline.models.registry import complete
 from pipeline.sections.source import CheckpointSource, MiniSource, Source
 
 
@@ -52,7 +53,7 @@ def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
 @stage
 def main() -> None:
     profile, name = config.profile(), sys.argv[1]
-    source: MiniSource | CheckpointSource = config.read(Source, f"backbones.{name}.source")
+    source = complete(name, config.read(Source, f"backbones.{name}.source"))
     outputs = (
         Path("models", profile, "pretrained", name),
         Path("metrics", profile, "backbone", f"{name}.json"),

@@ -21,6 +21,7 @@ from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import fill
 from pipeline.models import exports
 from pipeline.models.backbones import Backbone
+from pipeline.models.registry import complete
 from pipeline.models.residual_head import HEAD
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.images import Images, MiniImages, PublishedImages
@@ -55,7 +56,7 @@ def card(
     rows, found = table(profile, name, weights)
     entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
     images: MiniImages | PublishedImages = config.read(Images, f"profiles.{profile}.images")
-    source = entry.source
+    source = complete(name, entry.source)
     recipe = notes and {key: notes[key] for key in ("seed", "train", "recipe")}
     values = {
         "profile": profile, "backbone": name, "weights": weights,

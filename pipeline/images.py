@@ -26,11 +26,10 @@ from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads, shards
 from pipeline.mini import world
 from pipeline.sections.download import Download
-from pipeline.sections.images import Images, Links, MiniImages, PublishedImages
+from pipeline.sections.images import LIST_PAGE, Images, Links, MiniImages, PublishedImages, check_there
 
 SET = "post-training"
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
-LIST_PAGE = "https://ai.google.com/research/ConceptualCaptions/download"
 
 
 class _Server(ThreadingHTTPServer):
@@ -115,11 +114,7 @@ def mirror(source: Download, folder: Path) -> dict[str, Any]:
 
 def indexed(file: Path, folder: Path) -> dict[str, Any]:
     """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was."""
-    if not file.is_file():
-        raise UserError(
-            f"{file}: no such file. It names the shards: `python -m pipeline.tools.index` writes it. Or name "
-            "its place in params.yaml (images.index.file)."
-        )
+    check_there(file, "index.file")
     folder.mkdir(parents=True)
     shutil.copyfile(file, folder / shards.INDEX)
     found = shards.Shards(folder, cache_gb=math.inf)
@@ -148,11 +143,7 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
 
     Raises UserError for a list that is missing, for a line of another form, and for another number of lines.
     """
-    if not tsv.is_file():
-        raise UserError(
-            f"{tsv}: no such file. It is the list of Conceptual Captions' training images, whose owner asks for "
-            f"consent: fetch it from {LIST_PAGE} and put it there, or name its place in params.yaml (images.links.tsv)."
-        )
+    check_there(tsv, "links.tsv")
     captions, urls = [], []
     with tsv.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -28,14 +28,15 @@ from pipeline.core.code import program
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
+from pipeline.models.registry import complete, embedding_width
 from pipeline.sections import params
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
-from pipeline.sections.images import PublishedImages
+from pipeline.sections.images import PublishedImages, check_there
 from pipeline.sections.mmvp_vlm import PublishedMmvpVlm
-from pipeline.sections.source import CheckpointSource
+from pipeline.sections.source import CheckpointSource, MiniSource
 from pipeline.sections.zeroshot_sets import PublishedZeroshotSets
 
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
@@ -67,7 +68,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
     if isinstance(sets, PublishedZeroshotSets) and "zeroshot" in p.run.benchmarks:
         wanted += [(data / "zeroshot", download) for download in sets.downloads().values()]
     for backbone in p.run.backbones:
-        source = p.backbones[backbone].source
+        source = complete(backbone, p.backbones[backbone].source)
         if isinstance(source, CheckpointSource):
             files = [source.weights, *([source.tokenizer] if source.tokenizer else [])]
             wanted += [(models / "pretrained" / backbone, download) for download in files]
@@ -121,7 +122,7 @@ def _models(p: params.Params) -> dict[Path, float]:
     """The folders of the models that are made of checkpoints, and their bytes."""
     models: dict[Path, float] = {}
     for backbone in p.run.backbones:
-        if isinstance(p.backbones[backbone].source, CheckpointSource):
+        if not isinstance(p.backbones[backbone].source, MiniSource):
             published = p.backbones[backbone].published
             size, root = 4e6 * published.parameters if published else MODEL, Path("models", p.run.profile)
             models |= {root / weights / backbone: size for weights in p.run.weights}
@@ -169,13 +170,20 @@ def check_disk(p: params.Params, items: list[Item]) -> str | None:
     return f"{line}. Make room there, choose fewer run.backbones{training}."
 
 
-def check_recipes(p: params.Params) -> None:
-    """Raise UserError for settings of a loss that are wrong, which a training would tell after all was fetched."""
+def check_values(p: params.Params) -> None:
+    """Raise UserError for values that a later stage would refuse, after all was fetched."""
+    for name in p.run.backbones:
+        embedding_width(name, p.backbones[name].source)
     if p.run.recipes:
-        from pipeline.engine.losses import losses_of  # not above: torch takes a second
+        from pipeline.engine.checks import check_recipes  # not above: torch takes a second
 
-        for name in p.run.recipes:
-            losses_of(f"profiles.{p.run.profile}.recipes.{name}", p.profile.recipes[name])
+        check_recipes(p)
+        images = p.profile.images
+        if isinstance(images, PublishedImages):
+            if images.kind == "index":
+                check_there(images.index.file, "index.file")
+            if images.kind == "links" and not Path("data", p.run.profile, "images").exists():
+                check_there(images.links.tsv, "links.tsv")
 
 
 def check_gpu(p: params.Params) -> str | None:
@@ -207,7 +215,7 @@ def pins(p: params.Params) -> dict[str, dict]:
     found = {name: _pinned(section, name, p.profile.threads) for name, section in sections.items()}
     for name in p.run.backbones:
         backbone = p.backbones[name]
-        found[f"pretrained-{name}"] = _pinned(backbone.source, "backbone", p.profile.threads)
+        found[f"pretrained-{name}"] = _pinned(complete(name, backbone.source), "backbone", p.profile.threads)
         for chosen in p.run.checkpoints:
             checkpoint = backbone.checkpoints[chosen]
             pinned = {"parts": checkpoint.parts, "weights": _only_pins(checkpoint.weights)}
@@ -258,7 +266,7 @@ def _only_pins(value: Any) -> Any:
 @stage
 def main() -> None:
     p = params.load()
-    check_recipes(p)
+    check_values(p)
     if downloads_of(p) or links_of(p):
         items = to_fetch(p)
         if items:

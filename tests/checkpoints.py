@@ -23,7 +23,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from pipeline.mini import world
+from pipeline.models.registry import complete
+from pipeline.sections import params
 from pipeline.tools import bench
+
+COMMITTED = params.load(Path(__file__).parents[1] / "params.yaml")
+SOURCES = {  # of the published backbones, with what open_clip's registry has
+    name: complete(name, entry.source) for name, entry in COMMITTED.backbones.items() if entry.profile == "paper"
+}
 
 OPENAI = {
     "embed_dim": 32, "quick_gelu": True,

@@ -39,7 +39,6 @@ from pipeline.models.backbones import Backbone
 from pipeline.sections import params
 from pipeline.tools import look, pages
 
-PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
 TEXTS = ["a photo of a Red cup, with two_dots!", "a photo of 12 dots", "it's  one's café", "dots " * 100]
 TINY = {  # architecture, and the backbone whose preprocessing it has
     "quick GELU, as OpenAI's": (checkpoints.OPENAI, "openai_224"),
@@ -58,7 +57,7 @@ def photos(count: int = 4) -> list[Image.Image]:
 
 def model(architecture: str | dict, like: str, folder: Path) -> Path:
     """A folder as stage backbone makes it, with random weights."""
-    source = PAPER[like].source
+    source = checkpoints.SOURCES[like]
     backbones.write_config(architecture, source.preprocessing.model_dump(), folder)
     backbones.save_weights(checkpoints.build(architecture, 3).state_dict(), folder)
     if source.tokenizer:
@@ -241,7 +240,8 @@ def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "export/preprocessor_config.json").read_text())["resample"] == 2
 
 
-ARCHITECTURES = {PAPER[name].source.architecture: name for name in reversed(PAPER)}  # two pairs of the eight share one
+# Two pairs of the eight share one.
+ARCHITECTURES = {source.architecture: name for name, source in reversed(checkpoints.SOURCES.items())}
 
 
 @pytest.mark.exhaustive
@@ -254,7 +254,7 @@ def test_true_shapes(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["openai_336", "dfn_378", "siglip_384"])
 def test_true_widths(name: str, tmp_path: Path) -> None:
     """The three families' widths, heads and largest images, a single layer deep."""
-    handed_over_whole(checkpoints.one_layer(str(PAPER[name].source.architecture)), name, tmp_path)
+    handed_over_whole(checkpoints.one_layer(str(checkpoints.SOURCES[name].architecture)), name, tmp_path)
 
 
 def handed_over_whole(architecture: str | dict, like: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_export import PAPER, TINY, model
+from test_export import TINY, model
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel, CLIPVisionModelWithProjection, SiglipVisionModel
 
@@ -57,10 +57,11 @@ def test_an_export_comes_back_as_it_was(tiny: tuple, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "openai_224" else pytest.mark.exhaustive) for name in PAPER]
+    "name",
+    [pytest.param(name, marks=[] if name == "openai_224" else pytest.mark.exhaustive) for name in checkpoints.SOURCES],
 )
 def test_at_true_widths(name: str, tmp_path: Path) -> None:
-    architecture = checkpoints.one_layer(str(PAPER[name].source.architecture))
+    architecture = checkpoints.one_layer(str(checkpoints.SOURCES[name].architecture))
     original, wanted, exported = saved(architecture, name, tmp_path)
     exported.save_pretrained(tmp_path / "exported")
     assert_same(imports.tensors(tmp_path / "exported", original, "all"), wanted)

@@ -48,11 +48,12 @@ from pipeline.data import downloads
 from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
 from pipeline.models import backbones, exports, imports
 from pipeline.models.backbones import Backbone
+from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
 
 ROOT = Path(__file__).parents[1]
-PAPER = {name: entry for name, entry in params.load(ROOT / "params.yaml").backbones.items() if entry.profile == "paper"}
+PAPER = {name: checkpoints.COMMITTED.backbones[name] for name in checkpoints.SOURCES}
 CLS_AND_76, HALF, ALL = TokenRule("random", 76), TokenRule("random_fraction", 0.5), TokenRule("all")
 RULES = {  # patches, tokens of the condition, its rule, its text, the pooling rule of the published scores
     "openai_224": (256, 77, CLS_AND_76, "sequence", PoolingRule(CLS_AND_76)),
@@ -75,8 +76,8 @@ def test_the_eight_published_backbones_are_there() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) -> None:
-    entry = PAPER[name]
-    backbones.write_config(entry.source.architecture, entry.source.preprocessing.model_dump(), tmp_path)
+    entry, source = PAPER[name], checkpoints.SOURCES[name]
+    backbones.write_config(source.architecture, source.preprocessing.model_dump(), tmp_path)
     found = sum(parameter.numel() for parameter in backbones.empty(tmp_path).parameters()) / 1e6
     assert found == pytest.approx(entry.published.parameters, abs=0.05)
 
@@ -84,10 +85,10 @@ def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     """On towers of the true shape, which have names and shapes but no numbers."""
-    entry = PAPER[name]
+    entry, source = PAPER[name], checkpoints.SOURCES[name]
     patches, tokens, rule, text, pooling = RULES[name]
-    backbones.write_config(entry.source.architecture, entry.source.preprocessing.model_dump(), tmp_path)
-    tower, size = backbones.empty(tmp_path).visual, open_clip.get_model_config(entry.source.architecture)["vision_cfg"]
+    backbones.write_config(source.architecture, source.preprocessing.model_dump(), tmp_path)
+    tower, size = backbones.empty(tmp_path).visual, open_clip.get_model_config(source.architecture)["vision_cfg"]
     with torch.device("meta"):
         pooled, found = backbones.image_tokens(tower, torch.empty(1, 3, size["image_size"], size["image_size"]))
     assert found.shape == (1, patches, pooled.shape[1])
@@ -111,16 +112,47 @@ def test_published_patterns_sum_up_to_the_published_averages(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["openai_224", "openai_336"])
 def test_openai_s_checkpoints_have_two_addresses_which_name_the_hash(name: str) -> None:
-    weights = PAPER[name].source.weights
+    weights = checkpoints.SOURCES[name].weights
     ((_, sha256),) = weights.files.items()
     hosts = ("openaipublic.azureedge.net", "openaipublic.blob.core.windows.net")
     assert weights.at == [f"https://{host}/clip/models/{sha256}" for host in hosts]
 
 
 def test_the_text_towers_take_clip_s_own_tokenizer_or_have_theirs() -> None:
-    for name, entry in PAPER.items():
-        text = open_clip.get_model_config(entry.source.architecture)["text_cfg"]
-        assert (entry.source.tokenizer is not None) == ("hf_tokenizer_name" in text) == name.startswith("siglip")
+    for name, source in checkpoints.SOURCES.items():
+        text = open_clip.get_model_config(source.architecture)["text_cfg"]
+        assert (source.tokenizer is not None) == ("hf_tokenizer_name" in text) == name.startswith("siglip")
+
+
+PINS = {  # sha256 of what `plan` writes, on which fetching depends: another one fetches gigabytes again
+    "openai_224": "2f883533b46e0a60", "openai_336": "c6a71de3d435f438", "metaclip_l14": "a2a51da12ecaa544",
+    "metaclip_h14": "78797270d22bc955", "siglip_224": "a1d2605f12efeaaf", "siglip_384": "eb229404c773adc5",
+    "dfn_224": "b8b1c0dbf606e20b", "dfn_378": "cb90f260abc206d3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_what_is_fetched_of_a_backbone_is_what_was_fetched_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However params.yaml spells it, and without a network."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked a server"))
+    p = params.load(ROOT / "params.yaml")
+    run = p.run.model_copy(update={"profile": "paper", "backbones": [name], "benchmarks": []})
+    pinned = plan.pins(p.model_copy(update={"run": run}))[f"pretrained-{name}"]
+    assert hashlib.sha256(json.dumps(pinned, indent=2).encode()).hexdigest().startswith(PINS[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "ViT-L-15"}, "model is 'ViT-L-15', of which open_clip's registry has no weights. Correct it"),
+        ({"tag": "webly"}, "tag is 'webly'. open_clip's registry has of ViT-SO400M-14-SigLIP: webli"),
+        ({"revision": None}, "revision is None, but open_clip's registry has a repository on the hub alone. Name a"),
+    ],
+)
+def test_what_the_registry_does_not_have_is_named(changes: dict[str, Any], said: str) -> None:
+    source = PAPER["siglip_224"].source.model_copy(update=changes)
+    with pytest.raises(UserError, match=rf"^backbones\.siglip_224\.source\.{re.escape(said)}"):
+        complete("siglip_224", source)
 
 
 # Checkpoints in every format
@@ -152,7 +184,7 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, P
 )
 def test_a_checkpoint_of_every_format_embeds_as_its_own_library_does(formats: dict, name: str, tmp_path: Path) -> None:
     architecture, path, stock = formats[name]
-    preprocessing = PAPER["openai_224"].source.preprocessing.model_dump()
+    preprocessing = checkpoints.SOURCES["openai_224"].preprocessing.model_dump()
     folder = tmp_path / "model"
     backbones.write_config(architecture, preprocessing, folder)
     if architecture is checkpoints.SIGLIP:
@@ -172,7 +204,9 @@ def test_a_checkpoint_of_every_format_embeds_as_its_own_library_does(formats: di
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_checkpoint_in_half_precision_comes_in_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    backbones.write_config(checkpoints.OPENCLIP, PAPER["metaclip_l14"].source.preprocessing.model_dump(), tmp_path)
+    backbones.write_config(
+        checkpoints.OPENCLIP, checkpoints.SOURCES["metaclip_l14"].preprocessing.model_dump(), tmp_path
+    )
     model = checkpoints.build(checkpoints.OPENCLIP, 2)
     stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     path = tmp_path / "open_clip_pytorch_model.bin"
@@ -195,7 +229,7 @@ def test_a_denoiser_stored_in_half_precision_computes_in_float32(tmp_path: Path)
 
 def test_a_checkpoint_of_another_architecture_is_refused(formats: dict, tmp_path: Path) -> None:
     _, path, _ = formats["open_clip's .bin"]
-    backbones.write_config(checkpoints.OPENAI, PAPER["openai_224"].source.preprocessing.model_dump(), tmp_path)
+    backbones.write_config(checkpoints.OPENAI, checkpoints.SOURCES["openai_224"].preprocessing.model_dump(), tmp_path)
     with pytest.raises(UserError, match=r"open_clip_pytorch_model.bin does not fit .*\n.*wanted"):
         backbones.fitting(backbones.read_checkpoint(path), tmp_path, path)
     tensors = dict(backbones.read_checkpoint(formats["OpenAI's archive"][1]))
@@ -330,7 +364,11 @@ def folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def committed() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+    """params.yaml, its published backbones spelled out, for tests to give them other addresses and architectures."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for name, source in checkpoints.SOURCES.items():
+        content["backbones"][name]["source"] = source.model_dump()
+    return content
 
 
 def write(content: dict[str, Any], names: list[str], weights: list[str]) -> None:
@@ -437,7 +475,7 @@ def compared(hub: Hub, folder: Path) -> Path:
     content, tuned = smaller(committed(), hub.endpoint), checkpoints.build(checkpoints.OPENAI, 8)
     made = folder / "made/OpenAICLIP/clip-vit-large-patch14"
     like = folder / "like"
-    backbones.write_config(checkpoints.OPENAI, PAPER["openai_224"].source.preprocessing.model_dump(), like)
+    backbones.write_config(checkpoints.OPENAI, checkpoints.SOURCES["openai_224"].preprocessing.model_dump(), like)
     backbones.save_weights(tuned.state_dict(), like)
     exports.transformers_model(tuned, exports.tokenizer(Backbone.load(like))).save_pretrained(made)
     hub.add_repo("msj9817/GenHancer", folder / "made", lfs=1000)

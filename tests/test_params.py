@@ -25,12 +25,22 @@ BASE, TRAIN, DIVA, MINI, OPENAI = (
     "backbones.openai_224",
 )
 HUB = {"at": ["hf://owner/name@main"], "licence": "MIT"}
+OWN = """  own:                          # a checkpoint that no registry knows
+    profile: paper
+    source:
+      kind: checkpoint
+      architecture: ViT-L-14
+      preprocessing: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], interpolation: bicubic, resize_mode: squash}
+      weights: {at: ["hf://owner/name@main"], licence: MIT, files: {model.safetensors: null}}
+    condition: {tokens: {kind: all}, text: mean}
+    published_pooling: {tokens: {kind: all}, normalize_tokens: true, normalize_output: true}
+"""
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "params.yaml"
-    path.write_text(COMMITTED.read_text())
+    path.write_text(COMMITTED.read_text() + OWN)
     return path
 
 
@@ -93,19 +103,25 @@ def test_the_committed_file_loads() -> None:
         ("run.profile", "papr", "'papr'"),
         ("run.checkpoints", ["released"], "backbones.mini.checkpoints has none"),
         ("profiles.paper.images", {"kind": "tar"}, "'tar'"),
-        (f"{OPENAI}.source.weights", {"at": ["https://a"], "licence": "MIT"}, "either files or match"),
-        (f"{OPENAI}.source.weights", {**HUB, "files": {"a.pt": None, "b.pt": None}}, "2 files, wanted one checkpoint"),
-        (f"{OPENAI}.source.weights", {**HUB, "files": {"../a.pt": None}}, "'../a.pt'"),
-        (f"{OPENAI}.source.weights", {**HUB, "at": ["https://a"], "match": ["*"]}, "match needs addresses"),
-        (f"{OPENAI}.source.weights.files", {"a.pt": "b8cca3"}, "'b8cca3'"),
-        (f"{OPENAI}.source.weights.at", ["hf://owner/name"], "'hf://owner/name'"),
-        (f"{OPENAI}.source.weights.at", ["ftp://host/folder"], "'ftp://host/folder'"),
-        (f"{OPENAI}.source.preprocessing.resize_mode", "crop", "'crop'"),
+        ("backbones.own.source.weights", {"at": ["https://a"], "licence": "MIT"}, "either files or match"),
+        (
+            "backbones.own.source.weights",
+            {**HUB, "files": {"a.pt": None, "b.pt": None}},
+            "2 files, wanted one checkpoint",
+        ),
+        ("backbones.own.source.weights", {**HUB, "files": {"../a.pt": None}}, "'../a.pt'"),
+        ("backbones.own.source.weights", {**HUB, "at": ["https://a"], "match": ["*"]}, "match needs addresses"),
+        ("backbones.own.source.weights.files", {"a.pt": "b8cca3"}, "'b8cca3'"),
+        ("backbones.own.source.weights.at", ["hf://owner/name"], "'hf://owner/name'"),
+        ("backbones.own.source.weights.at", ["ftp://host/folder"], "'ftp://host/folder'"),
+        ("backbones.own.source.preprocessing.resize_mode", "crop", "'crop'"),
+        (f"{OPENAI}.source.files", {"a.pt": None, "b.pt": None}, "at most 1"),
+        (f"{OPENAI}.source.mirrors", ["ftp://host/folder"], "'ftp://host/folder'"),
         (f"{OPENAI}.published.after_patterns", [1.0], "[1.0]"),
         # unknown keys
         (f"{TRAIN}.learning_rate", 0.1, "unknown key (found 0.1)"),
         ("run.backbone", "mini", "unknown key (found 'mini')"),
-        (f"{OPENAI}.source.text_tower", {}, "unknown key (found {})"),
+        ("backbones.own.source.text_tower", {}, "unknown key (found {})"),
         ("profiles.paper.images.shards.repo", "cc3m", "unknown key (found 'cc3m')"),
     ],
 )
@@ -126,7 +142,7 @@ def test_a_wrong_value_is_named_with_its_key(file: Path, key: str, value: Any, f
         f"{DIVA}.optimizer.lr",
         f"{TRAIN}.crop.ratio",
         f"{MINI}.condition.text",
-        f"{OPENAI}.source.weights.at",
+        "backbones.own.source.weights.at",
         "profiles.paper.images.shards",
         "profiles.mini.denoiser.unet",
     ],

@@ -24,6 +24,7 @@ from pipeline.data.downloads import Listing, Remote
 from pipeline.diva import step
 from pipeline.diva.step import MicroBatch
 from pipeline.engine import trial
+from pipeline.models.registry import complete
 from pipeline.sections import params
 from pipeline.sections.download import Download
 
@@ -126,7 +127,7 @@ def test_what_is_needed_follows_from_the_weights(weights: str, more: set[str]) -
 def test_every_backbone_and_its_tokenizer_are_needed() -> None:
     p = write("openai_336 siglip_384")
     found = [download for folder, download in plan.downloads_of(p) if folder.parent.name == "pretrained"]
-    first, second = (p.backbones[name].source for name in p.run.backbones)
+    first, second = (complete(name, p.backbones[name].source) for name in p.run.backbones)
     assert found == [first.weights, second.weights, second.tokenizer]
 
 
@@ -331,10 +332,91 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
     assert taken == [fits] * 2 * phases * (fits > 0)
 
 
-def test_a_wrong_setting_of_a_loss_is_told_before_anything_is_fetched(
-    asked: list[Download], capsys: pytest.CaptureFixture[str]
+KEY = "profiles.paper.recipes"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (
+            "contrastive",
+            {"recipes.contrastive.losses": {"info_nce": {"weight": 1.0, "negatives": 3}}},
+            f"{KEY}.contrastive.losses.info_nce.temperature (Field required)",
+        ),
+        (
+            "contrastive",
+            {"train.micro_batch": 8},
+            f"the smallest of these has 8, but {KEY}.contrastive.losses.info_nce needs 16. Set another",
+        ),
+        (
+            "contrastive",
+            {"recipes.contrastive.batch": 40},  # 16 + 16 + 8
+            f"the smallest of these has 8, but {KEY}.contrastive.losses.info_nce needs 16.",
+        ),
+        (
+            "text_anchored",
+            {"recipes.text_anchored.trained": {"kind": "head", "heads": 7}},
+            f"{KEY}.text_anchored.trained.heads is 7, which does not divide 768, the width of openai_224's embedding.",
+        ),
+        (
+            "text_anchored",
+            {"recipes.text_anchored.gap_correction.components": 769},
+            f"{KEY}.text_anchored.gap_correction.components is 769, more than the width of openai_224's embedding, 768",
+        ),
+        (
+            "text_anchored",
+            {"recipes.text_anchored.gap_correction": {"components": 9, "images": 8}},
+            f"{KEY}.text_anchored.gap_correction.components is 9, more than gap_correction.images, 8. Lower it.",
+        ),
+        (
+            "diva",
+            {"images.kind": "links"},
+            "data/Train_GCC-training.tsv: no such file. It is the list of Conceptual Captions' training images",
+        ),
+        (
+            "diva",
+            {"images.kind": "index"},
+            "data/index.json: no such file. It names the shards: `python -m pipeline.tools.index` writes it, or",
+        ),
+        (
+            "diva",
+            {"recipes.diva.timesteps": [0, 1001], "denoiser": "mini"},
+            f"{KEY}.diva.timesteps ends at 1001, but the denoiser has 1000 timesteps. Lower it.",
+        ),
+        (
+            "",
+            {"source": "ViT-L-17"},
+            "backbones.openai_224.source: architecture 'ViT-L-17': open_clip has no such model. Similar names: ",
+        ),
+        ("", {"source": {"vision_cfg": {}}}, "source.architecture: no embed_dim, the width of its embedding. Add it."),
+        (
+            "",
+            {"model": "ViT-L-17"},
+            "backbones.openai_224.source.model is 'ViT-L-17', of which open_clip's registry has",
+        ),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_anything_is_fetched(
+    recipe: str, changes: dict[str, Any], said: str, asked: list[Download], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(weights="contrastive", **{"recipes.contrastive.losses": {"info_nce": {"weight": 1.0, "negatives": 3}}})
-    text = refusal(capsys)
-    assert "profiles.paper.recipes.contrastive.losses.info_nce.temperature (Field required)" in text
+    below = {key: value for key, value in changes.items() if key.split(".")[0] in ("train", "recipes", "images")}
+    write(weights=recipe or "pretrained", **below)
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    entry = content["backbones"]["openai_224"]
+    if "denoiser" in changes:
+        content["profiles"]["paper"]["denoiser"] = content["profiles"]["mini"]["denoiser"] | {"text_tokens": 77}
+    if "source" in changes:
+        own = complete("openai_224", params.load().backbones["openai_224"].source)
+        entry["source"] = own.model_dump() | {"architecture": changes["source"]}
+    if "model" in changes:
+        entry["source"]["model"] = changes["model"]
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    assert said in refusal(capsys)
     assert asked == []
+
+
+def test_a_list_of_links_is_not_asked_for_where_its_images_are_there(asked: list[Download]) -> None:
+    write(weights="diva", **{"images.kind": "links", "train.precision": "float32"})
+    Path("data/paper/images").mkdir(parents=True)
+    plan.main()
+    assert Path("data/paper/planned/images.json").is_file()

@@ -117,8 +117,6 @@ def build_feedback(
     for loss in found:
         loss.prepare(backbone.tower, backbone.embed, float(backbone.logit_scale))
     if isinstance(trained, Head):
-        if backbone.width % trained.heads:
-            raise UserError(f"the recipe: {trained.heads} heads do not divide the embedding's {backbone.width}")
         backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
     elif isinstance(trained, Lora):
         with seeded(seed, "lora"):

@@ -18,12 +18,12 @@ from PIL import Image
 
 from pipeline.core.compute import generator
 from pipeline.core.processes import cpus
-from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards, Window
 from pipeline.diva import diffusion, pixels
 from pipeline.diva.losses import Loss
 from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch
+from pipeline.engine.losses import check_micro_batches
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections.recipe import Recipe
@@ -86,19 +86,7 @@ class Feed:
         self.latent_shape, self.waited = denoiser.latent_shape(p.size), 0.0
         self.process, self.processes = process, processes
         self.own = share(recipe.batch, process, processes)
-        if not self.own:
-            raise UserError(
-                f"{processes} processes share a batch of {recipe.batch} images, so some would have none. Start fewer "
-                "processes, or raise the recipe's batch."
-            )
-        smallest = min(len(self.own), len(self.own) % p.micro_batch or p.micro_batch)
-        for loss in losses:
-            if smallest < loss.images:
-                raise UserError(
-                    f"a process has {len(self.own)} images of a step, in micro-batches of {p.micro_batch}; the "
-                    f"smallest of these has {smallest}, but losses.{loss.name} needs {loss.images}. Set another "
-                    "train.micro_batch, start fewer processes, or choose settings of the loss that need fewer."
-                )
+        check_micro_batches(losses, recipe.batch, processes, p.micro_batch)
         self.gpu = compute.type == "cuda"
         if threads is None:
             cores = cpus()

@@ -22,3 +22,25 @@ def losses_of(key: str, recipe: Recipe) -> list[Loss]:
             wrong = (f"{'.'.join([f'{key}.losses.{loss}', *map(str, e['loc'])])} ({e['msg']})" for e in error.errors())
             raise UserError(f"{', '.join(wrong)}. Correct them in params.yaml.") from None
     return found
+
+
+def check_micro_batches(losses: list[Loss], batch: int, processes: int, micro_batch: int, key: str = "") -> None:
+    """Raise UserError where a process would have no image of a step, or a micro-batch too few for a loss.
+
+    key: of the recipe in params.yaml, with a dot behind it, where that is known.
+    """
+    fewest = batch // processes  # of the images of a process
+    if not fewest:
+        raise UserError(
+            f"{processes} processes share a batch of {batch} images ({key}batch), so some would have none. Start fewer "
+            "processes, or raise the batch."
+        )
+    for images in {fewest, -(-batch // processes)}:
+        smallest = min(images, images % micro_batch or micro_batch)
+        for loss in losses:
+            if smallest < loss.images:
+                raise UserError(
+                    f"a process has {images} images of a step, in micro-batches of {micro_batch}; the smallest of "
+                    f"these has {smallest}, but {key}losses.{loss.name} needs {loss.images}. Set another "
+                    "train.micro_batch, start fewer processes, or choose settings of the loss that need fewer."
+                )

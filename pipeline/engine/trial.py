@@ -16,6 +16,7 @@ from pipeline.diva.step import MicroBatch
 from pipeline.engine.assemble import build_feedback, out_of_memory, phases
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 from pipeline.sections.denoiser import MiniDenoiser
 from pipeline.sections.params import Params
@@ -78,7 +79,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         recipe = recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"steps": 2})})
     entry, losses = p.backbones[name], losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
     with seeded("trial"):
-        backbone = random_clip(model_config(entry.source.architecture), entry.source.preprocessing.model_dump())
+        source = complete(name, entry.source)
+        backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
         denoiser = random_denoiser(p.profile.denoiser)
         denoiser.__class__, denoiser.text_tokens = Told, p.profile.denoiser.text_tokens
         feedback = build_feedback(backbone, denoiser, entry.condition, section, recipe, losses, p.seed, None, compute)

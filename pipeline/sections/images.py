@@ -1,11 +1,20 @@
 """Section `images`, of stage images."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.config import Count, Section, Share
+from pipeline.core.stages import UserError
 from pipeline.sections.download import Download
+
+LIST_PAGE = "https://ai.google.com/research/ConceptualCaptions/download"
+BY_HAND = {  # a file on this disk that names the images, by its key
+    "links.tsv": f"It is the list of Conceptual Captions' training images, whose owner asks for consent: fetch it from "
+    f"{LIST_PAGE} and put it there",
+    "index.file": "It names the shards: `python -m pipeline.tools.index` writes it",
+}
 
 
 class MiniImages(Section):
@@ -46,3 +55,9 @@ class PublishedImages(Section):
 
 
 Images = Annotated[MiniImages | PublishedImages, Field(discriminator="kind")]
+
+
+def check_there(file: Path | str, key: str) -> None:
+    """Raise UserError where a file that names the images is not there; key: one of BY_HAND."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file. {BY_HAND[key]}, or name its place in params.yaml (images.{key}).")

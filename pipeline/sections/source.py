@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from pipeline.core.config import Count, Float, PositiveFloat, Section, Share
-from pipeline.sections.download import Download
+from pipeline.sections.download import Address, Download, Sha256
 
 
 class MiniTextTower(Section):
@@ -59,4 +59,21 @@ class CheckpointSource(Section):
         return weights
 
 
-Source = Annotated[MiniSource | CheckpointSource, Field(discriminator="kind")]
+class RegistrySource(Section):
+    """A published checkpoint that open_clip's registry knows, with architecture, preprocessing and address.
+
+    model, tag: its names there. files: the checkpoint and its sha256. revision: of its repository, if it is taken from
+    the hub. mirrors: further addresses. tokenizer: files of that repository, where the model does not take CLIP's own.
+    """
+
+    kind: Literal["open_clip"]
+    model: str
+    tag: str
+    revision: str | None = None
+    licence: str
+    files: dict[str, Sha256 | None] = Field(min_length=1, max_length=1)
+    mirrors: list[Address] = Field([])
+    tokenizer: dict[str, Sha256 | None] = Field({})
+
+
+Source = Annotated[MiniSource | CheckpointSource | RegistrySource, Field(discriminator="kind")]

@@ -44,6 +44,7 @@ from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
 from pipeline.engine.trial import STABLE_DIFFUSION_2_1_BASE, random_clip, random_denoiser
 from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
 from pipeline.sections.params import Params
@@ -85,17 +86,18 @@ class Subject:
 
 def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:
     """By name: a backbone of params.yaml, or `block`, one layer of openai_224's tower and of its denoiser."""
-    entry = p.backbones["openai_224" if name == "block" else name]
+    key = "openai_224" if name == "block" else name
+    entry, source = p.backbones[key], complete(key, p.backbones[key].source)
     section = p.profiles[entry.profile].train
     size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
     on_gpu = compute.type == "cuda"
     changes = {"micro_batch": size, "compile": section.compile and on_gpu}
     precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
-    config, shape = model_config(entry.source.architecture), STABLE_DIFFUSION_2_1_BASE
+    config, shape = model_config(source.architecture), STABLE_DIFFUSION_2_1_BASE
     if name == "block":
         config["vision_cfg"], shape = config["vision_cfg"] | {"layers": 1}, ONE_BLOCK
     with seeded("bench", name):
-        backbone = random_clip(config, entry.source.preprocessing.model_dump())
+        backbone = random_clip(config, source.preprocessing.model_dump())
         denoiser = random_denoiser(p.profiles[entry.profile].denoiser, shape)
         text = torch.randn(1, 77, denoiser.unet.config.cross_attention_dim)
     return Subject(

@@ -21,7 +21,9 @@ from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
+from pipeline.models.registry import complete
 from pipeline.sections import params
+from pipeline.sections.source import CheckpointSource
 
 FOLDERS = "", "pipeline", "pipeline/mini", "pipeline/launch", "metrics", "metrics/recipes", "models", "data", "tests"
 PAGES = [Path(folder, "README.md") for folder in FOLDERS]
@@ -120,8 +122,9 @@ def backbones() -> str:
         ("key", "weights from", "licence", "before: stock", "DIVA: published pooling", *later)
     ]
     for name, entry in p.backbones.items():
-        if entry.published and entry.source.kind == "checkpoint":
-            weights = entry.source.weights
+        source = complete(name, entry.source)
+        if entry.published and isinstance(source, CheckpointSource):
+            weights = source.weights
             origin = re.sub(r"^hf://|^https://|@.*|/clip/models/.*", "", weights.at[0])
             figures = {key: checkpoint.published for key, checkpoint in entry.checkpoints.items()}
             others = (figure.pairs if (figure := figures.get(method)) else "" for method in later)

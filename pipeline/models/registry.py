@@ -1,0 +1,55 @@
+"""What open_clip's registry says of a backbone: its preprocessing, and where its checkpoint lies."""
+
+from pipeline.core.stages import UserError
+from pipeline.sections.download import Download
+from pipeline.sections.source import CheckpointSource, MiniSource, Preprocessing, RegistrySource
+
+
+def complete(
+    name: str, source: MiniSource | CheckpointSource | RegistrySource
+) -> MiniSource | CheckpointSource:  # fmt: skip
+    """A source in full, of which params.yaml may name model, tag and pins alone; name: the backbone's. Asks no server.
+
+    Raises UserError where the registry does not have the model, the tag or an address.
+    """
+    if not isinstance(source, RegistrySource):
+        return source
+    import open_clip  # not above: it takes seconds, for which a plan of the mini world need not wait
+
+    key = f"backbones.{name}.source"
+    if not (tags := open_clip.list_pretrained_tags_by_model(source.model)):
+        raise UserError(f"{key}.model is '{source.model}', of which open_clip's registry has no weights. Correct it.")
+    if source.tag not in tags:
+        raise UserError(f"{key}.tag is '{source.tag}'. open_clip's registry has of {source.model}: {', '.join(tags)}.")
+    known = open_clip.get_pretrained_cfg(source.model, source.tag)
+    repository, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "").rpartition("/")[0]
+    if not (repository if source.revision else url):
+        has = "an address outside the hub alone. Take it out" if url else "a repository on the hub alone. Name a commit"
+        raise UserError(f"{key}.revision is {source.revision}, but open_clip's registry has {has}.")
+    at = [f"hf://{repository}@{source.revision}" if source.revision else url, *source.mirrors]
+    tokenizer = Download(at=at, licence=source.licence, files=source.tokenizer) if source.tokenizer else None
+    return CheckpointSource(
+        kind="checkpoint",
+        architecture=source.model,
+        preprocessing=Preprocessing(
+            mean=list(known["mean"]), std=list(known["std"]),
+            interpolation=known["interpolation"], resize_mode=known["resize_mode"],
+        ),
+        weights=Download(at=at, licence=source.licence, files=source.files),
+        tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def embedding_width(name: str, source: MiniSource | CheckpointSource | RegistrySource) -> int:
+    """Of a backbone, by its configuration. Raises UserError for an architecture that open_clip does not know."""
+    architecture = complete(name, source).architecture
+    if isinstance(architecture, str):
+        from pipeline.models.backbones import model_config  # not above: it imports open_clip
+
+        try:
+            architecture = model_config(architecture)
+        except UserError as error:
+            raise UserError(f"backbones.{name}.source: {error}. Correct the name.") from None
+    if "embed_dim" not in architecture:
+        raise UserError(f"backbones.{name}.source.architecture: no embed_dim, the width of its embedding. Add it.")
+    return architecture["embed_dim"]
