@@ -118,7 +118,7 @@ def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "DETAIL_SHARES", (1.0, 0.6))
     monkeypatch.setattr(experiment, "DENOISER_STEPS", (2,))

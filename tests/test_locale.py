@@ -10,7 +10,7 @@ import pytest
 from shrunk import METRICS, ROOT
 
 
-@pytest.fixture(params=["ASCII", "ISO-8859-1"])
+@pytest.fixture(params=["ASCII", pytest.param("ISO-8859-1", marks=pytest.mark.exhaustive)])
 def locale(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a process that neither has UTF-8 nor helps itself to it."""
     environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

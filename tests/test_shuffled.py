@@ -71,7 +71,7 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("saves", [2, 3, 6])
+@pytest.mark.parametrize("saves", [2, pytest.param(3, marks=pytest.mark.exhaustive), 6])
 def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
     """In the first phase, between the two, and in the second."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
