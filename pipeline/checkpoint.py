@@ -7,6 +7,7 @@ Text tower, tokenizer and preprocessing are the pretrained backbone's where the 
 (`parts`, see sections/checkpoint.py).
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,9 @@ def main() -> None:
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # where neither git nor DVC looks, killed or not
             if isinstance(entry.weights, Download):
-                origin, source = downloads.fetch(entry.weights, Path(scratch)), imports.only_model(Path(scratch))
+                earlier = json.loads(outputs[1].read_text(encoding="utf-8")) if outputs[1].is_file() else None
+                origin = downloads.fetch(entry.weights, Path(scratch), earlier)
+                source = imports.only_model(Path(scratch))
             else:
                 origin, source = downloads.found_here(entry.weights), Path(entry.weights.path)
             tensors = imports.tensors(source, original, entry.parts)

@@ -28,8 +28,8 @@ from pipeline.sections.images import Images, MiniImages, PublishedImages
 from pipeline.sections.source import CheckpointSource
 
 
-def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]:
-    """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json)."""
+def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict, dict[str, list[str]]]:
+    """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json; sets)."""
     report, evidence = (
         json.loads(Path("metrics", profile, file).read_text(encoding="utf-8"))[name]
         for file in ("report.json", "evidence.json")
@@ -41,7 +41,7 @@ def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict]
             gain = Interval(*found["gain"][column])
             row += [f"{report['score'][weights][column]:.1f}", gain.text()]
         rows.append(row)
-    return rows, found
+    return rows, found, {COLUMNS[column]: names for column, names in evidence["sets"].items()}
 
 
 def card(
@@ -53,7 +53,7 @@ def card(
     notes: what training saved beside them, if they were trained here. no_transformers: why there is no transformers
     format, if there is none. headed: whether the model has a residual head.
     """
-    rows, found = table(profile, name, weights)
+    rows, found, sets = table(profile, name, weights)
     entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
     images: MiniImages | PublishedImages = config.read(Images, f"profiles.{profile}.images")
     source = complete(name, entry.source)
@@ -65,7 +65,7 @@ def card(
         "checkpoint": entry.checkpoints.get(weights),
         "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
-        "rows": rows, "found": found, "distances": distances, "no_transformers": no_transformers,
+        "rows": rows, "found": found, "sets": sets, "distances": distances, "no_transformers": no_transformers,
         "captions": bool(notes and notes["captions"]),
         "headed": headed, "sha256": sha256, "code": notes and notes["code"],
         "made_from": provenance.hashes([f"models/{profile}/{weights}/{name}"]),

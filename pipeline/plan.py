@@ -13,6 +13,7 @@ for sizes only. An output that exists counts as fetched, whatever it holds.
 import dataclasses
 import hashlib
 import itertools
+import re
 import shutil
 import sys
 import tempfile
@@ -31,14 +32,16 @@ from pipeline.data import downloads
 from pipeline.models.registry import complete, embedding_width
 from pipeline.sections import params
 from pipeline.sections.backbone import BackboneEntry
-from pipeline.sections.checkpoint import LocalFiles
+from pipeline.sections.checkpoint import LocalFiles, TunedWeights
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
 from pipeline.sections.images import PublishedImages, check_there
 from pipeline.sections.mmvp_vlm import PublishedMmvpVlm
+from pipeline.sections.segmentation_sets import LocalSegmentationSets
 from pipeline.sections.source import CheckpointSource, MiniSource
 from pipeline.sections.zeroshot_sets import PublishedZeroshotSets
 
+BY_HAND = Path("data/by_hand")  # a dependency of this stage
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
 NO_TRAINING = "-S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
@@ -47,7 +50,10 @@ NOT_PINS = {"licence", "processes", "threads"}  # they change no byte of what is
 
 @dataclass(frozen=True)
 class Item:
-    """Something to be fetched for a stage's output folder; the size is in bytes. `about`: estimated, not listed."""
+    """Something to be fetched for a stage's output folder; the size is in bytes. `about`: estimated, not listed.
+
+    commit: of the moment, where the address names a branch.
+    """
 
     folder: Path
     origin: str
@@ -55,6 +61,7 @@ class Item:
     size: float
     licence: str
     about: str = ""
+    commit: str = ""
 
 
 def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
@@ -66,7 +73,7 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
     if isinstance(mmvp_vlm, PublishedMmvpVlm):
         wanted.append((data / "mmvp", mmvp_vlm.download))  # every export is verified on images and statements of it
     if isinstance(sets, PublishedZeroshotSets) and "zeroshot" in p.run.benchmarks:
-        wanted += [(data / "zeroshot", download) for download in sets.downloads().values()]
+        wanted += [(data / "zeroshot" / "wds" / name, download) for name, download in sets.downloads().items()]
     for backbone in p.run.backbones:
         source = complete(backbone, p.backbones[backbone].source)
         if isinstance(source, CheckpointSource):
@@ -99,8 +106,16 @@ def to_fetch(p: params.Params) -> list[Item]:
     items = []
     for folder, download in progress(ahead, "asking for sizes") if ahead else ():
         listing = downloads.locate(download)
-        items.append(Item(folder, listing.address, len(listing.files), listing.size, download.licence))
+        commit = listing.revision if _names_a_branch(listing.address, download) else ""
+        items.append(
+            Item(folder, listing.address, len(listing.files), listing.size, download.licence, commit=commit or "")
+        )
     return items + [item for item in links_of(p) if not item.folder.exists()]
+
+
+def _names_a_branch(address: str, download: Download) -> bool:
+    """Whether what comes from there is pinned neither by a commit nor by the hashes of all files."""
+    return not re.search(r"@[0-9a-f]{7,40}$", address) and not (download.files and all(download.files.values()))
 
 
 def disk(p: params.Params, items: list[Item]) -> float:
@@ -157,6 +172,12 @@ def show(items: list[Item]) -> None:
         figures = f"{item.about}{item.files:,}", f"{item.about}{item.size / 1e9:,.2f}"
         table.add_row(str(item.folder), item.origin, *figures, item.licence)
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+    for item in items:
+        if item.commit:
+            print(
+                f"{item.origin} is a branch, now at commit {item.commit}. The first fetch records its hashes below "
+                "metrics/, and other bytes are refused from then on. To pin it now, write that commit in params.yaml."
+            )
 
 
 def check_disk(p: params.Params, items: list[Item]) -> str | None:
@@ -186,6 +207,43 @@ def check_values(p: params.Params) -> None:
                 check_there(images.links.tsv, "links.tsv")
 
 
+def check_by_hand(p: params.Params) -> None:
+    """Raise UserError for what lies on this machine and would be refused later: a checkpoint that is not there, does
+    not fit its backbone or could change unseen, and a set that is not there.
+    """
+    for backbone, name in itertools.product(p.run.backbones, p.run.checkpoints):
+        weights = p.backbones[backbone].checkpoints[name].weights
+        if isinstance(weights, LocalFiles):
+            found = downloads.found_here(weights)["sha256"]
+            if not weights.sha256 and not Path(weights.path).resolve().is_relative_to(BY_HAND.resolve()):
+                raise UserError(
+                    f"{weights.path}: a change of its bytes would not be seen. Put it below {BY_HAND}, which DVC "
+                    f"watches, or give its hash, backbones.{backbone}.checkpoints.{name}.weights.sha256: {found}"
+                )
+            _check_fit(complete(backbone, p.backbones[backbone].source), p.backbones[backbone].checkpoints[name])
+    sets = p.profile.segmentation_sets
+    if "segmentation" in p.run.benchmarks and isinstance(sets, LocalSegmentationSets):
+        for name, local in sets.sets.items():
+            if not Path(local.at).is_dir():
+                raise UserError(
+                    f"{local.at}: no such folder. Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, "
+                    "says from where), or take it out there."
+                )
+
+
+def _check_fit(source: MiniSource | CheckpointSource, checkpoint: TunedWeights) -> None:
+    """Raise UserError where a local checkpoint is none of this backbone's architecture, or lacks a part."""
+    from pipeline.mini import pretrain  # not above: torch takes a second
+    from pipeline.models import backbones, imports
+
+    architecture = source.architecture
+    if isinstance(source, MiniSource):
+        _, _, architecture = pretrain.new_clip(source.architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        backbones.write_config(architecture, source.preprocessing.model_dump(), Path(folder))
+        imports.fitted(Path(checkpoint.weights.path), Path(folder), checkpoint.parts)
+
+
 def check_gpu(p: params.Params) -> str | None:
     """Let every training go two steps on random weights. Returns what to do where the GPU's memory does not suffice."""
     import torch
@@ -212,6 +270,8 @@ def pins(p: params.Params) -> dict[str, dict]:
     """What decides the bytes of every input, by the name of its file."""
     inputs = ("images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets")
     sections = {name: section for name in inputs if (section := getattr(p.profile, name))}
+    if isinstance(sets := p.profile.zeroshot_sets, PublishedZeroshotSets):
+        sections["zeroshot_sets"] = sets.model_copy(update={"sets": sets.chosen(), "run": "all"})
     found = {name: _pinned(section, name, p.profile.threads) for name, section in sections.items()}
     for name in p.run.backbones:
         backbone = p.backbones[name]
@@ -267,6 +327,7 @@ def _only_pins(value: Any) -> Any:
 def main() -> None:
     p = params.load()
     check_values(p)
+    check_by_hand(p)
     if downloads_of(p) or links_of(p):
         items = to_fetch(p)
         if items:

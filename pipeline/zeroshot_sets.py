@@ -54,17 +54,22 @@ def _attributes(scene: np.ndarray) -> dict[str, bytes]:
     return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 
-def fetch(root: Path, section: PublishedZeroshotSets, earlier: Path) -> dict[str, Any]:
-    """Fetch clip-benchmark's sets; returns the source of each set, and null for a set that is not on the hub.
+def fetch(
+    root: Path, section: PublishedZeroshotSets, earlier: Path, recorded: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fetch the chosen ones of clip-benchmark's sets; returns the source of each, and null where it is not on the hub.
 
-    earlier: the folder of an earlier run; files that are there are not fetched again.
+    earlier: the folder of an earlier run; files that are there are not fetched again. recorded: what it returned.
     """
-    absent = [name for name, revision in section.sets.items() if revision is None]
+    chosen = section.chosen()
+    absent = [name for name, revision in chosen.items() if revision is None]
     if absent:
-        print(f"not among clip-benchmark's sets, so left out of {len(section.sets)}: {', '.join(absent)}")
+        print(f"not among clip-benchmark's sets, so left out of {len(chosen)}: {', '.join(absent)}")
     wanted = {root / "wds" / name: download for name, download in section.downloads().items()}
-    records = downloads.fetch_all(wanted, {folder: earlier / folder.relative_to(root) for folder in wanted})
-    return {name: records.get(root / "wds" / name) for name in section.sets}
+    there = {folder: earlier / folder.relative_to(root) for folder in wanted}
+    before = {root / "wds" / name: record for name, record in (recorded or {}).items()}
+    records = downloads.fetch_all(wanted, there, before)
+    return {name: records.get(root / "wds" / name) for name in chosen}
 
 
 @stage
@@ -77,7 +82,8 @@ def main() -> None:
             origin = None
             make(folder, section)
         else:
-            origin = fetch(folder, section, outputs[0])
+            before = json.loads(outputs[1].read_text(encoding="utf-8")) if outputs[1].is_file() else {}
+            origin = fetch(folder, section, outputs[0], before.get("origin"))
         write_json(report, {"sets": {found.name: found.kind for found in read(folder)}, "origin": origin})
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -542,31 +543,133 @@ def test_the_shortest_way_fetches_weights_and_pairs_alone(
     }
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        ({"path": "nowhere.pth"}, "nowhere.pth: no such file or folder. .*get it from the authors of un2CLIP"),
-        ({"sha256": "0" * 64}, "other bytes than params.yaml states: expected sha256 0000"),
-    ],
-)
-def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_fetched(
-    hub: Hub, compared: Path, value: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
+    hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = yaml.safe_load(Path("params.yaml").read_text())
-    content["backbones"]["openai_224"]["checkpoints"]["un2clip"]["weights"] |= value
-    Path("params.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(SystemExit):
+    by_hand, content = compared.parent, yaml.safe_load(Path("params.yaml").read_text())
+    entry = content["backbones"]["openai_224"]["checkpoints"]["un2clip"]
+    torch.save(checkpoints.build(checkpoints.OPENCLIP, 2).visual.state_dict(), by_hand / "other.pth")
+    (by_hand / "photos").mkdir()
+    (by_hand / "photos/1.jpg").touch()
+    shutil.copy(compared, "elsewhere.pth")
+    sha256 = hashlib.sha256(compared.read_bytes()).hexdigest()
+    good, run_section = dict(entry["weights"]), content["run"]
+    missing = "get it from the authors of un2CLIP"
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # of the weights, of the checkpoint, what is said
+        ({"path": "data/by_hand/nowhere.pth"}, {}, f"nowhere.pth: no such file or folder. .*{missing}"),
+        ({"sha256": "0" * 64}, {}, "other bytes than params.yaml states: expected sha256 0000"),
+        ({"path": "data/by_hand/un2clip/other.pth"}, {}, "other.pth does not fit the architecture in params.yaml"),
+        ({}, {"parts": "all"}, "openai_224.pth is of the image tower alone .*set parts: vision for this checkpoint"),
+        ({"path": "data/by_hand/un2clip/photos"}, {}, "photos: a folder without config.json .it holds 1.jpg."),
+        ({"path": "elsewhere.pth"}, {}, f"elsewhere.pth: a change .* not be seen. .*un2clip.weights.sha256: {sha256}"),
+        ({}, {"published": {"pairs": 32.6, "pooling": "mean"}}, "un2clip.published.pooling: found 'mean'"),
+    ]
+
+    def planned(weights: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+        entry.update({"weights": good | weights, "parts": "vision", "published": None} | checkpoint)
+        Path("params.yaml").write_text(yaml.safe_dump(content))
         run(plan)
-    assert re.search(said, capsys.readouterr().err)
-    assert not Path("data/paper/planned").exists()
+
+    hub.requests.clear()
+    for weights, checkpoint_, said in cases:
+        with pytest.raises(SystemExit):
+            planned(weights, checkpoint_)
+        assert re.search(said, capsys.readouterr().err)
+        assert not Path("data/paper/planned").exists()
+    run_section |= {"benchmarks": ["mmvp", "segmentation"], "benchmark_sets": ["segmentation"]}
+    with pytest.raises(SystemExit):
+        planned({}, {})
+    assert "data/ADEChallengeData2016: no such folder. Fetch the set by hand" in capsys.readouterr().err
+    run_section |= {"benchmarks": ["mmvp"], "benchmark_sets": []}
+    assert hub.requests == []
+    planned({"path": "elsewhere.pth", "sha256": sha256}, {})
+    assert read("data/paper/planned/un2clip-openai_224.json")["weights"] == {"sha256": sha256}
+
+
+def test_a_branch_keeps_the_bytes_of_its_first_fetch(
+    hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GenHancer's repository is pinned by no commit, nor are some of the zero-shot sets."""
+    run(plan)
+    said = capsys.readouterr().out
+    assert (
+        f"hf://msj9817/GenHancer@main is a branch, now at commit {COMMIT}. The first fetch records its hashes" in said
+    )
+    assert "clip@" not in said
+    run(backbone_stage, "openai_224")
+    for _ in range(2):  # the same bytes again are no matter
+        run(checkpoint, "openai_224", "genhancer")
+    model = compared.parents[3] / "made/OpenAICLIP/clip-vit-large-patch14/model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(model).items()}, model, metadata={"format": "pt"})
+    hub.add_repo("msj9817/GenHancer", model.parents[2], lfs=1000)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(checkpoint, "openai_224", "genhancer")
+    said = capsys.readouterr().err
+    assert f"hf://msj9817/GenHancer@main has other bytes now (commit {COMMIT}) than an earlier fetch recorded" in said
+    assert "model.safetensors, sha256" in said
+    Path("metrics/paper/checkpoint/openai_224-genhancer.json").unlink()
+    run(checkpoint, "openai_224", "genhancer")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_set_s_branch_keeps_its_bytes_too(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    content = smaller(committed(), hub.endpoint)
+    content["profiles"]["paper"]["zeroshot_sets"]["run"] = ["captions"]
+    write(content, ["siglip_224"], [])
+    served = hub.repos["datasets", "clip-benchmark/wds_captions"]
+    try:
+        run(zeroshot_sets)
+        hub.add_repo("clip-benchmark/wds_captions", checkpoints.retrieval_set(5), kind="dataset", lfs=1000)
+        with pytest.raises(SystemExit):
+            run(zeroshot_sets)
+    finally:
+        hub.repos["datasets", "clip-benchmark/wds_captions"] = served
+    assert "wds_captions@main has other bytes now" in capsys.readouterr().err
+    assert read("metrics/paper/zeroshot_sets.json")["sets"] == {"captions": "retrieval"}
+    run(zeroshot_sets)
+
+
+@pytest.mark.exhaustive
+def test_the_readme_s_shortest_way_through_dvc(hub: Hub, compared: Path, tmp_path: Path) -> None:
+    """Its own command, with others' checkpoints beside: what it fetches is what it says before, and nothing else."""
+    clone = Clone.make(tmp_path / "clone")
+    shutil.copytree(compared.parents[1], clone.root / "data/by_hand", dirs_exist_ok=True)
+    (clone.root / "params.yaml").write_text(yaml.safe_dump(smaller(committed(), hub.endpoint), sort_keys=False))
+    clone.commit("smaller")
+    clone.environment = {"HF_ENDPOINT": hub.endpoint}
+    (command,) = re.findall(r"^dvc exp run report .*\[mmvp\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    more = f"run.checkpoints=[{','.join(SHORTEST)}]"
+    hub.requests.clear()
+    output = clone.run(*shlex.split(command.replace("run.checkpoints=[released]", more)))
+    expected = {"plan", "mmvp_vlm", "report", "backbone@openai_224", "score@mmvp-openai_224-pretrained"}
+    for name in SHORTEST:
+        expected |= {f"checkpoint@openai_224-{name}", f"score-checkpoints@mmvp-openai_224-{name}"}
+    assert sorted(stages_run(output)) == sorted(expected)
+    assert stages_run(output)[0] == "plan"
+    assert output.index("What will be fetched") < output.index("fetching ")
+    names = [name for name in fetched(hub.requests) if not name.endswith((".jpg", "Questions.csv"))]
+    assert sorted(names) == ["ViT-L-14.pt", "config.json", "model.safetensors", "openai.pth"]
+    evidence = json.loads((clone.root / "metrics/paper/evidence.json").read_text())["openai_224"]
+    assert evidence["weights"].keys() == {*SHORTEST}
+    assert "genhancer: pairs " in (clone.root / "metrics/paper/report.md").read_text()
+
+    by_hand = clone.root / "data/by_hand/un2clip/openai_224.pth"  # without a hash in params.yaml
+    torch.save({name: tensor + 0.01 for name, tensor in torch.load(by_hand).items()}, by_hand)
+    hub.requests.clear()
+    again = {name for name in expected if "un2clip" in name} | {"plan", "report"}
+    assert sorted(stages_run(clone.run("dvc", "repro", "report"))) == sorted(again)
+    assert not fetched(hub.requests)
+    clone.run("dvc", "exp", "run", "report", "-S", "run.benchmarks=[zeroshot]",
+              "-S", "profiles.paper.zeroshot_sets.run=[captions]")  # fmt: skip
+    assert {path.name for path in (clone.root / "data/paper/zeroshot/wds").iterdir()} == {"captions"}
 
 
 @pytest.mark.usefixtures("folder")
 def test_another_set_fetches_no_set_again(hub: Hub) -> None:
     content = smaller(committed(), hub.endpoint)
-    sets = content["profiles"]["paper"]["zeroshot_sets"]["sets"]
     for names in (["dots"], ["dots", "captions"]):
-        content["profiles"]["paper"]["zeroshot_sets"]["sets"] = {name: sets[name] for name in names}
+        content["profiles"]["paper"]["zeroshot_sets"]["run"] = names
         write(content, ["siglip_224"], [])
         hub.requests.clear()
         run(zeroshot_sets)
@@ -574,6 +677,69 @@ def test_another_set_fetches_no_set_again(hub: Hub) -> None:
     assert asked
     assert all("captions" in path for path in asked)
     assert read("metrics/paper/zeroshot_sets.json")["sets"].keys() == {"dots", "captions"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_chosen_sets_alone_are_fetched_scored_and_named(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    content = smaller(committed(), hub.endpoint)
+
+    def choose(names: list[str] | str) -> str:
+        """Score on these; returns what stage plan told."""
+        content["profiles"]["paper"]["zeroshot_sets"]["run"] = names
+        write(content, ["openai_224"], ["pretrained", "released"])
+        content["run"]["benchmarks"] = ["zeroshot"]
+        Path("params.yaml").write_text(yaml.safe_dump(content))
+        run(plan)
+        run(zeroshot_sets)
+        return capsys.readouterr().out
+
+    hub.requests.clear()
+    told = choose(["captions"])
+    assert "wds/captions" in told
+    assert not [path for _, path, *_ in hub.requests if "wds_dots" in path]
+    run(mmvp_vlm)
+    run(backbone_stage, "openai_224")
+    run(checkpoint, "openai_224", "released")
+    for weights in ("pretrained", "released"):
+        run(zeroshot, "openai_224", weights)
+        assert read(f"metrics/paper/scores/zeroshot/openai_224-{weights}/scores.json").keys() == {"captions"}
+    run(report)
+    assert "\nSets: retrieval, recall@k: captions.\n" in Path("metrics/paper/report.md").read_text()
+    assert "Sets that the means are of: retrieval, recall@k: captions." in Path("metrics/paper/report.html").read_text()
+    run(export, "openai_224", "released")
+    assert "\nRetrieval, recall@k: captions.\n" in Path("models/paper/export/openai_224-released/README.md").read_text()
+
+    told = choose("all")
+    assert "wds/dots" in told
+    assert "there already: data/paper/mmvp, data/paper/zeroshot/wds/captions, models" in told
+    run(zeroshot, "openai_224", "released")
+    with pytest.raises(SystemExit):
+        run(report)
+    assert re.search(
+        "scores of different scorings of zeroshot are not compared: sets.dots: nothing and [0-9a-f]{64}. Score both",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["dot"], "zeroshot_sets: run names 'dot', which is none of the sets that are there: captions, dots"),
+        (["birdsnap"], "zeroshot_sets: run names 'birdsnap', which is none of"),
+        ([], "zeroshot_sets.run: found"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_set_that_is_not_there_cannot_be_chosen(
+    hub: Hub, names: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = smaller(committed(), hub.endpoint)
+    content["profiles"]["paper"]["zeroshot_sets"]["run"] = names
+    write(content, ["siglip_224"], ["pretrained"])
+    with pytest.raises(SystemExit):
+        run(plan)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

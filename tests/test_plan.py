@@ -30,7 +30,7 @@ from pipeline.sections.download import Download
 
 COMMITTED = Path(__file__).parents[1] / "params.yaml"
 GB = 10**9
-ALWAYS = {"data/paper/mmvp", "data/paper/zeroshot", "models/paper/pretrained/openai_224"}
+ALWAYS = {"data/paper/mmvp", "data/paper/zeroshot/wds/imagenet1k", "models/paper/pretrained/openai_224"}
 
 
 TRY = trial.check
@@ -171,7 +171,7 @@ def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.M
     other = planned()
     assert {name for name in before if other[name] != before[name]} == {n for n in names if n.startswith("mmvp-")}
     p = write()
-    for benchmark, folder in (("mmvp", "data/paper/zeroshot"), ("zeroshot", None)):
+    for benchmark, folder in (("mmvp", "data/paper/zeroshot/wds/imagenet1k"), ("zeroshot", None)):
         alone = p.model_copy(update={"run": p.run.model_copy(update={"benchmarks": [benchmark]})})
         assert {str(path) for path, _ in plan.downloads_of(alone)} == ALWAYS - {folder}
 

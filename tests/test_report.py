@@ -99,14 +99,18 @@ def test_answers_to_other_questions_are_not_compared() -> None:
 
 @pytest.mark.parametrize(
     ("other", "said"),
-    [({"prompt": "an image of "}, "prompt: a photo of  and an image of "), ({"version": 2}, "version: 1 and 2")],
+    [
+        ({"prompt": "an image of "}, "prompt: a photo of  and an image of "),
+        ({"version": 2}, "version: 1 and 2"),
+        ({"sets": {"a": "1", "c": "3"}}, "sets.b: 2 and nothing; sets.c: nothing and 3"),
+    ],
 )
 def test_different_scorings_are_not_compared(other: dict[str, Any], said: str) -> None:
-    asked = {"version": 1, "prompt": "a photo of ", "sha256": "1234"}
+    asked = {"version": 1, "prompt": "a photo of ", "sets": {"a": "1", "b": "2"}, "sha256": "1234"}
     same, changed = (replace(AFTER, scoring={"mmvp": record}) for record in (asked, asked | other | {"sha256": "5678"}))
     before = replace(BEFORE, scoring={"mmvp": asked, "zeroshot": {"version": 1}})
     assert results.gains(before, same) == results.gains(BEFORE, AFTER)
-    with pytest.raises(UserError, match=f"different scorings of mmvp are not compared: {said}$"):
+    with pytest.raises(UserError, match=f"different scorings of mmvp are not compared: {said}. Score both"):
         results.gains(before, changed)
 
 

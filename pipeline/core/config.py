@@ -92,7 +92,7 @@ def checked(
 def _explain(error: Any, content: Any, key: str, renamed: dict[str, str]) -> str:
     parts = [key] if key else []
     for part in error["loc"]:  # pydantic names the chosen kind of a section, too, as if it were a key: leave it out
-        if isinstance(content, list) or (isinstance(content, dict) and part in content):
+        if isinstance(part, int) if isinstance(content, list) else isinstance(content, dict) and part in content:
             parts.append(str(part))
             content = content[part]
     if error["type"] == "missing":

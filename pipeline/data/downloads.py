@@ -108,9 +108,9 @@ def locate(download: Download) -> Listing:
     )
 
 
-def fetch(download: Download, folder: Path) -> dict[str, Any]:
+def fetch(download: Download, folder: Path, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fetch the files into `folder`; see `fetch_all`."""
-    return fetch_all({folder: download})[folder]
+    return fetch_all({folder: download}, recorded={folder: recorded})[folder]
 
 
 def found_here(local: LocalFiles) -> dict[str, Any]:
@@ -135,20 +135,26 @@ def found_here(local: LocalFiles) -> dict[str, Any]:
 
 
 def fetch_all(
-    downloads: dict[Path, Download], earlier: dict[Path, Path] | None = None
-) -> dict[Path, dict[str, Any]]:  # fmt: skip
+    downloads: dict[Path, Download],
+    earlier: dict[Path, Path] | None = None,
+    recorded: dict[Path, dict[str, Any] | None] | None = None,
+) -> dict[Path, dict[str, Any]]:
     """Fetch the files into their folders, each checked against the sha256 of params.yaml or else the hub's hashes.
 
     earlier: by folder, where an earlier fetch left its files: those that have the stated bytes are not fetched again.
+    recorded: by folder, what an earlier fetch returned: an address that is no commit must have the same bytes still.
 
     Returns for each folder where its files came from: `address`, `revision`, `licence`, and `files`: name -> `bytes`,
     `sha256` (as found) and `verified` (by "params", "hub" or "nothing"). Where patterns found more than 50 files,
     `files` is their `count`, `bytes` and the `sha256` of the lines "NAME SHA256\\n" in order of the names.
 
-    Raises UserError for files that cannot be located or fetched, that came with other bytes than stated, and for a
-    lack of disk space. Nothing is moved before all is there: files that came well are kept in scratch for the next run.
+    Raises UserError for files that cannot be located or fetched, that came with other bytes than stated or recorded,
+    and for a lack of disk space. Nothing is moved before all is there: files that came well are kept in scratch for the
+    next run.
     """
     gathered = {folder: _gather(download, (earlier or {}).get(folder)) for folder, download in downloads.items()}
+    for folder, (_, _, record) in gathered.items():
+        _as_recorded(record, (recorded or {}).get(folder))
     for folder, (listing, scratch, _) in gathered.items():
         for remote in listing.files:
             target = folder / remote.name
@@ -530,3 +536,22 @@ def _record(download: Download, listing: Listing, found: dict[str, str]) -> dict
         lines = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(found.items()))
         return {"count": len(files), "bytes": listing.size, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
     return files
+
+
+def _as_recorded(record: dict[str, Any], earlier: dict[str, Any] | None) -> None:
+    """Raises UserError where an address has other files, by name or sha256, than an earlier record of it."""
+    if not earlier or earlier.get("address") != record["address"]:
+        return
+    was, now = (_sums(found["files"]) for found in (earlier, record))
+    if other := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+        raise UserError(
+            f"{record['address']} has other bytes now (commit {record['revision']}) than an earlier fetch recorded "
+            f"(commit {earlier['revision']}), first of {len(other)}: {other[0]}, sha256 {now.get(other[0])}, not "
+            f"{was.get(other[0])}. For the earlier ones write its commit after @ in params.yaml; for these remove the "
+            "record below metrics/."
+        )
+
+
+def _sums(files: dict[str, Any]) -> dict[str, str]:
+    """sha256 by name of a record's files; of many there is one sum."""
+    return {"all": files["sha256"]} if "count" in files else {name: file["sha256"] for name, file in files.items()}

@@ -50,6 +50,7 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
         "baseline": baseline(found["baseline"], scores["pretrained"]),
         "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found).items()],
         "headline": headline_rows(scores, found),
+        "sets": "; ".join(f"{COLUMNS[column]}: {', '.join(names)}" for column, names in found["sets"].items()),
         "comparison": comparison(found),
         "claims": [
             [name, checkpoint.published.pairs, checkpoint.published.pooling]

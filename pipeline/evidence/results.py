@@ -95,12 +95,16 @@ class Scores:
         """The figures of COLUMNS that there are, in %."""
         return headline(self.mmvp, self.zeroshot)
 
+    def sets(self) -> dict[str, list[str]]:
+        """The sets that a column of zero-shot ability is the mean of, by column."""
+        names = {c: [n for n, scores in self.zeroshot.items() if scores["kind"] == kind] for c, kind in KINDS.items()}
+        return {column: found for column, found in names.items() if found}
+
     def strata(self, column: str) -> dict[str, np.ndarray]:
         """The answers of a column in %, by stratum; none where nothing of that kind was scored."""
         if column in PAIRS:
             return self.answers_of_pairs(*PAIRS[column])
-        sets = [name for name, scores in self.zeroshot.items() if scores["kind"] == KINDS[column]]
-        asked = self.answers[self.answers.set.isin(sets)]
+        asked = self.answers[self.answers.set.isin(self.sets().get(column, []))]
         by_measure = asked.groupby(["set", "image", "measure"], sort=False).right.mean()
         by_image = by_measure.groupby(["set", "image"], sort=False).mean()  # an image with all its texts is one sample
         return {name: 100 * group.to_numpy() for name, group in by_image.groupby("set", sort=False)}
@@ -141,12 +145,24 @@ def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Inter
 def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> dict[str, Interval]:
     """The change of every one of these columns that both have. Raises UserError where they were scored differently."""
     for benchmark in before.scoring.keys() & after.scoring.keys():
-        was, now = before.scoring[benchmark], after.scoring[benchmark]
-        other = [f"{key}: {was.get(key)} and {now.get(key)}" for key in {**was, **now} if was.get(key) != now.get(key)]
-        if other := [said for said in other if not said.startswith("sha256: ")]:
-            raise UserError(f"scores of different scorings of {benchmark} are not compared: {'; '.join(other)}")
+        if other := _differences(before.scoring[benchmark], after.scoring[benchmark]):
+            raise UserError(
+                f"scores of different scorings of {benchmark} are not compared: {'; '.join(other)}. Score both alike."
+            )
     there = before.headline().keys() & after.headline().keys()
     return {column: change(before.strata(column), after.strata(column)) for column in columns if column in there}
+
+
+def _differences(was: dict, now: dict, key: str = "") -> list[str]:
+    """What two records of a scoring differ in, each by its dotted key; their hash only says that they do."""
+    other = []
+    for name in {**was, **now}:
+        first, second = (record.get(name, "nothing") for record in (was, now))
+        if isinstance(first, dict) and isinstance(second, dict):
+            other += _differences(first, second, f"{key}{name}.")
+        elif first != second and name != "sha256":
+            other.append(f"{key}{name}: {first} and {second}")
+    return other
 
 
 def changed_pairs(before: Scores, after: Scores, pooling: str) -> dict[str, list[int]]:
@@ -194,7 +210,7 @@ def evidence(scores: dict[str, Scores], claims: dict[str, Claim], known: dict[st
     metrics/README.md. Without pairs there is nothing of theirs, and a verdict on what was not scored is "not measured".
     pooling: what the published pooling rule alone gives. effect, by control's weights: the recipe's gain minus the
     control's (difference in differences). difference, by two tuned weights: the first's gain minus the second's.
-    comparison and baseline: see the functions.
+    sets: names of the zero-shot sets by column. comparison and baseline: see the functions.
 
     claims: what was published, by weights. known: published figures of the pretrained weights, see `baseline`.
     """
@@ -225,6 +241,7 @@ def evidence(scores: dict[str, Scores], claims: dict[str, Claim], known: dict[st
     pools = {"pooling": change(before.strata("pairs_stock"), before.strata("pairs_published"))} if before.mmvp else {}
     return {
         "weights": found,
+        "sets": before.sets(),
         **_rounded(pools),
         "baseline": baseline(before, known or {}),
         "effect": {w: _rounded(gains(scores[w], scores[controls[w]])) for w in scores if w in controls},

@@ -45,6 +45,16 @@ def tensors(source: Path, original: Path, parts: str) -> Tensors:
     """The state of a checkpoint in float32, as the backbone in folder `original` has it.
 
     parts: `all`; `vision`: the image tower alone; `vision_tower`: without its projection. The rest is the original's.
+    Raises UserError as `fitted`.
+    """
+    before = stored_tensors(original)
+    return {name: before[name] if found.is_meta else found for name, found in fitted(source, original, parts).items()}
+
+
+def fitted(source: Path, original: Path, parts: str) -> Tensors:
+    """The same, with an empty tensor (on the meta device) for what is the original's; of `original` its configuration
+    is read, no weights.
+
     Raises UserError where the checkpoint is of another architecture or lacks a part, naming what is missing.
     """
     wanted = empty(original).state_dict()
@@ -64,8 +74,7 @@ def tensors(source: Path, original: Path, parts: str) -> Tensors:
             f"parts: {need} for this checkpoint in params.yaml, which takes the rest from the pretrained weights."
         )
     used = {name: tensor for name, tensor in found.items() if not kept(name)}
-    before = stored_tensors(original)
-    return fitting({**used, **{name: before[name] for name in wanted if kept(name)}}, original, source)
+    return fitting({**used, **{name: tensor for name, tensor in wanted.items() if kept(name)}}, original, source)
 
 
 def _of_file(source: Path, parts: str) -> Tensors:

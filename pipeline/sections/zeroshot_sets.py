@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.core.config import Count, Section
 from pipeline.sections.download import Download
@@ -17,20 +17,36 @@ class MiniZeroshotSets(Section):
 
 
 class PublishedZeroshotSets(Section):
-    """clip-benchmark's sets on the hub by name; null for a set that is usually meant but is not there."""
+    """clip-benchmark's sets on the hub by name; null for a set that is usually meant but is not there.
+
+    run: the names of those that are fetched and scored, or all.
+    """
 
     kind: Literal["hub"]
     at: str  # the address, with {name} and {revision}
     licence: str
     sets: dict[str, str | None]
+    run: Literal["all"] | Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_sets(self) -> "PublishedZeroshotSets":
+        there = [name for name, revision in self.sets.items() if revision]
+        for name in () if self.run == "all" else self.run:
+            if name not in there:
+                raise ValueError(f"run names '{name}', which is none of the sets that are there: {', '.join(there)}")
+        return self
+
+    def chosen(self) -> dict[str, str | None]:
+        """Those of `sets` that `run` names, in their order."""
+        return {name: revision for name, revision in self.sets.items() if self.run == "all" or name in self.run}
 
     def downloads(self) -> dict[str, Download]:
-        """The sets that are there."""
+        """Of the chosen sets those that are there."""
         return {
             name: Download(
                 at=[self.at.format(name=name, revision=revision)], licence=self.licence, match=["test/*", "*.txt"]
             )
-            for name, revision in self.sets.items()
+            for name, revision in self.chosen().items()
             if revision
         }
 
