@@ -5,15 +5,11 @@ data/<profile>/mllm/train/0.tar, test/0.tar
 As in MMVP the two images of a pair differ in a detail, the question is the same, and the options are the two values.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from pipeline.benchmarks.sets import write_split
+from pipeline.benchmarks.sets import png, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import progress, stage
@@ -35,7 +31,7 @@ def _train(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
             {"question": question(pattern), "options": options, "answer": int(value)}
             for (pattern, options), value in zip(asked.items(), scene, strict=True)
         ]
-        yield f"{index:06d}", {"png": _png(pixels), "json": json.dumps(questions).encode()}
+        yield f"{index:06d}", {"png": png(pixels), "json": json.dumps(questions).encode()}
 
 
 def _test(pairs_per_pattern: int) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -46,13 +42,7 @@ def _test(pairs_per_pattern: int) -> Iterator[tuple[str, dict[str, bytes]]]:
             for which, pixels in enumerate(images):
                 asked = {"question": question(pattern), "options": options, "answer": which, "pattern": pattern}
                 key = f"{number}{index:05d}{which}"
-                yield key, {"png": _png(pixels), "json": json.dumps([asked]).encode()}
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
+                yield key, {"png": png(pixels), "json": json.dumps([asked]).encode()}
 
 
 @stage

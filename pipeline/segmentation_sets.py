@@ -5,16 +5,14 @@ data/<profile>/segmentation/<name>/classes.json, train/0.tar, test/0.tar
 The mini world's are drawn. The published ones are fetched by hand (params.yaml says where), checked and packed here.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pipeline.benchmarks.masks import UNLABELLED, check_mask
-from pipeline.benchmarks.sets import write_split
+from pipeline.benchmarks.sets import png, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
@@ -48,13 +46,7 @@ def render(root: Path, sizes: MiniSegmentationSets) -> None:
 def _drawn(set_name: str, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
     for index in progress(range(count), f"images with masks of {set_name}"):
         pixels, mask = world.segmented(set_name, GROUP, index)
-        yield f"{index:06d}", {"png": _png(pixels), "mask.png": _png(mask)}
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
+        yield f"{index:06d}", {"png": png(pixels), "mask.png": png(mask)}
 
 
 def pack(root: Path, section: LocalSegmentationSets) -> None:
@@ -93,7 +85,7 @@ def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator
                 raise UserError(f"{path}: no such file. {hint}")
         _, values = check_mask(image.read_bytes(), mask.read_bytes(), len(local.classes) + 1, str(mask))
         labels = np.where(values == UNLABELLED, 0, values) - np.uint8(1)  # 0 becomes 255, which is UNLABELLED
-        yield key, {image.suffix[1:].lower(): image.read_bytes(), "mask.png": _png(labels.astype(np.uint8))}
+        yield key, {image.suffix[1:].lower(): image.read_bytes(), "mask.png": png(labels.astype(np.uint8))}
 
 
 @stage

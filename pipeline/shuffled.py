@@ -3,7 +3,7 @@
 The denoiser restores one image while it is conditioned on another.
 
 models/<profile>/<recipe>-shuffled/<backbone>/         the backbone's folder with its weights, and diva.json
-metrics/<profile>/train/<backbone>-<recipe>-shuffled/   metrics.json and the curves of the tower phase (DVCLive)
+metrics/<profile>/train/<backbone>-<recipe>-shuffled/   metrics.json and the curves of the tower phase
 
 It repeats the tower phase of stage `train` from the same projector and denoiser, on the same images, crops and noise;
 but the tower sees another image of the same step. So what it gains is not attributable to feedback about its image.

@@ -3,7 +3,7 @@
 models/<profile>/<recipe>/<backbone>/          the backbone's folder with the tuned weights; diva.json;
                                                fitted.safetensors, what the tower phase started from: the
                                                projection, and the denoiser where the recipe fits it
-metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of both phases (DVCLive)
+metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of both phases
 """
 
 import sys

@@ -5,16 +5,14 @@ data/<profile>/zeroshot/wds/<name>/classnames.txt, zeroshot_classification_templ
 data/<profile>/zeroshot/wds/<name>/<split>/nshards.txt, 0.tar
 """
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pipeline.benchmarks.sets import read, write_split
+from pipeline.benchmarks.sets import png, read, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import progress, stage
@@ -37,9 +35,7 @@ def make(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> Non
 def _samples(set_name: str, group: int, count: int, target) -> Iterator[tuple[str, dict[str, bytes]]]:
     for index in progress(range(count), f"{target.__name__.strip('_')} images"):
         pixels, scene = world.image(set_name, group, index)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "png")
-        yield f"{index:06d}", {"png": file.getvalue(), **target(scene)}
+        yield f"{index:06d}", {"png": png(pixels), **target(scene)}
 
 
 def _label(scene: np.ndarray) -> dict[str, bytes]:

@@ -266,7 +266,8 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
-        feedback = assemble.build_feedback(backbone, denoiser, own, p, recipe(batch=4), [], 42, shards, CPU)
+        t = assemble.Training(p, recipe(batch=4), own, [], 42, backbone, denoiser, shards)
+        feedback = assemble.build_feedback(t, CPU)
         (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)
         losses = terms(feedback, [Denoise(1.0)], micro, torch.float32)["denoise"]
@@ -450,10 +451,11 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
     p, backbone = params.load(), Backbone.load(MODELS / "pretrained/mini")
 
     def mark() -> dict:
-        return assemble.fingerprint(
-            p.profile.train, p.profile.recipes["diva"], p.backbones["mini"].condition, 42, backbone, DATA / "denoiser",
-            files["images"].parent, files["fitted"],
-        )  # fmt: skip
+        own, recipe = p.backbones["mini"].condition, p.profile.recipes["diva"]
+        t = assemble.Training(
+            p.profile.train, recipe, own, [], 42, backbone, Denoiser.load(DATA / "denoiser"), None, files["fitted"]
+        )
+        return assemble.fingerprint(t, DATA / "denoiser", files["images"].parent)
 
     before = mark()
     files[what].write_text(files[what].read_text() + "\n")

@@ -263,11 +263,10 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     section, recipe, own = p.profile.train, p.profile.recipes[p.run.recipes[0]], p.backbones["mini"].condition
     shards = Shards(Path("data/mini/images"), validation=section.validation.images)
     losses = assemble.losses_of("recipe", recipe)
-    feedback = assemble.build_feedback(backbone, denoiser, own, section, recipe, losses, seed, shards, processes.device)
+    t = assemble.Training(section, recipe, own, losses, seed, backbone, denoiser, shards)
+    feedback = assemble.build_feedback(t, processes.device)
     checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
-    end = assemble.train(
-        feedback, backbone, denoiser, shards, section, recipe, losses, seed, Path("curves"), processes, checkpoint
-    )
+    end = assemble.train(t, feedback, Path("curves"), processes, checkpoint)
     return backbone, denoiser, end.records
 
 

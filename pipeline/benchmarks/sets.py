@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from pipeline.core.stages import UserError
 
@@ -30,6 +31,13 @@ def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, 
                 member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
                 member.size, member.mode = len(content), 0o444
                 tar.addfile(member, io.BytesIO(content))
+
+
+def png(pixels_HWC: np.ndarray) -> bytes:
+    """An image file of these pixels, uint8, in colour [H, W, 3] or of a mask [H, W]."""
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, "png")
+    return file.getvalue()
 
 
 class SetImage(NamedTuple):

@@ -1,11 +1,13 @@
 """A stage ends with the process that started it, so a killed `dvc repro` leaves no process that writes."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 STARTED_BY = "STARTED_BY"  # the id of the process that started this one, as dvc.yaml's commands set it
 
@@ -32,6 +34,18 @@ def _watch(parent: str) -> None:
     while str(os.getppid()) == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_parent_of_pool(end: Callable[[], None]) -> None:
+    """In a process of multiprocessing: call `end`, which must not return, when its parent is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cpus() -> int:

@@ -39,6 +39,7 @@ from PIL import Image
 
 from pipeline.core.compute import generator
 from pipeline.core.outputs import remove, write_json
+from pipeline.core.processes import end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress
 from pipeline.data.decoding import UndecodableError, decode
 from pipeline.data.remote import RemoteShards
@@ -187,7 +188,7 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
     """Body of the process that runs img2dataset; its workers and all that they print stay within."""
     # A session of its own: Ctrl-C reaches our process alone, for img2dataset's handler would end as if all were done.
     os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent_of_pool(lambda: os.killpg(0, signal.SIGKILL))
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -200,14 +201,6 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
     finally:  # its logging process would wait for ever if download() raises
         for child in multiprocessing.active_children():
             child.kill()
-
-
-def _end_with_parent() -> None:
-    """Kill this process's group when its parent is gone, however the parent ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _end(process: BaseProcess) -> None:

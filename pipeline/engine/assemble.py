@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from dvclive import Live
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -53,9 +52,43 @@ CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "valid
 PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of the names of a trained part's parameters
 
 
-def condition_of(recipe: Recipe, own: Condition) -> Condition:
-    """The rule by which the denoiser is conditioned; own: the backbone's."""
-    return own if recipe.condition == "backbone" else CLASS_TOKEN
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What one training is made of.
+
+    own: the backbone's condition. losses: the recipe's. shards: its images; None where only memory is measured.
+    fitted: for a control, which is the tower phase alone: what `save_fitted` wrote of the run that it is compared with.
+    """
+
+    section: Train
+    recipe: Recipe
+    own: Condition
+    losses: list[Loss]
+    seed: int
+    backbone: Backbone
+    denoiser: Denoiser
+    shards: Shards | None
+    fitted: Path | None = None
+
+    @property
+    def phased(self) -> Recipe:
+        """The recipe, without the warm-up that a control does not make again."""
+        return self.recipe.model_copy(update={"warmup": None}) if self.fitted else self.recipe
+
+    @property
+    def condition(self) -> Condition:
+        """The rule by which the denoiser is conditioned."""
+        return self.own if self.recipe.condition == "backbone" else CLASS_TOKEN
+
+    def feed(
+        self, rule: TokenRule, losses: list[Loss], compute: torch.device, steps: list[tuple[str, int]], **options: Any
+    ) -> Feed:
+        """Of these steps; see Feed."""
+        assert self.shards
+        return Feed(
+            self.shards, self.backbone, self.denoiser, rule, self.section, self.recipe, losses, self.seed, compute,
+            steps, **options,
+        )  # fmt: skip
 
 
 def out_of_memory(profile: str, name: str, recipe: str, micro_batch: int, fitting: int) -> str:
@@ -74,16 +107,14 @@ def pixel_rule(backbone: Backbone, p: Train) -> pixels.PixelRule:
     return pixels.PixelRule(tower, undone_by, backbone.image_size, p.pixels.tower_antialias)
 
 
-def measure_gap(
-    shards: Shards, backbone: Backbone, denoiser: Denoiser, p: Train, recipe: Recipe, seed: int, compute: torch.device
-) -> GapCorrection:
+def measure_gap(t: Training, compute: torch.device) -> GapCorrection:
     """The modality gap, measured on the first images and their captions; every process gets the same."""
-    assert recipe.gap_correction
-    wanted, rule = recipe.gap_correction, pixel_rule(backbone, p)
-    steps = [("gap", number) for number in range(math.ceil(wanted.images / recipe.batch))]
-    feed = Feed(shards, backbone, denoiser, TokenRule("none"), p, recipe, [Denoise(1.0)], seed, compute, steps)
+    assert t.recipe.gap_correction
+    wanted, rule = t.recipe.gap_correction, pixel_rule(t.backbone, t.section)
+    steps = [("gap", number) for number in range(math.ceil(wanted.images / t.recipe.batch))]
+    feed = t.feed(TokenRule("none"), [Denoise(1.0)], compute, steps)
     found = [
-        (backbone.image_tokens(rule.tower(micro.images_BCHW))[0], micro.caption_BD)
+        (t.backbone.image_tokens(rule.tower(micro.images_BCHW))[0], micro.caption_BD)
         for _, number in progress(steps, "gap between images and captions")
         for micro in feed(number)
     ]
@@ -95,31 +126,25 @@ def measure_gap(
 
 
 @torch.no_grad()
-def build_feedback(
-    backbone: Backbone, denoiser: Denoiser, own: Condition, p: Train, recipe: Recipe, found: list[Loss], seed: int,
-    shards: Shards | None, compute: torch.device,
-) -> Feedback:  # fmt: skip
+def build_feedback(t: Training, compute: torch.device) -> Feedback:
     """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
 
-    own: the backbone's condition. found: the recipe's losses, which see the tower as it was. shards: the images by
-    which the gap is measured; None where there is none to correct.
+    The losses see the tower as it was.
     """
-    condition, trained = condition_of(recipe, own), recipe.trained
-    with seeded(seed, "projection"):
+    p, backbone, denoiser, trained, warmup = t.section, t.backbone, t.denoiser, t.recipe.trained, t.phased.warmup
+    with seeded(t.seed, "projection"):
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
-    fits_denoiser = recipe.warmup is not None and recipe.warmup.denoiser
+    fits_denoiser = warmup is not None and warmup.denoiser
     denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser).to(compute)
     backbone.to(compute).clip.requires_grad_(False)
-    gap = None
-    if recipe.gap_correction and shards:
-        gap = measure_gap(shards, backbone, denoiser, p, recipe, seed, compute)
-    for loss in found:
+    gap = measure_gap(t, compute) if t.recipe.gap_correction and t.shards else None
+    for loss in t.losses:
         loss.prepare(backbone.tower, backbone.embed, float(backbone.logit_scale))
     if isinstance(trained, Head):
-        backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, seed))
+        backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, t.seed))
     elif isinstance(trained, Lora):
-        with seeded(seed, "lora"):
+        with seeded(t.seed, "lora"):
             adapters.adapt(backbone.clip.visual, trained.rank, trained.alpha)
     tower = ImageTower(backbone.clip.visual)
     if p.compile:
@@ -127,7 +152,7 @@ def build_feedback(
         denoiser.compile()
         denoiser.vae.encoder.compile()
     return Feedback(
-        tower, projection, denoiser, text_1LD, condition.tokens, condition.text,
+        tower, projection, denoiser, text_1LD, t.condition.tokens, t.condition.text,
         pixel_rule(backbone, p), gap, fits_denoiser,
     ).to(compute)  # fmt: skip
 
@@ -252,18 +277,18 @@ def put_fitted(feedback: Feedback, path: Path, processes: Accelerator) -> None:
         own[name].copy_(tensor)
 
 
-def fingerprint(
-    section: Train, recipe: Recipe, own: Condition, seed: int, backbone: Backbone, denoiser: Path, images: Path,
-    fitted: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out."""
+def fingerprint(t: Training, denoiser: Path, images: Path) -> dict[str, Any]:
+    """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out.
+
+    The first process alone has what a control starts from, and the checkpoint.
+    """
     return {
-        "seed": seed,
-        "train": section.model_dump(mode="json", exclude={"checkpoint_minutes"}),
-        "recipe": recipe.model_dump(mode="json"),
-        "condition": dataclasses.asdict(own),
-        "fitted": digest([fitted]) if fitted else None,
-        "backbone": backbone.sha256,
+        "seed": t.seed,
+        "train": t.section.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "recipe": t.recipe.model_dump(mode="json"),
+        "condition": dataclasses.asdict(t.own),
+        "fitted": digest([t.fitted]) if t.fitted and t.fitted.is_file() else None,
+        "backbone": t.backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest([images / INDEX]),
         "code": program("engine/assemble.py"),
@@ -280,63 +305,57 @@ def digest(files: list[Path]) -> str:
     return together.hexdigest()
 
 
-def train(
-    feedback: Feedback, backbone: Backbone, denoiser: Denoiser, shards: Shards, p: Train, recipe: Recipe,
-    found: list[Loss], seed: int, curves: Path, processes: Accelerator, checkpoint: Checkpoint,
-    fitted: Path | None = None,
-) -> RunState:  # fmt: skip
-    """Run both phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError.
-
-    found: the recipe's losses; fitted: for the control, which is the tower phase alone: what `save_fitted` wrote of
-    the run it is compared with.
-    """
-    if fitted:
-        put_fitted(feedback, fitted, processes)
-    planned = phases(feedback, without_warmup(recipe) if fitted else recipe, found)
-    precision = getattr(torch, p.precision)
-    so_far = checkpoint.resume(feedback) or RunState([], shards.undecodable)
-    shards.undecodable = so_far.undecodable
+def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint) -> RunState:
+    """Run both phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError."""
+    assert t.shards
+    if t.fitted:
+        put_fitted(feedback, t.fitted, processes)
+    planned, every = phases(feedback, t.phased, t.losses), t.section.validation.every
+    precision = getattr(torch, t.section.precision)
+    so_far = checkpoint.resume(feedback) or RunState([], t.shards.undecodable)
+    t.shards.undecodable = so_far.undecodable
     done = {phase.name: sum(record.phase == phase.name for record in so_far.records) for phase in planned}
-    feed = Feed(
-        shards, backbone, denoiser, feedback.tokens, p, recipe, found, seed, processes.device,
-        [(phase.name, number) for phase in planned for number in range(done[phase.name], phase.steps)],
-        process=processes.process_index, processes=processes.num_processes, mismatched=fitted is not None,
+    schedule = [(phase.name, number) for phase in planned for number in range(done[phase.name], phase.steps)]
+    feed = t.feed(
+        feedback.tokens, t.losses, processes.device, schedule, process=processes.process_index,
+        processes=processes.num_processes, mismatched=t.fitted is not None,
     )  # fmt: skip
     validation = feed.validation()
 
     def measure(steps: int) -> Callable[[int], float | None]:
         def validation_loss(number: int) -> float | None:
-            if number % p.validation.every and number != steps - 1:
+            if number % every and number != steps - 1:
                 return None
             return step.denoising_loss(feedback, *validation, precision, processes)
 
         return validation_loss
 
     main = processes.is_main_process
-    options = {"dvcyaml": None, "save_dvc_exp": False, "report": None, "monitor_system": False}
-    with Live(str(curves), **options) if main else nullcontext() as live:
+    if main:
+        curves.mkdir(parents=True, exist_ok=True)
         for record in so_far.records:
-            plot(live, record)
-        for phase in planned:
-            first = done[phase.name]
-            if so_far.optimizer and so_far.optimizer[0] == phase.name:
-                step.restore_optimizer(phase, so_far.optimizer[1])
-            if phase.name == "tower":
-                denoiser.for_feedback(precision)  # now frozen, if it was fitted
-            if phase.name == "tower" and not first:
-                so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
-            steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase.steps), checkpoint.due)
-            bar = {"initial": first, "unit": " images", "unit_scale": recipe.batch, "disable": not main}
-            speed = Speed(feedback, phase, validation[0], processes, precision)
-            for record, at_rest in progress(steps, phase.name, phase.steps, **bar):
-                so_far.records.append(record)
-                plot(live, record)
-                speed.count()
-                if at_rest:
-                    checkpoint.save(feedback, phase, so_far)
+            plot(curves, record)
+    for phase in planned:
+        first = done[phase.name]
+        if so_far.optimizer and so_far.optimizer[0] == phase.name:
+            step.restore_optimizer(phase, so_far.optimizer[1])
+        if phase.name == "tower":
+            t.denoiser.for_feedback(precision)  # now frozen, if it was fitted
+        if phase.name == "tower" and not first:
+            so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
+        steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase.steps), checkpoint.due)
+        bar = {"initial": first, "unit": " images", "unit_scale": t.recipe.batch, "disable": not main}
+        speed = Speed(feedback, phase, validation[0], processes, precision)
+        for record, at_rest in progress(steps, phase.name, phase.steps, **bar):
+            so_far.records.append(record)
             if main:
-                speed.report()
-            phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
+                plot(curves, record)
+            speed.count()
+            if at_rest:
+                checkpoint.save(feedback, phase, so_far)
+        if main:
+            speed.report()
+        phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
     so_far.undecodable = of_all(so_far.undecodable)
     return so_far
 
@@ -347,14 +366,14 @@ def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
     return backbone.clip.state_dict()
 
 
-def plot(live: Live | None, record: step.Record) -> None:
-    """Add a step to the curves; only the main process has `live`."""
-    if live is None:
-        return
-    live.step = record.step
+def plot(curves: Path, record: step.Record) -> None:
+    """Add a step to the curves, a file each, which `dvc plots` reads; they are there to look at while it runs."""
     for curve, value in {**record.terms, **{curve: getattr(record, curve) for curve in CURVES}}.items():
         if value is not None:
-            live.log_metric(f"{record.phase}/{curve}", value)
+            path = curves / "plots/metrics" / record.phase / f"{curve}.tsv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{record.step}\t{value}\n" if file.tell() else f"step\t{curve}\n{record.step}\t{value}\n")
 
 
 def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, Any]:
@@ -377,10 +396,6 @@ def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: 
     }
 
 
-def without_warmup(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"warmup": None})
-
-
 def post_train(name: str, recipe_name: str, control: str = "") -> None:
     """Make models/<profile>/<weights>/<name> and its curves, by a recipe or by a control that starts where it did."""
     profile = config.profile()
@@ -397,9 +412,9 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
 
-    def load() -> tuple[tuple[list[Loss], Backbone, Denoiser, Shards, dict[str, Any]], dict[str, Any]]:
+    def load() -> tuple[tuple[Training, dict[str, Any]], dict[str, Any]]:
         """What is read, and what of it must be the same on all hosts."""
-        found = losses_of(key, recipe)
+        losses = losses_of(key, recipe)
         backbone, denoiser = Backbone.load(original), Denoiser.load(models)
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
@@ -412,27 +427,21 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
         )  # fmt: skip
         if fitted and processes.is_main_process and not fitted.is_file():
             raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
-        mark = fingerprint(
-            section, recipe, own, seed, backbone, models, images, fitted if processes.is_main_process else None
-        )
-        alike = {**mark, "fitted": bool(fitted), "packages": hosts.packages()}
-        return (found, backbone, denoiser, shards, mark), alike
+        t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, fitted)
+        mark = fingerprint(t, models, images)
+        return (t, mark), {**mark, "fitted": bool(fitted), "packages": hosts.packages()}
 
     with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
-        found, backbone, denoiser, shards, mark = hosts.agreed(processes, load)
+        t, mark = hosts.agreed(processes, load)
         checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
-        started = without_warmup(recipe) if fitted else recipe
-        feedback = build_feedback(backbone, denoiser, own, section, started, found, seed, shards, processes.device)
+        feedback = build_feedback(t, processes.device)
         try:
-            end = train(
-                feedback, backbone, denoiser, shards, section, recipe, found, seed, curves, processes, checkpoint,
-                fitted,
-            )  # fmt: skip
+            end = train(t, feedback, curves, processes, checkpoint)
         except torch.OutOfMemoryError as error:
             way = out_of_memory(profile, name, recipe_name, section.micro_batch, section.micro_batch // 2)
             raise UserError(f"{error}\n{way}") from None
         except step.NotFiniteError as error:
-            tensors = tuned(backbone)
+            tensors = tuned(t.backbone)
             if not processes.is_main_process:
                 sys.exit(1)
             kept = outputs[0].with_name(f"{name}.last-good")
@@ -445,7 +454,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                 f"Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
                 "precision float32."
             ) from None
-        tensors = tuned(backbone)
+        tensors = tuned(t.backbone)
         if processes.is_main_process:
             result = summary(end.records, recipe, seed, sum(map(len, end.undecodable.values())))
             save_like(original, tensors, folder)
@@ -461,7 +470,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                     "train": section.model_dump(),
                     "recipe": recipe.model_dump(exclude_none=True),
                     "captions": recipe.reads_captions,
-                    "condition": dataclasses.asdict(condition_of(recipe, own)),
+                    "condition": dataclasses.asdict(t.condition),
                     "code": mark["code"],
                     "result": result,
                 },

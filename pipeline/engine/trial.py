@@ -13,7 +13,7 @@ from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError
 from pipeline.diva import diffusion, step
 from pipeline.diva.step import MicroBatch
-from pipeline.engine.assemble import build_feedback, out_of_memory, phases
+from pipeline.engine.assemble import Training, build_feedback, out_of_memory, phases
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone, model_config
 from pipeline.models.registry import complete
@@ -83,7 +83,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
         denoiser = random_denoiser(p.profile.denoiser)
         denoiser.__class__, denoiser.text_tokens = Told, p.profile.denoiser.text_tokens
-        feedback = build_feedback(backbone, denoiser, entry.condition, section, recipe, losses, p.seed, None, compute)
+        t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None)
+        feedback = build_feedback(t, compute)
     images_BCHW = torch.zeros(micro_batch, 3, section.size, section.size, dtype=torch.uint8, device=compute)
     shape = denoiser.latent_shape(section.size)
     draws = [[generator("trial", k, i) for i in range(micro_batch)] for k in range(len(recipe.draw_weights))]

@@ -231,14 +231,14 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
     return result | ({"peak_memory_gb": {k: round(v, 2) for k, v in memory.items()}} if compute.type == "cuda" else {})
 
 
-def longest(steps: Iterator[Any], compute: torch.device, count: int = 8) -> dict[str, float]:
+def longest(steps: Iterator[Any], compute: torch.device) -> dict[str, float]:
     """Shares of a step's time, of the operations that take most of it."""
     gpu = compute.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         next(steps)
     times = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in profile.key_averages()}
-    ranked = sorted(times.items(), key=lambda item: -item[1])[:count]
+    ranked = sorted(times.items(), key=lambda item: -item[1])[:8]
     return {name: round(value / sum(times.values()), 3) for name, value in ranked}
 
 
@@ -259,16 +259,16 @@ def matmul_rate(compute: torch.device, precision: torch.dtype) -> float:
 # ------------------------------------------------------------------------------------------------------- the loader
 
 
-def photo_shards(size: int, count: int, of: int = 64, shard_size: int = 5000) -> Path:
-    """A folder of shards with `count` images that compress like photographs, of which `of` are distinct."""
+def photo_shards(size: int, count: int) -> Path:
+    """A folder of shards with `count` images that compress like photographs, of which 64 are distinct."""
     folder = SCRATCH / f"{size}-{count}"
     if (folder / INDEX).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = [_jpeg(size, i) for i in range(min(of, count))]
+    encoded = [_jpeg(size, i) for i in range(min(64, count))]
     counts = {}
-    for shard in progress(range(-(-count // shard_size)), "shards of images"):
-        name, numbers = f"{shard:05d}.tar", range(shard * shard_size, min(count, (shard + 1) * shard_size))
+    for shard, first in enumerate(progress(range(0, count, 5000), "shards of images")):
+        name, numbers = f"{shard:05d}.tar", range(first, min(count, first + 5000))
         with tarfile.open(folder / name, "w") as tar:
             for i in numbers:
                 for extension, data in (("jpg", encoded[i % len(encoded)]), ("txt", b"-")):

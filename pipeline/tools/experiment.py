@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -35,19 +34,11 @@ from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, remove
-from pipeline.core.processes import cpus
+from pipeline.core.processes import cpus, end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
-from pipeline.engine.assemble import (
-    FITTED,
-    Checkpoint,
-    build_feedback,
-    save_fitted,
-    train,
-    tuned,
-    without_warmup,
-)
+from pipeline.engine.assemble import FITTED, Checkpoint, Training, build_feedback, save_fitted, train, tuned
 from pipeline.engine.losses import losses_of
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import Interval, over_groups
@@ -210,14 +201,12 @@ class Assets:
         section, own = self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.post_training(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
-        started, found = without_warmup(recipe) if fitted else recipe, losses_of(run.recipe, recipe)
-        feedback = build_feedback(backbone, denoiser, own, section, started, found, run.seed, shards, self.compute)
+        losses = losses_of(run.recipe, recipe)
+        t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted)
+        feedback = build_feedback(t, self.compute)
         curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
         checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
-        end = train(
-            feedback, backbone, denoiser, shards, section, recipe, found, run.seed, curves, self.processes, checkpoint,
-            fitted,
-        )  # fmt: skip
+        end = train(t, feedback, curves, self.processes, checkpoint)
         remove(curves)
         save_like(original, tuned(backbone), folder)
         if not fitted:
@@ -251,16 +240,9 @@ class Assets:
 _assets: Assets  # of a worker
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
-
-
 def _start_worker(p: params.Params) -> None:
     global _assets
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed experiment must leave no second writer
+    end_with_parent_of_pool(lambda: os._exit(1))  # a killed experiment must leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
         "w", buffering=1, encoding="utf-8"

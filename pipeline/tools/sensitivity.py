@@ -41,8 +41,7 @@ from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, step
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.feedback import Feedback
-from pipeline.engine.assemble import build_feedback, phases
-from pipeline.engine.feed import Feed
+from pipeline.engine.assemble import Training, build_feedback, phases
 from pipeline.engine.losses import losses_of
 from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
@@ -83,11 +82,12 @@ def fitted(
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
     own, losses = p.backbones[name].condition, losses_of(recipe_name, recipe)
-    feedback = build_feedback(backbone, denoiser, own, section, recipe, losses, p.seed, shards, compute)
+    t = Training(section, recipe, own, losses, p.seed, backbone, denoiser, shards)
+    feedback = build_feedback(t, compute)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
     for phase in phases(feedback, recipe, losses)[:-1]:
         steps = [(phase.name, number) for number in range(phase.steps)]
-        feed = Feed(shards, backbone, denoiser, feedback.tokens, section, recipe, losses, p.seed, compute, steps)
+        feed = t.feed(feedback.tokens, losses, compute, steps)
         for _ in progress(step.run(feedback, phase, feed, precision, processes), phase.name, phase.steps):
             pass
     return feedback.requires_grad_(False)
