@@ -39,6 +39,7 @@ from pipeline.models import exports
 from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, text_sha256
 from pipeline.sections.mmvp import Mmvp
 from pipeline.sections.zeroshot import Zeroshot
+from pipeline.tools import bench
 
 SCORES = METRICS / "scores/zeroshot/mini-pretrained"
 CLASSES, TEMPLATES = ["fish", "car", "boat", "bird"], ["a photo of a {c}", "a {c} of a photo", "a {c}"]
@@ -414,3 +415,26 @@ def test_mmvps_published_rule_through_stock_open_clip_gives_the_same_pairs(finis
     stock = ours[ours.pooling == "stock"]
     assert (stock.statement_to_image == 1).tolist() == right
     assert 0 < sum(right) < len(right)
+
+
+# ----------------------------------------------------------------------------------------------- the bench
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("100%|##| 10/10 [00:01, 9.5it/s]\n\r0it [00:00, ?it/s]\r4it [00:02,  1.99it/s]\n", 4 / 1.99),
+     ("\r1it [00:03,  3.10s/it]\r4it [00:10,  2.50s/it]\n", 10.0)],
+)  # fmt: skip
+def test_a_bar_of_clip_benchmark_tells_its_seconds(said: str, seconds: float) -> None:
+    assert bench.bar_seconds(said) == pytest.approx(seconds)
+    with pytest.raises(UserError, match="bar of batches is not in what it said"):
+        bench.bar_seconds("0it [00:00, ?it/s]")
+
+
+@pytest.mark.exhaustive
+def test_the_bench_scores_beside_clip_benchmarks_program(here: Path) -> None:
+    run(bench, "scoring", "--images", "200", "--rounds", "1")
+    found = json.loads(Path("metrics/bench/scoring.json").read_text())["images_per_second"]
+    assert [way.partition(",")[0] for way in found] == ["decoding alone", *["ours"] * 2, *["clip_benchmark"] * 2]
+    assert all(rate > 0 for rates in found.values() for rate in rates)
+    assert not bench.SCRATCH.exists()

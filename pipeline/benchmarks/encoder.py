@@ -1,9 +1,8 @@
 """A backbone's embeddings of a set's images and texts, as fast as the machine can.
 
 Images are read, decoded and resized by threads of this process, ahead of what computes: Pillow does that without
-Python's lock, so threads are as fast as processes would be, and nothing passes through shared memory, of which a
-container has 64 MB. Of several processes, one for each GPU, each takes every so-manieth batch: the batches stay what
-they are, and with them every figure.
+Python's lock, and nothing passes through shared memory, of which a container has 64 MB. Of several processes, one for
+each GPU, each takes every so-manieth batch: the batches stay what they are, and with them every figure.
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
     python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
     python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
+    python -m pipeline.tools.bench scoring --images N --rounds R    zero-shot scoring beside clip_benchmark's program
 
 Weights are random and of true shape, images are made here. Both schedules take turns, A B A B, step by step, in one
 process, fed by the same loader; the released one runs the tower once for each draw, one UNet batch a draw, under
@@ -13,27 +14,35 @@ import argparse
 import dataclasses
 import io
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.benchmarks.clip_sets import classification
+from pipeline.benchmarks.encoder import CHUNK, Encoder
+from pipeline.benchmarks.sets import SetImage, read
 from pipeline.core.compute import deterministic_device, seeded
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.processes import cpus
-from pipeline.core.stages import progress, stage
+from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import step
 from pipeline.diva.feedback import Feedback
@@ -43,7 +52,7 @@ from pipeline.diva.schedule import Phase
 from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
 from pipeline.engine.trial import STABLE_DIFFUSION_2_1_BASE, random_clip, random_denoiser
-from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.backbones import Backbone, model_config, save_weights, write_config
 from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
@@ -265,7 +274,7 @@ def photo_shards(size: int, count: int) -> Path:
     if (folder / INDEX).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    encoded = [_jpeg(size, i) for i in range(min(64, count))]
+    encoded = [_jpeg((size * 3 // 2, size), i) for i in range(min(64, count))]
     counts = {}
     for shard, first in enumerate(progress(range(0, count, 5000), "shards of images")):
         name, numbers = f"{shard:05d}.tar", range(first, min(count, first + 5000))
@@ -280,10 +289,9 @@ def photo_shards(size: int, count: int) -> Path:
     return folder
 
 
-def _jpeg(size: int, number: int) -> bytes:
-    """Noise at every scale, the coarser the stronger, in the shape of a photo: shorter edge `size`, 3:2."""
-    draws, shape = np.random.default_rng(number), (size * 3 // 2, size)
-    total = np.zeros((size, size * 3 // 2, 3))
+def _jpeg(shape: tuple[int, int], number: int) -> bytes:
+    """Noise at every scale, the coarser the stronger, as a photo of this width and height."""
+    draws, total = np.random.default_rng(number), np.zeros((shape[1], shape[0], 3))
     for scale in (4, 16, 64, 256):
         coarse = Image.fromarray(draws.integers(0, 256, (scale * 2 // 3 + 1, scale, 3), dtype=np.uint8))
         total += np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC), float) / scale**0.7
@@ -322,6 +330,113 @@ def loader(p: Params, images: int) -> dict[str, Any]:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------- scoring
+
+
+SHARDS = 8  # clip_benchmark's four workers share whole shards
+
+
+def photo_set(root: Path, count: int) -> None:
+    """A set in clip-benchmark's layout of `count` JPEGs of 500 x 375 px, of which 64 are distinct."""
+    folder, classes = root / "wds" / "photos", [f"class {i}" for i in range(10)]
+    (folder / "test").mkdir(parents=True)
+    encoded = [_jpeg((500, 375), i) for i in range(min(64, count))]
+    for shard in range(SHARDS):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for i in range(shard * count // SHARDS, (shard + 1) * count // SHARDS):
+                for extension, data in (("jpg", encoded[i % len(encoded)]), ("cls", b"%d" % (i % len(classes)))):
+                    member = tarfile.TarInfo(f"{i:07d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    for file, lines in {
+        "test/nshards.txt": [str(SHARDS)], "dataset_type.txt": ["classification"], "classnames.txt": classes,
+        "zeroshot_classification_templates.txt": ["a photo of a {c}"],
+    }.items():  # fmt: skip
+        (folder / file).write_text("\n".join(lines), encoding="utf-8")
+
+
+def small_clip(p: Params, folder: Path) -> None:
+    """The mini backbone's towers with CLIP's own tokenizer and random weights, as a folder that open_clip loads."""
+    source = complete("mini", p.backbones["mini"].source)
+    config = model_config(source.architecture)
+    config["text_cfg"] |= {"context_length": 77, "vocab_size": 49408}
+    write_config(config, source.preprocessing.model_dump(), folder)
+    with seeded("bench", "scoring"):
+        save_weights(random_clip(config, source.preprocessing.model_dump()).clip.state_dict(), folder)
+
+
+def _decode(preprocessing: dict[str, Any], samples: list[SetImage]) -> None:
+    """Read, decode and resize as a backbone does, and nothing else; the work of a process that does so alone."""
+    backbone: Any = SimpleNamespace(preprocessing=preprocessing, resizing={})  # what is read of it
+    for sample in samples:
+        with Image.open(io.BytesIO(sample.read())) as image:
+            Backbone.resize(backbone, image.convert("RGB"))
+
+
+def scoring(p: Params, images: int, rounds: int, compute: torch.device) -> dict[str, Any]:
+    """Images a second of decoding alone, of our scoring, and of clip_benchmark's program, in turns.
+
+    The program's are those of its own bar, its start left out; ours count from the look through the set to the answers.
+    """
+    root, model = SCRATCH / "scoring", SCRATCH / "clip"
+    photo_set(root, images)
+    small_clip(p, model)
+    section, processes = p.profiles["mini"].zeroshot, PartialState(cpu=compute.type == "cpu")
+    backbone = Backbone.load(model).to(compute)
+    (found,) = read(root)
+
+    def decoding() -> float:
+        """By one process a core, warm before the clock starts."""
+        samples, cores, preprocessing = found.splits["test"], cpus(), backbone.preprocessing
+        with ProcessPoolExecutor(cores) as pool:
+            for _ in pool.map(_decode, [preprocessing] * cores, [samples[:CHUNK]] * cores):
+                pass
+            start = time.perf_counter()
+            for _ in pool.map(_decode, [preprocessing] * cores, [samples[i::cores] for i in range(cores)]):
+                pass
+        return images / (time.perf_counter() - start)
+
+    def ours(processes_here: int = 1) -> float:
+        """processes_here: as a process does that shares the machine with others, down to one thread."""
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(processes_here)):
+            start = time.perf_counter()
+            classification(Encoder(backbone, processes, section.batch, section.precision), *read(root))
+        return images / (time.perf_counter() - start)
+
+    def program(*options: str) -> float:
+        command = [str(Path(sys.executable).with_name("clip_benchmark")), "eval", "--dataset", "wds/photos"]
+        command += ["--dataset_root", str(root / "wds" / "photos"), "--task", "zeroshot_classification"]
+        command += ["--model", f"local-dir:{model}", "--pretrained", "", "--output", str(SCRATCH / "out.json")]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        return images / bar_seconds(done.stderr)
+
+    ways: dict[str, Callable[[], float]] = {
+        "decoding alone, a process a core": decoding,
+        "ours": ours,
+        "ours, one thread decodes": lambda: ours(cpus()),
+        "clip_benchmark": program,
+        "clip_benchmark, no worker": lambda: program("--num_workers", "0"),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, measure in ways.items():
+            load = os.getloadavg()[0]
+            rates[way].append(round(measure(), 1))
+            print(f"{way}: {rates[way][-1]} images/s (load before: {load:.1f})", flush=True)
+    return {"cores": cpus(), "device": compute.type, "images": images, "images_per_second": rates}
+
+
+def bar_seconds(said: str) -> float:
+    """How long the loop of clip_benchmark took, by the last state of its last bar: `n` batches at so many a second."""
+    bars = re.findall(r"\b(\d+)it \[[\d:]+, +([\d.]+)(it/s|s/it)\]", said)
+    if not bars:
+        raise UserError(f"clip_benchmark's bar of batches is not in what it said:\n{said[-2000:]}")
+    batches, rate, unit = bars[-1]
+    return int(batches) / float(rate) if unit == "it/s" else int(batches) * float(rate)
+
+
 # ------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -351,22 +466,26 @@ def markdown(results: dict[str, dict[str, Any]], machine: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, help="by default 8, of scoring 2")
     parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--images", type=int, help="by default 100,000, of scoring 20,000")
     arguments = parser.parse_args()
     p, compute = params.load(), deterministic_device()
     gpu = compute.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
     try:
-        if arguments.subjects == ["loader"]:
-            with atomic(OUTPUT / "loader.json") as (file,):
-                result = loader(p, arguments.images)
+        if arguments.subjects in (["loader"], ["scoring"]):
+            (what,) = arguments.subjects
+            with atomic(OUTPUT / f"{what}.json") as (file,):
+                if what == "loader":
+                    result = loader(p, arguments.images or 100_000)
+                else:
+                    result = scoring(p, arguments.images or 20_000, arguments.rounds or 2, compute)
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
         names = arguments.subjects or (LARGE if gpu else ["mini", "block"])
-        results = {name: compare(name, p, arguments.rounds, arguments.micro_batch, compute) for name in names}
+        results = {name: compare(name, p, arguments.rounds or 8, arguments.micro_batch, compute) for name in names}
         stem = machine.lower().replace(" ", "-")
         with atomic(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})

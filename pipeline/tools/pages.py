@@ -145,6 +145,19 @@ def modules(folder: Path) -> str:
     return table(rows)
 
 
+def scoring_speed() -> str:
+    """Images a second of zero-shot scoring: the median of the rounds, their range, the share of what decoding gives."""
+    rates = json.loads(text(Path("metrics/bench/scoring.json")))["images_per_second"]
+    medians = {way: float(np.median(found)) for way, found in rates.items()}
+    (decoding, *_) = medians.values()
+    rows: list[Sequence[object]] = [("way", "images/s", "rounds", "of decoding alone")]
+    for way, found in rates.items():
+        rows.append(
+            (way, f"{medians[way]:.0f}", f"{min(found):.0f} to {max(found):.0f}", f"{medians[way] / decoding:.0%}")
+        )
+    return table(rows)
+
+
 BLOCKS = {
     "result": result,
     "evidence": lambda: tables(backbone_part()),
@@ -157,6 +170,7 @@ BLOCKS = {
     "experiment": lambda: tables(text(Path("metrics/recipes/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
     "bench": lambda: tables(text(Path("metrics/bench/2-cpu-cores.md"))),
+    "scoring speed": scoring_speed,
     "modules": lambda: modules(Path("pipeline")),
     "tests": lambda: modules(Path("tests")),
 }
