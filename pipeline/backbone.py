@@ -4,7 +4,6 @@ models/<profile>/pretrained/<backbone>/
 metrics/<profile>/backbone/<backbone>.json      parameters; training losses, or the source
 """
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,17 @@ def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
 
 
 @stage
-def main() -> None:
-    profile, name = config.profile(), sys.argv[1]
-    source = complete(name, config.read(Source, f"backbones.{name}.source"))
+def main(backbone: str) -> None:
+    profile = config.profile()
+    source = complete(backbone, config.read(Source, f"backbones.{backbone}.source"))
     outputs = (
-        Path("models", profile, "pretrained", name),
-        Path("metrics", profile, "backbone", f"{name}.json"),
+        Path("models", profile, "pretrained", backbone),
+        Path("metrics", profile, "backbone", f"{backbone}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
         metrics = make(source, folder) if isinstance(source, MiniSource) else fetch(source, folder)
-        backbone = backbones.Backbone.load(folder)  # fail here if later stages could not load it
-        write_json(metrics_file, {"parameters": sum(q.numel() for q in backbone.parameters()), **metrics})
+        clip = backbones.Backbone.load(folder)  # fail here if later stages could not load it
+        write_json(metrics_file, {"parameters": sum(q.numel() for q in clip.parameters()), **metrics})
 
 
 if __name__ == "__main__":

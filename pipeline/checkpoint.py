@@ -1,14 +1,13 @@
-"""Stage checkpoint@<backbone>-<checkpoint>: a tuned checkpoint of a backbone, to score it and compare it with others.
+"""Stage checkpoint@<backbone>-<checkpoint>: tuned weights that others made, in the folder format of their backbone.
 
 models/<profile>/<checkpoint>/<backbone>/           the backbone's folder with those weights
 metrics/<profile>/checkpoint/<backbone>-<checkpoint>.json      their source and its hash
 
-Text tower, tokenizer and preprocessing are the pretrained backbone's where the checkpoint is of the image tower alone
-(`parts`, see sections/checkpoint.py).
+If the checkpoint holds the image tower alone (`parts`, see sections/checkpoint.py), the text tower comes from the
+pretrained backbone. Tokenizer and preprocessing always do.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from pipeline.sections.download import Download
 
 
 @stage
-def main() -> None:
-    profile, (name, chosen) = config.profile(), sys.argv[1:3]
-    entry: TunedWeights = config.read(TunedWeights, f"backbones.{name}.checkpoints.{chosen}")
-    original = Path("models", profile, "pretrained", name)
+def main(backbone: str, checkpoint: str) -> None:
+    profile = config.profile()
+    entry: TunedWeights = config.read(TunedWeights, f"backbones.{backbone}.checkpoints.{checkpoint}")
+    original = Path("models", profile, "pretrained", backbone)
     outputs = (
-        Path("models", profile, chosen, name),
-        Path("metrics", profile, "checkpoint", f"{name}-{chosen}.json"),
+        Path("models", profile, checkpoint, backbone),
+        Path("metrics", profile, "checkpoint", f"{backbone}-{checkpoint}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
         folder.mkdir()

@@ -8,7 +8,6 @@ to the size of the change alone.
 """
 
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -45,13 +44,13 @@ def drift(original: Path, trained: Path, seed: int, folder: Path) -> float:
 
 
 @stage
-def main() -> None:
-    profile, (name, recipe) = config.profile(), sys.argv[1:3]
+def main(backbone: str, recipe: str) -> None:
+    profile = config.profile()
     seed: int = config.read(config.Seed, "seed")
     models, weights = Path("models", profile), f"{recipe}-drift"
-    outputs = models / weights / name, Path("metrics", profile, "train", f"{name}-{weights}")
+    outputs = models / weights / backbone, Path("metrics", profile, "train", f"{backbone}-{weights}")
     with atomic(*outputs) as (folder, metrics):
-        distance = drift(models / "pretrained" / name, models / recipe / name, seed, folder)
+        distance = drift(models / "pretrained" / backbone, models / recipe / backbone, seed, folder)
         metrics.mkdir()
         write_json(metrics / "metrics.json", {"seed": seed, "norm_of_change": round(distance, 5)})
 

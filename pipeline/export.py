@@ -5,7 +5,6 @@ metrics/<profile>/export/<backbone>-<weights>.json    how far each format's embe
 """
 
 import json
-import sys
 from pathlib import Path
 
 import yaml
@@ -74,29 +73,29 @@ def card(
 
 
 @stage
-def main() -> None:
-    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+def main(backbone: str, weights: str) -> None:
+    profile, compute = config.profile(), deterministic_device()
     pairs: int = config.read(config.Count, f"profiles.{profile}.mmvp_vlm.pairs_per_pattern")
-    original = Path("models", profile, weights, name)
+    original = Path("models", profile, weights, backbone)
     outputs = (
-        Path("models", profile, "export", f"{name}-{weights}"),
-        Path("metrics", profile, "export", f"{name}-{weights}.json"),
+        Path("models", profile, "export", f"{backbone}-{weights}"),
+        Path("metrics", profile, "export", f"{backbone}-{weights}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
-        backbone = Backbone.load(original).to(compute)
-        no_transformers = exports.write(backbone, original, folder)
+        clip = Backbone.load(original).to(compute)
+        no_transformers = exports.write(clip, original, folder)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
         shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
         texts = [f"a photo of {question.statement}" for question in shown]
-        distances = exports.verify(backbone, folder, [question.image() for question in shown], texts, compute)
+        distances = exports.verify(clip, folder, [question.image() for question in shown], texts, compute)
         if no_transformers:
-            print(f"{name}: exported for open_clip only. {no_transformers}")
+            print(f"{backbone}: exported for open_clip only. {no_transformers}")
         notes = None
-        entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
+        entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{backbone}")
         if weights not in ("pretrained", *entry.checkpoints):
             notes = json.loads((original / "diva.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(
-            card(profile, name, weights, backbone.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),
+            card(profile, backbone, weights, clip.sha256, notes, distances, no_transformers, (folder / HEAD).exists()),
             encoding="utf-8",
         )
         write_json(metrics_file, distances)

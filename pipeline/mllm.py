@@ -1,4 +1,4 @@
-"""Stage score@mllm-<backbone>-<weights>: what a small language model answers that sees through the frozen tower.
+"""Stage score@mllm-<backbone>-<weights>: questions on images, answered by a small LLaVA on the frozen image tower.
 
 metrics/<profile>/scores/mllm/<backbone>-<weights>/
   scores.json    pairs and questions answered right in %, by training seed of the language model and by pattern;
@@ -9,7 +9,6 @@ Projector and language model are trained anew for every tower, in the same way, 
 """
 
 import hashlib
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -28,9 +27,9 @@ from pipeline.sections.mllm import Mllm
 
 
 def vision_tower(backbone: Backbone):
-    """The image tower as one of transformers'. Raises UserError where that has no class for it.
+    """The image tower as a model of transformers. Raises UserError if transformers has no class for it.
 
-    A residual head stands behind the tower, and a language model that reads patch tokens does not see it.
+    A residual head is left out: it stands behind the tower, and the language model reads patch tokens.
     """
     clip = backbone.clip
     if isinstance(clip.visual, WithHead):
@@ -42,7 +41,7 @@ def vision_tower(backbone: Backbone):
 
 
 def reads(vision) -> str:
-    """sha256 of the tensors that decide the last layer but one: all but the last block's and what follows it."""
+    """sha256 of the tensors that the language model's input depends on: all before the last block."""
     last = f"encoder.layers.{vision.config.num_hidden_layers - 1}."
     digest = hashlib.sha256()
     for name, tensor in sorted(vision.state_dict().items()):
@@ -87,12 +86,12 @@ def score(backbone: Backbone, root: Path, p: Mllm, compute: torch.device) -> tup
 
 
 @stage
-def main() -> None:
-    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+def main(backbone: str, weights: str) -> None:
+    profile, compute = config.profile(), deterministic_device()
     section: Mllm = config.read(Mllm, f"profiles.{profile}.mllm")
-    with atomic(Path("metrics", profile, "scores", "mllm", f"{name}-{weights}")) as (folder,):
-        backbone = Backbone.load(Path("models", profile, weights, name))
-        summary, pairs = score(backbone, Path("data", profile, "mllm"), section, compute)
+    with atomic(Path("metrics", profile, "scores", "mllm", f"{backbone}-{weights}")) as (folder,):
+        clip = Backbone.load(Path("models", profile, weights, backbone))
+        summary, pairs = score(clip, Path("data", profile, "mllm"), section, compute)
         folder.mkdir()
         write_json(folder / "scores.json", summary)
         pairs.to_parquet(folder / "pairs.parquet", index=False)

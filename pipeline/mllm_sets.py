@@ -1,4 +1,4 @@
-"""Stage benchmark_sets@mllm: the mini world's questions, as benchmarks/questions.py reads them.
+"""Stage benchmark_sets@mllm: questions on images of the mini world, for benchmarks/questions.py.
 
 data/<profile>/mllm/train/0.tar, test/0.tar
 

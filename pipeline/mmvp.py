@@ -8,7 +8,6 @@ metrics/<profile>/scores/mmvp/<backbone>-<weights>/
   images.csv     one row an image: the cosine between its stock embedding and the one of the pretrained weights
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -113,26 +112,26 @@ def score(
 
 
 @stage
-def main() -> None:
-    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+def main(backbone: str, weights: str) -> None:
+    profile, compute = config.profile(), deterministic_device()
     section: Mmvp = config.read(Mmvp, f"profiles.{profile}.mmvp")
-    published: PoolingRule = config.read(PoolingRule, f"backbones.{name}.published_pooling")
+    published: PoolingRule = config.read(PoolingRule, f"backbones.{backbone}.published_pooling")
     pairs: int = config.read(config.Count, f"profiles.{profile}.mmvp_vlm.pairs_per_pattern")
-    with atomic(Path("metrics", profile, "scores", "mmvp", f"{name}-{weights}")) as (folder,):
+    with atomic(Path("metrics", profile, "scores", "mmvp", f"{backbone}-{weights}")) as (folder,):
         questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
-        backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        summary, table, pooled = score(backbone, questions, published, section, compute)
+        clip = Backbone.load(Path("models", profile, weights, backbone)).to(compute)
+        summary, table, pooled = score(clip, questions, published, section, compute)
         folder.mkdir()
         scoring.write(
             folder, VERSION, prompt=PROMPT, rule="p > 0.5 of a softmax over the pair, both statements",
             precision="float32", published_pooling=asdict(published), draws=section.draws, seed=section.seed,
-            preprocessing=backbone.preprocessing,
+            preprocessing=clip.preprocessing,
             pairs=scoring.content(Path("data", profile, "mmvp"), (".csv", ".jpg")),
         )  # fmt: skip
-        write_json(folder / "scores.json", {"weights_sha256": backbone.sha256, **summary})
+        write_json(folder / "scores.json", {"weights_sha256": clip.sha256, **summary})
         table.to_csv(folder / "pairs.csv", index=False, float_format="%.4f")
         if weights != "pretrained":
-            original = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+            original = Backbone.load(Path("models", profile, "pretrained", backbone)).to(compute)
             before, _ = tokens(original, questions, None, section.batch, compute)
             cosines = cosine_similarity(before.cpu().double(), pooled.double())
             ids = [question.id for question in questions]

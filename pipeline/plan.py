@@ -44,7 +44,7 @@ from pipeline.sections.zeroshot_sets import PublishedZeroshotSets
 BY_HAND = Path("data/by_hand")  # a dependency of this stage
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
-NO_TRAINING = "-S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
+NO_TRAINING = "skip training by -S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
 NOT_PINS = {"licence", "processes", "threads"}  # they change no byte of what is fetched
 
 
@@ -245,7 +245,7 @@ def _check_fit(source: MiniSource | CheckpointSource, checkpoint: TunedWeights) 
 
 
 def check_gpu(p: params.Params) -> str | None:
-    """Let every training go two steps on random weights. Returns what to do where the GPU's memory does not suffice."""
+    """Try two steps of every training on random weights. Returns what to do if the GPU has too little memory."""
     import torch
 
     from pipeline.engine import trial
@@ -253,8 +253,8 @@ def check_gpu(p: params.Params) -> str | None:
     if not torch.cuda.is_available():
         if p.profile.train.precision == "float32":
             return None
-        needs = f"profiles.{p.run.profile}.train.precision is bfloat16, which is for one"
-        return f"GPU: none found, and {needs}. Train elsewhere, or {NO_TRAINING}."
+        needs = f"profiles.{p.run.profile}.train.precision is bfloat16, which needs one"
+        return f"GPU: none found, but {needs}. Train on a machine with a GPU, or {NO_TRAINING}."
     for name, recipe in itertools.product(p.run.backbones, p.run.recipes):
         try:
             trial.check(p, name, recipe, torch.device("cuda"))
@@ -339,7 +339,7 @@ def main() -> None:
         trains = p.run.recipes and isinstance(p.profile.denoiser, PublishedDenoiser)
         problems = [check_disk(p, items), check_gpu(p) if trains else None]
         if any(problems):
-            raise UserError("This machine cannot hold this run.\n  " + "\n  ".join(filter(None, problems)))
+            raise UserError("This machine does not suffice for this run.\n  " + "\n  ".join(filter(None, problems)))
     else:
         print(f"profile {p.run.profile}: all inputs are made here, nothing is fetched")
     scores = Path("metrics", p.run.profile, "scores", "planned.json")

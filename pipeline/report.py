@@ -17,6 +17,7 @@ scored, but are no dependencies, so that DVC can make the report without them; t
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import dvc.api
@@ -147,20 +148,20 @@ def compare(p: Reported, first: str, second: str | None) -> list[str]:
     return worse
 
 
-def arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--show", action="store_true", help="print the table of the last report")
     parser.add_argument("--compare", nargs="*", metavar="COMMIT", help="at most two; as in `dvc metrics diff`")
     parser.add_argument("--check", action="store_true", help="exit status 1 unless the verdicts are good")
-    found = parser.parse_args()
+    found = parser.parse_args(arguments)
     if found.compare is not None and len(found.compare) > 2:
         parser.error(f"--compare takes two commits at most, found {len(found.compare)}")
     return found
 
 
 @stage
-def main() -> None:
-    asked, p = arguments(), reported.load()
+def main(*arguments: str) -> None:
+    asked, p = parsed(arguments), reported.load()
     names = ("report.json", "evidence.json", "patterns.csv", "report.html", "report.md")
     outputs = [Path("metrics", p.run.profile, name) for name in names]
     if asked.compare is not None:

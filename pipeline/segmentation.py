@@ -1,16 +1,15 @@
-"""Stage score@segmentation-<backbone>-<weights>: what the patch tokens of the frozen image tower hold, and where.
+"""Stage score@segmentation-<backbone>-<weights>: segmentation by the patch tokens of the frozen image tower.
 
 metrics/<profile>/scores/segmentation/<backbone>-<weights>/
   scores.json       mean IoU and pixel accuracy in %, by set and reading; a hash of the tensors that it reads
   pixels.parquet    one row an image and class, by set and reading: pixels that are right, predicted, labelled
 
-Readings: a linear probe (`probe`), and open vocabulary without training (`training_free`), which is undefined for
-towers whose patch tokens are not in text space, as SigLIP's.
+Two readings: a linear probe (`probe`), and open vocabulary without training (`training_free`). The second one is
+undefined for towers whose patch tokens are not in text space, such as SigLIP's.
 """
 
 import hashlib
 import math
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +38,7 @@ def score(backbone: Backbone, root: Path, p: Segmentation, compute: torch.device
     """(scores.json, the table of pixels) of all sets below `root`."""
     folders = sorted(path.parent for path in root.glob("*/classes.json"))
     if not folders:
-        raise UserError(f"{root}: no set. Run `dvc repro --force pipeline/dvc.yaml:benchmark_sets@segmentation`.")
+        raise UserError(f"{root} has no set. Run `dvc repro --force pipeline/dvc.yaml:benchmark_sets@segmentation`.")
     scores: dict[str, dict] = {}
     tables = []
     for folder in folders:
@@ -78,7 +77,7 @@ def _windows(backbone: Backbone, image, p: Segmentation) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def _probe(backbone: Backbone, found: SegmentationSet, p: Segmentation, compute: torch.device) -> Grids:
-    """A probe trained on the set's train split, whose tokens are computed once and kept on disk."""
+    """A probe trained on the set's train split. The tokens are computed once and kept on disk meanwhile."""
     grid = math.isqrt(backbone.patches)
     with tempfile.TemporaryDirectory(prefix="tokens-") as scratch:
         files = [Path(scratch, name) for name in ("tokens", "counts")]
@@ -99,7 +98,7 @@ def _probe(backbone: Backbone, found: SegmentationSet, p: Segmentation, compute:
 
 
 def _training_free(backbone: Backbone, found: SegmentationSet, p: Segmentation) -> Grids:
-    """Raises NotInTextSpaceError at once."""
+    """Logits of windows by comparison with texts. Raises NotInTextSpaceError here, not when it is called."""
     visual, classify = backbone.clip.visual, benchmark.text_classifier(backbone, found)
     benchmark.last_block(visual)
     return lambda pixels: classify(benchmark.text_space_tokens(visual, pixels, p.attention, p.neighbourhood))
@@ -134,12 +133,12 @@ def _summary(table: pd.DataFrame, found: SegmentationSet) -> dict:
 
 
 @stage
-def main() -> None:
-    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+def main(backbone: str, weights: str) -> None:
+    profile, compute = config.profile(), deterministic_device()
     section: Segmentation = config.read(Segmentation, f"profiles.{profile}.segmentation")
-    with atomic(Path("metrics", profile, "scores", "segmentation", f"{name}-{weights}")) as (folder,):
-        backbone = Backbone.load(Path("models", profile, weights, name)).to(compute)
-        scores, table = score(backbone, Path("data", profile, "segmentation"), section, compute)
+    with atomic(Path("metrics", profile, "scores", "segmentation", f"{backbone}-{weights}")) as (folder,):
+        clip = Backbone.load(Path("models", profile, weights, backbone)).to(compute)
+        scores, table = score(clip, Path("data", profile, "segmentation"), section, compute)
         folder.mkdir()
         write_json(folder / "scores.json", scores)
         table.to_parquet(folder / "pixels.parquet", index=False)

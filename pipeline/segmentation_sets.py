@@ -1,8 +1,9 @@
-"""Stage benchmark_sets@segmentation: images and masks, as benchmarks/segmentation.py reads them.
+"""Stage benchmark_sets@segmentation: images and masks for benchmarks/segmentation.py.
 
 data/<profile>/segmentation/<name>/classes.json, train/0.tar, test/0.tar
 
-The mini world's are drawn. The published ones are fetched by hand (params.yaml says where), checked and packed here.
+The mini world's set is drawn here. Published sets are fetched by hand (params.yaml says from where); the stage checks
+and packs them.
 """
 
 import json
@@ -61,8 +62,8 @@ def pack(root: Path, section: LocalSegmentationSets) -> None:
 
 
 def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The images of a split and their masks; of more than `most`, so many at equal distances."""
-    hint = f"Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, says from where), or take it out there."
+    """The images of a split and their masks; `most` of them, evenly spaced, if there are more."""
+    hint = f"Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, says from where), or remove it there."
     if local.ids:
         file = Path(local.at, local.ids.replace("{split}", split))
         if not file.is_file():
@@ -73,7 +74,7 @@ def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator
         found = Path(local.at).glob(f"{before}*{after}")
         ids = sorted(str(path.relative_to(local.at))[len(before) :].removesuffix(after) for path in found)
     if not ids:
-        raise UserError(f"{Path(local.at)}: no masks of split '{split}'. {hint}")
+        raise UserError(f"{Path(local.at)} has no masks of split '{split}'. {hint}")
     if most and len(ids) > most:
         ids = [ids[i * len(ids) // most] for i in range(most)]
     for key in progress(ids, f"{name}: {split}"):

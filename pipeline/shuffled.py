@@ -9,8 +9,6 @@ It repeats the tower phase of stage `train` from the same projector and denoiser
 but the tower sees another image of the same step. So what it gains is not attributable to feedback about its image.
 """
 
-import sys
-
 from pipeline.core import config
 from pipeline.core.stages import stage
 from pipeline.engine import assemble, hosts
@@ -18,9 +16,9 @@ from pipeline.sections.launch import Launch
 
 
 @stage
-def main() -> None:
+def main(backbone: str, recipe: str) -> None:
     hosts.start("pipeline.shuffled", config.read(Launch, "launch"))
-    assemble.post_train(sys.argv[1], sys.argv[2], "shuffled")
+    assemble.post_train(backbone, recipe, "shuffled")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ models/<profile>/<recipe>/<backbone>/          the backbone's folder with the tu
 metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of both phases
 """
 
-import sys
-
 from pipeline.core import config
 from pipeline.core.stages import stage
 from pipeline.engine import assemble, hosts
@@ -15,9 +13,9 @@ from pipeline.sections.launch import Launch
 
 
 @stage
-def main() -> None:
+def main(backbone: str, recipe: str) -> None:
     hosts.start("pipeline.train", config.read(Launch, "launch"))
-    assemble.post_train(*sys.argv[1:3])
+    assemble.post_train(backbone, recipe)
 
 
 if __name__ == "__main__":

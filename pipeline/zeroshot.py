@@ -6,7 +6,6 @@ metrics/<profile>/scores/zeroshot/<backbone>-<weights>/
   answers.parquet    what of it was right: one row an answer (set, measure, image)
 """
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -52,21 +51,21 @@ def score(
 
 
 @stage
-def main() -> None:
+def main(backbone: str, weights: str) -> None:
     on_every_gpu("pipeline.zeroshot")
-    profile, (name, weights), compute = config.profile(), sys.argv[1:3], deterministic_device()
+    profile, compute = config.profile(), deterministic_device()
     section: Zeroshot = config.read(Zeroshot, f"profiles.{profile}.zeroshot")
-    model, data = Path("models", profile, weights, name), Path("data", profile)
-    output = Path("metrics", profile, "scores", "zeroshot", f"{name}-{weights}")
+    model, data = Path("models", profile, weights, backbone), Path("data", profile)
+    output = Path("metrics", profile, "scores", "zeroshot", f"{backbone}-{weights}")
     writes = PartialState(cpu=compute.type == "cpu").is_main_process
     with atomic(output) if writes else nullcontext((output,)) as (folder,):
-        backbone, texts = Backbone.load(model), data / ".texts" / text_sha256(model)
-        summary, answers = score(backbone, data / "zeroshot", section, compute, texts)
+        clip, texts = Backbone.load(model), data / ".texts" / text_sha256(model)
+        summary, answers = score(clip, data / "zeroshot", section, compute, texts)
         if writes:
             folder.mkdir()
             scoring.write(
                 folder, VERSION, rule="clip_benchmark's; an image's first answer", precision=section.precision,
-                recall=section.recall, preprocessing=backbone.preprocessing,
+                recall=section.recall, preprocessing=clip.preprocessing,
                 sets={name: scoring.content(data / "zeroshot" / "wds" / name, (".txt",)) for name in summary},
             )  # fmt: skip
             write_json(folder / "scores.json", summary)

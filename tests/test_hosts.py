@@ -67,11 +67,11 @@ def test_a_launcher_takes_the_place_of_python(called: list[list[str]], monkeypat
 @pytest.mark.parametrize(
     ("train", "environment", "said"),
     [
-        ("a_launcher", {}, "begins with 'a_launcher', and no such program is on PATH"),
-        ("torchrun", {"WORLD_SIZE": "8"}, "has started a group of 8 processes, where launch.processes is 16"),
-        ("env", {"LAUNCHED": "1:1"}, "has started this process without saying to which group it belongs"),
-        ("env --rdzv-endpoint here", {}, "--rdzv-endpoint is 'here', wanted a known host and a port"),
-        ("env --rdzv_endpoint=nowhere.invalid:1", {}, "'nowhere.invalid:1', wanted a known host and a port"),
+        ("a_launcher", {}, "begins with 'a_launcher', but PATH has no such program"),
+        ("torchrun", {"WORLD_SIZE": "8"}, "started a group of 8 processes, but launch.processes is 16"),
+        ("env", {"LAUNCHED": "1:1"}, "started this process outside a group of processes"),
+        ("env --rdzv-endpoint here", {}, "--rdzv-endpoint is 'here', wanted HOST:PORT with a known host"),
+        ("env --rdzv_endpoint=nowhere.invalid:1", {}, "'nowhere.invalid:1', wanted HOST:PORT with a known host"),
     ],
 )
 @pytest.mark.usefixtures("called")
@@ -91,7 +91,7 @@ def test_a_port_in_use_is_told(called: list[list[str]], monkeypatch: pytest.Monk
         other.listen()
         port = other.getsockname()[1]
         asked = Launch(train=f"env --rdzv-endpoint=127.0.0.1:{port}", processes=1)
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1, at which the hosts are to meet, is in use"):
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1, which --rdzv-endpoint names, is in use"):
             hosts.start("pipeline.train", asked)
     hosts.start("pipeline.train", asked)
     assert len(called) == 1
@@ -107,7 +107,7 @@ def test_a_taken_port_of_the_group_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hosts, "Accelerator", taken)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("MASTER_PORT", "29400")
-    with pytest.raises(UserError, match="cannot meet at head:29400: address already in use"):
+    with pytest.raises(UserError, match="cannot connect to each other at head:29400: address already in use"):
         hosts.join()
 
 
@@ -173,7 +173,7 @@ def test_hosts_that_are_not_alike_are_refused_on_all(here: Path, tmp_path: Path,
     launch.join(processes)
     assert [process.exitcode for process in processes] == [1, 1]
     printed = (first / "output0").read_text() + (other / "output1").read_text()
-    assert "The hosts of this training are not alike, or not ready" in printed
+    assert "The hosts of this training differ, or one is not ready" in printed
     assert said.replace("HOST", socket.gethostname()) in printed
     assert outputs(first) == {}
 
@@ -213,5 +213,5 @@ def test_the_first_process_must_work_where_dvc_waits(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(hosts.LAUNCHED, hosts.folder_id())
     assert hosts.agreed(Group(), lambda: ("made", {})) == "made"
     monkeypatch.setenv(hosts.LAUNCHED, "of:another")
-    with pytest.raises(UserError, match="its folder is not the one in which"):
+    with pytest.raises(UserError, match="does not run in the folder in which"):
         hosts.agreed(Group(), lambda: ("made", {}))

@@ -433,7 +433,7 @@ def test_a_damaged_shard_is_made_anew_and_what_followed_it(web: Web, tmp_path: P
     else:
         tar.write_bytes(content[:700] if damage == "cut" else b"")
     web.asked.clear()
-    with pytest.raises(UserError, match=r"reports 4 images in .*00001\.tar, but it holds \d\. Run again"):
+    with pytest.raises(UserError, match=r"reports 4 images in .*00001\.tar, but the file holds \d\. Run again"):
         fetch(tmp_path, retries=1, min_success=0.5)
     assert web.asked == []
     web.down = {"5", "9"}

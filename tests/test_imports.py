@@ -91,7 +91,7 @@ def test_an_image_tower_alone_takes_the_text_tower_of_pretrained(tiny: tuple, tm
     for source in (folder, tmp_path / "prefixed.pth", tmp_path / "bare.pth"):
         assert_same(imports.tensors(source, original, "vision"), expected)
     for source in (folder, tmp_path / "prefixed.pth"):
-        with pytest.raises(UserError, match=r"is of the image tower alone .* set parts: vision for this checkpoint"):
+        with pytest.raises(UserError, match=r"holds the image tower alone .* set parts: vision for this checkpoint"):
             imports.tensors(source, original, "all")
 
 
@@ -141,21 +141,21 @@ def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
             imports.tensors(source, original, parts)
 
     other.mkdir()
-    refused(other, "a folder without config.json .*it holds nothing")
+    refused(other, "has no config.json .it holds nothing")
     (other / "photo.jpg").touch()
-    refused(other, "it holds photo.jpg.*Give the path")
+    refused(other, "it holds photo.jpg.*Set the path")
     (other / "config.json").write_text('{"model_type": "bert"}')
     refused(other, "no weights")
     shutil.copytree(folder, tmp_path / "bert")
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     refused(tmp_path / "bert", "model_type 'bert'")
     edited(folder, num_attention_heads=1 if "visual.proj" not in wanted else 16, hidden_act="relu")
-    refused(folder, "another vision tower than the backbone: hidden_act relu, not .*num_attention_heads")
+    refused(folder, "another vision tower than the backbone's: hidden_act relu, not .*num_attention_heads")
     exported.save_pretrained(other, max_shard_size="100KB")
     (other / "model.safetensors").unlink(missing_ok=True)
     shard = min(other.glob("model-*.safetensors"))
     shard.unlink()
-    refused(other, f"names .*{shard.name}.*Fetch them, too")
+    refused(other, f"names .*{shard.name}.*Put them there, too")
     torch.save({name: tensor[..., :1] for name, tensor in wanted.items() if tensor.ndim}, tmp_path / "narrow.pth")
     refused(tmp_path / "narrow.pth", "does not fit the architecture")
     (tmp_path / "text.pth").write_text("no checkpoint")
@@ -163,11 +163,11 @@ def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
 
 
 def test_a_download_is_one_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"found 0 checkpoints \(no file\)"):
+    with pytest.raises(UserError, match=r"holds 0 checkpoints \(no file\)"):
         imports.only_model(tmp_path)
     for name in ("a.pth", "b.pth"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"found 2 checkpoints \(a.pth, b.pth\)"):
+    with pytest.raises(UserError, match=r"holds 2 checkpoints \(a.pth, b.pth\)"):
         imports.only_model(tmp_path)
     (tmp_path / "b.pth").unlink()
     assert imports.only_model(tmp_path) == tmp_path / "a.pth"

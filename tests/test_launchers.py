@@ -38,9 +38,9 @@ def ready(tmp_path: Path) -> Clone:
 @pytest.mark.exhaustive
 def test_a_wrong_launcher_fails_the_stage_with_its_words(ready: Clone) -> None:
     launched_by(ready, "torchrun --standalone --nproc-per-node 1", 2)
-    assert "a group of 1 processes, where launch.processes is 2" in ready.run("dvc", "repro", TRAIN, status=255)
+    assert "a group of 1 processes, but launch.processes is 2" in ready.run("dvc", "repro", TRAIN, status=255)
     launched_by(ready, "python", 2)
-    assert "without saying to which group it belongs" in ready.run("dvc", "repro", TRAIN, status=255)
+    assert "outside a group of processes" in ready.run("dvc", "repro", TRAIN, status=255)
     assert outputs(ready.root) == {}
 
 

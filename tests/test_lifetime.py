@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil  # which looks for parts of its own of the real system
 sys.platform = sys.argv[1]
 from pipeline.core.stages import stage
-def main():
+def main(platform):
     Path("running").touch()
     while not Path("end").exists():
         time.sleep(0.01)

@@ -22,6 +22,7 @@ from pipeline.tools import pages
 ROOT = Path(__file__).parents[1]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES}
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+OWN = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXTS[Path("models/README.md")], re.DOTALL)[0])  # a checkpoint
 PROGRAM = re.compile(r"(make|python3?|pip|pytest|dvc|torchrun) ")
 COMMANDS = [
     (page, shlex.split(line.strip(), comments=True))
@@ -142,6 +143,8 @@ def overrides(words: list[str]) -> list[str]:
 @pytest.mark.parametrize(("page", "words"), of_program("dvc", "exp", "run"), ids=names(of_program("dvc", "exp", "run")))
 def test_experiments_have_parameters_that_are_accepted(page: Path, words: list[str], tmp_path: Path) -> None:
     content = copy.deepcopy(PARAMS)
+    for backbone in ("mini", "openai_224"):  # as the page says
+        content["backbones"][backbone].setdefault("checkpoints", {}).update(OWN)
     for override in overrides(words):
         key, _, value = override.partition("=")
         *sections, name = key.split(".")

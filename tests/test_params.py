@@ -231,7 +231,11 @@ def test_a_stage_reads_its_section_alone(file: Path, monkeypatch: pytest.MonkeyP
     for key, kind, found in (
         (TRAIN, Train, f"{TRAIN}.precision: found 'float16'"),
         (f"{OPENAI}.condition.tokens.number", config.Count, f"{OPENAI}.condition.tokens.number: found 76.5"),
-        ("backbones.mini.released", Download, "backbones.mini.released: missing. Add it."),
+        (
+            "backbones.mini.released",
+            Download,
+            "backbones.mini.released: missing. Add it, or name one of these: ",
+        ),
         ("seed.of", int, "seed.of: missing. Add it."),
     ):
         change(file, f"{OPENAI}.condition.tokens.number", 76.5)

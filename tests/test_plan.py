@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from shrunk import SCORED, run_of, write_params
+from shrunk import SCORED, run, run_of, write_params
 
 from pipeline import plan
 from pipeline.core import code
@@ -85,7 +85,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     """Run the stage, which stops; returns what it says on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        plan.main()
+        run(plan)
     assert stopped.value.code == 1
     assert not Path("data/paper/planned").exists()
     return capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_every_backbone_and_its_tokenizer_are_needed() -> None:
 
 def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: pytest.CaptureFixture[str]) -> None:
     p = write("dfn_224", "pretrained diva")
-    plan.main()
+    run(plan)
     out = capsys.readouterr().out
     shown = " ".join(out.replace("│", " ").split())
     assert len(asked) == len(plan.downloads_of(p)) == 5
@@ -155,7 +155,7 @@ def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.M
 
     def planned(weights: str = "released", **changes: Any) -> dict[str, bytes]:
         write(weights=weights, **changes)
-        plan.main()
+        run(plan)
         found = {path.stem: path.read_bytes() for path in Path("data/paper/planned").iterdir()}
         return {name: found[name] for name in found if name.startswith(("mmvp-", "zeroshot-"))}
 
@@ -182,7 +182,7 @@ def test_what_is_fetched_depends_on_its_pins_alone() -> None:
 
     def planned(backbones: str, weights: str, **changes: Any) -> dict[str, bytes]:
         write(backbones, weights, **changes)
-        plan.main()
+        run(plan)
         return {
             path.stem: path.read_bytes()
             for path in Path("data/paper/planned").iterdir()
@@ -276,7 +276,7 @@ def test_too_small_a_disk_is_refused(
     assert ("run.recipes=[]" in text) == (weights == "diva")
     assert "GPU:" not in text
     disk(monkeypatch, needed + 0.1)
-    plan.main()
+    run(plan)
 
 
 # -------------------------------------------------------------------------------------------------------------- the GPU
@@ -289,19 +289,19 @@ def test_a_training_without_a_gpu_is_refused(
     write(weights=weights)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if weights == "pretrained":
-        plan.main()
+        run(plan)
         return
     disk(monkeypatch, 1)
     text = refusal(capsys)
     assert "\n  disk: " in text
-    assert "\n  GPU: none found, and profiles.paper.train.precision is bfloat16, which is for one" in text
+    assert "\n  GPU: none found, but profiles.paper.train.precision is bfloat16, which needs one" in text
     assert "run.recipes=[]" in text
 
 
 @pytest.mark.usefixtures("asked")
 def test_every_training_is_tried(tried: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
     write("openai_224 dfn_378", "diva two_stage")
-    plan.main()
+    run(plan)
     assert tried == list(itertools.product(("openai_224", "dfn_378"), ("diva", "two_stage")))
     assert "GPU memory: 0.0 GB taken by two steps of dfn_378 by recipe two_stage" in capsys.readouterr().out
 
@@ -325,7 +325,7 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
         return terms(feedback, losses, micro, precision)
 
     monkeypatch.setattr(step, "terms", narrow)
-    way = f"Set -S profiles.mini.train.micro_batch={fits}, which changes memory alone" if fits else "Train where there"
+    way = f"Add -S profiles.mini.train.micro_batch={fits}, which changes no" if fits else "Use a GPU with more"
     with pytest.raises(UserError, match=f"to train mini by recipe {recipe} with micro_batch 8. {way}"):
         TRY(p, "mini", recipe, torch.device("cpu"))
     phases = 1 + (p.profile.recipes[recipe].warmup is not None)

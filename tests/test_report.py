@@ -110,7 +110,7 @@ def test_different_scorings_are_not_compared(other: dict[str, Any], said: str) -
     same, changed = (replace(AFTER, scoring={"mmvp": record}) for record in (asked, asked | other | {"sha256": "5678"}))
     before = replace(BEFORE, scoring={"mmvp": asked, "zeroshot": {"version": 1}})
     assert results.gains(before, same) == results.gains(BEFORE, AFTER)
-    with pytest.raises(UserError, match=f"different scorings of mmvp are not compared: {said}. Score both"):
+    with pytest.raises(UserError, match=f"mmvp scores before and after were made in different ways, .*: {said}. Run"):
         results.gains(before, changed)
 
 
@@ -363,7 +363,10 @@ def test_recipes_stand_side_by_side() -> None:
     shown = {row[0]: row[2:] for row in first}
     for name, intervals in expected.items():
         assert shown[name] == [statistics.Interval(*interval).text() for interval in intervals]
-    assert html.index("pairs: effect over random perturbation") < html.index("Next:") < html.index("all figures</h2>")
+    places = [
+        html.index(words) for words in ("diva. Pairs: ", "Next:", "pairs: effect over random", "all figures</h2>")
+    ]
+    assert places == sorted(places)
     difference = statistics.Interval(*found["difference"]["text_anchored minus diva"]["pairs_stock"]).text()
     assert f"| text_anchored minus diva | {difference} |" in markdown
     assert "corrected for the number of comparisons" in markdown

@@ -87,7 +87,7 @@ def test_windows_cover_the_image_and_constant_logits_stay() -> None:
     logits = torch.tensor([1.0, -2.0])[None, :, None, None].expand(len(places), 2, 2, 2)
     stitched = benchmark.stitch(logits, places, 4, 10, 13)
     torch.testing.assert_close(stitched, torch.tensor([1.0, -2.0])[:, None, None].expand(2, 10, 13))
-    with pytest.raises(ValueError, match="an image of 13 x 3 px has no window of 4 px"):
+    with pytest.raises(ValueError, match="an image of 13 x 3 px is smaller than a window of 4 px"):
         benchmark.windows(pixels[:, :3], 4, 3)
 
 
@@ -288,7 +288,7 @@ def png(values: np.ndarray) -> bytes:
     ("mask", "said"),
     [
         (png(np.zeros((4, 5), np.uint8)), "the mask is 5 x 4 px, the image 4 x 4"),
-        (png(np.full((4, 4), 7, np.uint8)), r"classes \[7\], but the set has 0..2 and 255"),
+        (png(np.full((4, 4), 7, np.uint8)), r"values \[7\], but the set's classes are 0..2 \(255"),
         (png(np.zeros((4, 4, 3), np.uint8)), "wanted one channel of 8 bits"),
         (b"no image", "cannot be decoded"),
     ],
@@ -301,8 +301,8 @@ def test_a_mask_that_does_not_fit_is_refused(mask: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "no classes with their names"),
-        ({"classes": ["a", "b"], "templates": ["{c}"]}, "no classes with their names"),
+        (None, "lacks classes with names"),
+        ({"classes": ["a", "b"], "templates": ["{c}"]}, "lacks classes with names"),
         ({"classes": {"a": ["a"]}, "templates": ["{c}"]}, "1 classes, wanted 2"),
         ({"classes": {"a": [], "b": []}, "templates": ["{c}"]}, "with names"),
         ({"classes": {"a": ["a"], "b": []}, "templates": ["a photo"]}, "each with {c}"),
@@ -367,7 +367,7 @@ def test_sets_fetched_by_hand_are_packed_with_value_0_unlabelled(changes: dict) 
     ("changes", "said"),
     [
         ({"at": "elsewhere"}, r"elsewhere/sets/train.txt: no such file. Fetch the set by hand"),
-        ({"masks": "nowhere/{id}.png", "ids": None}, "no masks of split 'train'"),
+        ({"masks": "nowhere/{id}.png", "ids": None}, "has no masks of split 'train'"),
         ({"images": "JPEGImages/{id}.png"}, r"0.png: no such file"),
         ({"classes": ["cat", "cat"]}, "names a class twice"),
     ],
@@ -380,7 +380,7 @@ def test_sets_that_are_not_there_are_refused(changes: dict, said: str) -> None:
 @pytest.mark.usefixtures("by_hand")
 def test_a_class_that_the_set_has_not_is_refused() -> None:
     Path("voc/SegmentationClass/4.png").write_bytes(png(np.full((4, 4), 3, np.uint8)))
-    with pytest.raises(UserError, match=r"SegmentationClass/4.png: classes \[3\]"):
+    with pytest.raises(UserError, match=r"SegmentationClass/4.png: the mask has values \[3\]"):
         segmentation_sets.pack(Path("packed"), local())
 
 
@@ -474,7 +474,7 @@ def test_undefined_readings_and_effects_over_controls_are_told() -> None:
     assert rows[1][1] == "1.0 (2.0)"
     assert all(row[2] == "undefined: why" for row in rows[1:])
     assert downstream.table({}) == []
-    with pytest.raises(UserError, match="other masks"):
+    with pytest.raises(UserError, match="different masks"):
         downstream.evidence({"pretrained": of("a", 5), "diva": of("d", 5, other_masks=1)})
 
 

@@ -115,4 +115,4 @@ def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.Captur
 def test_a_backbone_that_is_not_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(sensitivity, "openai_224", "diva")
-    assert "'openai_224' is not among run.backbones of params.yaml: mini" in capsys.readouterr().err
+    assert "run.backbones does not name 'openai_224'. Choose one of these: mini." in capsys.readouterr().err

@@ -370,7 +370,7 @@ def test_a_training_that_fills_the_gpu_says_which_micro_batch_to_set(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(step, "terms", full)
-    for micro_batch, way in ((2, "Set -S profiles.mini.train.micro_batch=1, which"), (1, "Train where there is more")):
+    for micro_batch, way in ((2, "Add -S profiles.mini.train.micro_batch=1, which"), (1, "Use a GPU with more memory")):
         write_params(**{"profiles.mini.train.micro_batch": micro_batch})
         with pytest.raises(SystemExit):
             run(train, "mini", "diva")

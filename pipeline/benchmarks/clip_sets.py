@@ -9,7 +9,7 @@ from pipeline.benchmarks.sets import BenchmarkSet, answers
 
 
 def classification(encoder: Encoder, found: BenchmarkSet) -> pd.DataFrame:
-    """Zero-shot classification: whether the top class is right, one row per image."""
+    """Zero-shot classification: is the most similar class the right one? One row per image."""
     classifier_DC, chosen = encoder.classifier(found), []
     for number, _, images_BD in encoder.images(found):
         chosen.append((number, (100 * images_BD @ classifier_DC).argmax(1).cpu()))
@@ -18,7 +18,7 @@ def classification(encoder: Encoder, found: BenchmarkSet) -> pd.DataFrame:
 
 
 def retrieval(encoder: Encoder, found: BenchmarkSet, recall: int) -> pd.DataFrame:
-    """Retrieval in both directions: whether a right answer is among the first `recall`, one row per query.
+    """Retrieval in both directions: is a right answer among the first `recall`? One row per query.
 
     clip_benchmark's evaluate gives only the means of these rows. Here each query keeps the number of its image, because
     an image and its texts are one sample of the bootstrap.

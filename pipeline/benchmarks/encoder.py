@@ -1,8 +1,8 @@
 """A backbone's embeddings of a set's images and texts, as fast as the machine can.
 
-Images are read, decoded and resized by threads of this process, ahead of what computes: Pillow does that without
-Python's lock, and nothing passes through shared memory, of which a container has 64 MB. Of several processes, one for
-each GPU, each takes every so-manieth batch: the batches stay what they are, and with them every figure.
+Threads of this process read, decode and resize the next images while the device computes. Pillow releases Python's
+lock, and threads need no shared memory, of which a container often has 64 MB. Of N processes, one for each GPU, each
+takes every N-th batch. The batches do not depend on N, so no score does.
 """
 
 import hashlib
@@ -37,8 +37,10 @@ T = TypeVar("T")
 
 
 class FillingBatch(NamedTuple):
-    """A batch that threads are filling: its number in the set, its samples, uint8 pixels [B, size, size, 3]; what they
-    return is what cannot be decoded, and why."""
+    """A batch that threads are filling: its number in the set, its samples, uint8 pixels [B, size, size, 3].
+
+    filling: the threads' results, messages about images that cannot be decoded.
+    """
 
     number: int
     samples: list[SetImage]
@@ -48,7 +50,7 @@ class FillingBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """One backbone on the device of this process; `precision` is that of the towers, all else is float32.
+    """One backbone on the device of this process. precision: of both towers; everything else is float32.
 
     texts: a folder that keeps the classifiers made by this text tower, or None.
     """
@@ -63,7 +65,7 @@ class Encoder:
     def images(self, found: BenchmarkSet, split: str = "test") -> Iterator[tuple[int, list[SetImage], torch.Tensor]]:
         """This process's batches of a split: number, samples and image embeddings of length 1, [B, D].
 
-        Raises UserError at the end where any image, of any process, cannot be decoded; how many, and which.
+        Raises UserError at the end if any process met an image that cannot be decoded; it says how many, and which.
         """
         samples, rank, ranks = found.splits[split], self.processes.process_index, self.processes.num_processes
         starts = range(rank * self.batch, len(samples), ranks * self.batch)
@@ -81,8 +83,8 @@ class Encoder:
         if undecodable := self.of_all(list(enumerate(undecodable))):
             raise UserError(
                 f"{len(undecodable)} of the {len(samples)} images of set {found.name} ({split}) cannot be decoded: "
-                f"{'; '.join(undecodable[:5])}{'; ...' if undecodable[5:] else ''}. A score without them would be one "
-                f"of another set. Fetch it again (`dvc repro --force pipeline/dvc.yaml:zeroshot_sets`), or remove "
+                f"{'; '.join(undecodable[:5])}{'; ...' if undecodable[5:] else ''}. A score without them could not be "
+                f"compared. Fetch the set again (`dvc repro --force pipeline/dvc.yaml:zeroshot_sets`), or remove "
                 f"'{found.name}' from zeroshot_sets.sets in params.yaml."
             )
 
@@ -151,7 +153,7 @@ class Encoder:
         return classifier_DC
 
     def of_all(self, parts: list[tuple[int, T]]) -> list[T]:
-        """What all processes have, in the order of its numbers."""
+        """The parts of all processes, sorted by their numbers."""
         return [part for _, part in sorted(gather_object(parts), key=lambda numbered: numbered[0])]
 
     def _autocast(self) -> torch.autocast:

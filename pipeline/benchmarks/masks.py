@@ -4,8 +4,8 @@ classes.json           {"classes": {class: [name, ...], ...}, "templates": ["a p
                        the order of their pixels' values, from 0
 <split>/0.tar          train and test: KEY.jpg or KEY.png, and KEY.mask.png of one channel and the image's size
 
-A class may have several names, of which the nearest counts; one without a name has no words, so that its pixels count
-for the probe alone. Pixels of value UNLABELLED count for neither.
+A class may have several names; the one nearest to the pixel counts. The pixels of a class without a name count for the
+probe alone. Pixels of value UNLABELLED do not count.
 """
 
 import io
@@ -25,7 +25,7 @@ UNLABELLED = 255
 
 @dataclass(frozen=True)
 class SegmentationSet:
-    """classes: the names of each, in the order of the masks' values. templates: with {c} in the place of a name."""
+    """classes: each class's names, in the order of the masks' values. templates: with {c} in the place of a name."""
 
     folder: Path
     classes: dict[str, list[str]]
@@ -33,26 +33,29 @@ class SegmentationSet:
 
     @classmethod
     def read(cls, folder: Path) -> "SegmentationSet":
-        """Raises UserError where classes.json does not say what a set needs."""
+        """Raises UserError if classes.json is missing or incomplete."""
         file = folder / "classes.json"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             classes, templates = found["classes"], found["templates"]
             names = [name for of_class in classes.values() for name in of_class]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: no classes with their names, or no templates ({error!r}). {_again(folder)}"
-            ) from error
+            raise UserError(f"{file} lacks classes with names, or templates ({error!r}). {_again(folder)}") from error
         if not 2 <= len(classes) <= UNLABELLED or not names:
-            raise UserError(f"{file}: {len(classes)} classes, wanted 2 to {UNLABELLED}, with names. {_again(folder)}")
+            raise UserError(
+                f"{file} has {len(classes)} classes, wanted 2 to {UNLABELLED}, with names. {_again(folder)}"
+            )
         if not templates or any("{c}" not in template for template in templates):
-            raise UserError(f"{file}: templates {templates}, wanted one at least, each with {{c}}. {_again(folder)}")
+            raise UserError(
+                f"{file} has the templates {templates}, wanted at least one, each with {{c}}. {_again(folder)}"
+            )
         return cls(folder, classes, templates)
 
     def samples(self, split: str) -> Iterator[tuple[Image.Image, np.ndarray]]:
         """The images of a split in RGB and their masks, uint8 [height, width].
 
-        Raises UserError for a mask of another size, of more than one channel or with a class that the set has not.
+        Raises UserError for a missing file, and for a mask of another size, of several channels or with an unknown
+        class.
         """
         file = self.folder / split / "0.tar"
         if not file.is_file():
@@ -72,7 +75,7 @@ def _again(folder: Path) -> str:
 
 
 def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The files of each key, which stand together."""
+    """The files of each key; a key's files are neighbours in the tar."""
     key, parts = "", dict[str, bytes]()
     for member in tar:
         name, _, extension = member.name.partition(".")
@@ -85,17 +88,24 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def check_mask(image: bytes, mask: bytes, classes: int, where: str) -> tuple[Image.Image, np.ndarray]:
-    """An image and its mask, decoded. Raises UserError where they are not of one size, or of other classes."""
+    """An image and its mask, decoded. Raises UserError if their sizes differ or the mask has unknown values."""
     try:
         decoded, values = Image.open(io.BytesIO(image)).convert("RGB"), np.asarray(Image.open(io.BytesIO(mask)))
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{where} cannot be decoded ({error}). Take it out, or fetch it again.") from error
     if values.ndim != 2 or values.dtype != np.uint8:
-        raise UserError(f"{where}: a mask of {values.dtype} {list(values.shape)}; wanted one channel of 8 bits.")
+        raise UserError(
+            f"{where}: the mask is {values.dtype} {list(values.shape)}, wanted one channel of 8 bits. Convert it."
+        )
     if values.shape != (decoded.height, decoded.width):
         size = f"{values.shape[1]} x {values.shape[0]}"
-        raise UserError(f"{where}: the mask is {size} px, the image {decoded.width} x {decoded.height}.")
+        raise UserError(
+            f"{where}: the mask is {size} px, the image {decoded.width} x {decoded.height}. Fetch both again."
+        )
     others = sorted({*np.unique(values).tolist()} - {*range(classes), UNLABELLED})
     if others:
-        raise UserError(f"{where}: classes {others}, but the set has 0..{classes - 1} and {UNLABELLED} for unlabelled.")
+        raise UserError(
+            f"{where}: the mask has values {others}, but the set's classes are 0..{classes - 1} ({UNLABELLED}: "
+            "unlabelled). Correct the mask, or the classes of the set."
+        )
     return decoded, values

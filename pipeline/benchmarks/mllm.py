@@ -2,8 +2,8 @@
 
     <start> <image> x N question option <end>
 
-The language model reads the patch tokens of the tower's last layer but one, as LLaVA-1.5 does; it learns to say the
-right option, and answers by the option that it holds most likely. Nothing is sampled, nobody judges.
+The language model reads the patch tokens of the tower's last layer but one, as LLaVA-1.5 does. It learns the right
+options. Its answer to a question is the option with the highest likelihood; nothing is sampled.
 """
 
 import torch
@@ -27,7 +27,7 @@ NOT_ASKED = -100  # labels that have no loss, in transformers
 
 
 def tokenizer(questions: list[Choice]) -> PreTrainedTokenizerFast:
-    """One token a word: those of these questions and their options."""
+    """A tokenizer with one token for each word of these questions and their options."""
     words = sorted({word for q in questions for text in (q.text, *q.options) for word in text.split()} - {*SPECIAL})
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -40,7 +40,7 @@ def tokenizer(questions: list[Choice]) -> PreTrainedTokenizerFast:
 def new(
     vision: PreTrainedModel, language: dict, tok: PreTrainedTokenizerFast, seed: int
 ) -> LlavaForConditionalGeneration:
-    """A model whose tower is `vision`, frozen, and whose projector and language model are fresh, from a seed.
+    """A LLaVA with `vision` as its frozen tower; projector and language model are initialised from a seed.
 
     Raises UserError for a tokenizer without image token, start or end, or with more entries than the language model.
     """
@@ -50,8 +50,8 @@ def new(
     wanted = language.get("vocab_size", entries)
     if wanted < entries:
         raise UserError(
-            f"the language model has {wanted} entries, its tokenizer {entries}: they do not belong together. "
-            "Choose mllm.language and its tokenizer from one repository."
+            f"mllm.language.vocab_size is {wanted}, but the tokenizer has {entries} entries. Raise vocab_size, or "
+            "leave it out of params.yaml."
         )
     side = vision.config.image_size // vision.config.patch_size
     with seeded("mllm", seed):
@@ -75,7 +75,8 @@ def new(
 def patch_tokens(
     model: LlavaForConditionalGeneration, pixels_ICHW: torch.Tensor, batch: int, compute: torch.device
 ) -> torch.Tensor:
-    """What the language model will read of images [I, 3, S, S], [I, N, width]: as the tower is frozen, once for all."""
+    """The patch tokens of images [I, 3, S, S] that the language model reads, [I, N, width]. The tower is frozen, so
+    they are computed once."""
     tower, first = model.model.vision_tower.to(compute).eval(), model.config.vision_feature_select_strategy == "default"
     parts = []
     for pixels in progress(pixels_ICHW.split(batch), "patch tokens", total=-(-len(pixels_ICHW) // batch)):
@@ -87,21 +88,23 @@ def patch_tokens(
 def encode(
     tok: PreTrainedTokenizerFast, asked: list[tuple[str, str]], image_tokens: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels), int64 [B, L], of questions with an option each; only the option and the end have labels.
+    """(ids, labels), int64 [B, L], of questions with an option each. Only the option and the end token have labels.
 
-    Raises UserError for words that the tokenizer does not know, and for a question longer than `context` tokens.
+    Raises UserError for words that the tokenizer does not know, and for more than `context` tokens.
     """
     rows = []
     for question, option in asked:
         ids = [tok.convert_tokens_to_ids(tok.tokenize(text)) for text in (question, option)]
         if tok.unk_token_id in ids[0] + ids[1]:
-            raise UserError(f"'{question} {option}': the language model's tokenizer does not know all of its words.")
+            raise UserError(
+                f"'{question} {option}' has words that no question of the train split has. Make the sets again."
+            )
         before = [tok.bos_token_id, *[tok.convert_tokens_to_ids("<image>")] * image_tokens, *ids[0]]
         rows.append((before, [*ids[1], tok.eos_token_id]))
         if sum(map(len, rows[-1])) > context:
             raise UserError(
-                f"'{question} {option}' with its image takes {sum(map(len, rows[-1]))} tokens, and mllm.context is "
-                f"{context}. Raise it, or shorten the question."
+                f"'{question} {option}' with its image takes {sum(map(len, rows[-1]))} tokens, but mllm.context is "
+                f"{context}. Raise mllm.context, or shorten the question."
             )
     length = max(len(before) + len(after) for before, after in rows)
     ids, labels = torch.full((len(rows), length), tok.pad_token_id), torch.full((len(rows), length), NOT_ASKED)
@@ -158,7 +161,7 @@ def answers(
     model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, tokens: torch.Tensor, questions: list[Choice],
     batch: int, context: int,
 ) -> list[bool]:  # fmt: skip
-    """Whether the likeliest option of each question is the right one; of equal ones the first counts as chosen."""
+    """Whether the likeliest option of each question is the right one; of equally likely ones the first is chosen."""
     model.eval()
     asked = [(q, option) for q in questions for option in q.options]
     found = list[float]()

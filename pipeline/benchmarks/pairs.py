@@ -32,14 +32,14 @@ class Question:
 
 
 def read_mmvp_vlm(folder: Path, pairs_per_pattern: int) -> list[Question]:
-    """The questions in the order of their ids. Folder names may spell spaces as underscores, as published copies do.
+    """The questions in the order of their ids. Folder names may have underscores for spaces, as in published copies.
 
-    Raises UserError where Questions.csv or an image is missing, or the pairs are not those that are expected; whether
-    an image can be decoded is found out by `Question.image`.
+    Raises UserError if Questions.csv or an image is missing, or if the pairs are not the expected ones. Images are not
+    decoded here, but by `Question.image`.
     """
     file = folder / "Questions.csv"
     hint = (
-        "Run `dvc repro --force pipeline/dvc.yaml:mmvp_vlm`, after choosing another copy where this one came like that."
+        "Run `dvc repro --force pipeline/dvc.yaml:mmvp_vlm`. If that does not help, name another copy in params.yaml."
     )
     if not file.is_file():
         raise UserError(f"{file}: no such file. {hint}")

@@ -13,7 +13,7 @@ from pipeline.core.stages import progress
 
 
 def probe(encoder: Encoder, found: BenchmarkSet) -> pd.DataFrame:
-    """Whether a linear classifier on the frozen image embedding is right: one row per image and attribute."""
+    """Is a linear classifier on the frozen image embedding right? One row per image and attribute."""
     (train_x, train_y), (test_x, test_y) = (_embedded(encoder, found, split) for split in ("train", "test"))
     tables = []
     for attribute in progress(train_y, "linear probe", disable=not encoder.processes.is_main_process):

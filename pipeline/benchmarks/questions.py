@@ -1,4 +1,4 @@
-"""Questions on images with options to choose from: how a set of them is stored and read.
+"""Multiple-choice questions on images: how a set of them is stored and read.
 
 train/0.tar   KEY.png, and KEY.json with a list of questions on it: {"question": text, "options": [text, ...],
               "answer": the number of the right option}
@@ -18,7 +18,7 @@ from pipeline.core.stages import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """image: the number of its image. pattern: what it asks for; '' in the train split."""
+    """A question. image: the number of its image. pattern: the detail that it asks about; '' in the train split."""
 
     image: int
     text: str
@@ -28,7 +28,7 @@ class Choice:
 
 
 def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Choice]]:
-    """Images in RGB, and the questions on them. Raises UserError for what is missing or no question."""
+    """Images in RGB, and the questions on them. Raises UserError for a missing file and for a wrong question."""
     file = folder / split / "0.tar"
     again = "Make the set again: `dvc repro --force pipeline/dvc.yaml:benchmark_sets@mllm`."
     if not file.is_file():
@@ -49,9 +49,11 @@ def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Choice]]:
                     pattern = asked.get("pattern", "")
                     questions.append(Choice(number, asked["question"], options, asked["answer"], pattern))
             except (ValueError, KeyError, TypeError, UnidentifiedImageError, OSError) as error:
-                raise UserError(f"{where}: no image, or no questions on it ({error!r}). {again}") from error
+                raise UserError(f"{where} is neither an image nor questions on one ({error!r}). {again}") from error
     if not questions or not {q.image for q in questions} == images.keys() == {*numbers.values()}:
-        raise UserError(f"{file}: {len(images)} images, and not a question on each. {again}")
+        raise UserError(f"{file} has {len(images)} images, but not a question on each of them. {again}")
     if split == "test" and (len(questions) % 2 or any(not q.pattern for q in questions)):
-        raise UserError(f"{file}: {len(questions)} questions, wanted pairs of them, each with a pattern. {again}")
+        raise UserError(
+            f"{file} has {len(questions)} questions, wanted pairs of questions, each with a pattern. {again}"
+        )
     return [images[number] for number in sorted(images)], questions

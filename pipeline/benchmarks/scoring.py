@@ -1,4 +1,4 @@
-"""What a scoring was of, beside its scores: figures of different scorings are not compared."""
+"""The record of how scores were made, kept beside them: scores made in different ways are not compared."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FILE = "scoring.json"
 def write(folder: Path, version: int, **of: Any) -> None:
     """Write the record of a scoring: its version, prompts, rules, precision, data, and the sha256 of all of these.
 
-    version: to be raised when the same record would stand for other figures.
+    version: raise it when the code gives other figures for the same record.
     """
     record = {"version": version, **of}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -21,7 +21,7 @@ def write(folder: Path, version: int, **of: Any) -> None:
 
 
 def content(folder: Path, small: tuple[str, ...]) -> str:
-    """A hash of a folder's files: names and sizes, and of those that end like one of `small` the bytes, too."""
+    """A hash of a folder: names and sizes of its files, and the bytes of those whose names end in one of `small`."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())

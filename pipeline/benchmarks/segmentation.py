@@ -27,13 +27,13 @@ class NotInTextSpaceError(Exception):
 
 
 def windows(pixels_CHW: torch.Tensor, size: int, stride: int) -> tuple[torch.Tensor, Places]:
-    """(windows [W, C, size, size], their top left corners): every `stride` px, and the last ones at the edge.
+    """(windows [W, C, size, size], their top left corners), one every `stride` px and one at each far edge.
 
-    As mmsegmentation slides them. Raises ValueError where the image is smaller than a window.
+    mmsegmentation slides its windows in the same way. Raises ValueError if the image is smaller than a window.
     """
     height, width = pixels_CHW.shape[1:]
     if min(height, width) < size:
-        raise ValueError(f"an image of {width} x {height} px has no window of {size} px")
+        raise ValueError(f"an image of {width} x {height} px is smaller than a window of {size} px")
     places = [
         (min(top, height - size), min(left, width - size))
         for top in range(0, height - size + stride, stride)
@@ -89,9 +89,9 @@ def text_space_tokens(
 
 
 def last_block(visual: nn.Module) -> tuple[VisionTransformer, ResidualAttentionBlock]:
-    """The tower, without a residual head, which changes no patch token, and its last block.
+    """The tower without a residual head, which changes no patch token, and its last block.
 
-    Raises NotInTextSpaceError for a tower that pools by other means than its class token.
+    Raises NotInTextSpaceError for a tower that does not pool by its class token.
     """
     visual = getattr(visual, "visual", visual)
     block = visual.transformer.resblocks[-1] if isinstance(visual, VisionTransformer) else None
@@ -109,9 +109,9 @@ def _neighbours(grid: tuple[int, int], deviation: float) -> torch.Tensor:
 
 @torch.no_grad()
 def text_classifier(backbone: Backbone, found: SegmentationSet) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Cosines [B, C, G, G] of text-space tokens [B, G*G, D] to every class; NOTHING for one without a name.
+    """Cosines [B, C, G, G] of text-space tokens [B, G*G, D] to every class; NOTHING for a class without a name.
 
-    A name's embedding is the mean over the templates; of a class's names the nearest counts.
+    A name's embedding is the mean over the templates. If a class has several names, the nearest one counts.
     """
     owners = [i for i, names in enumerate(found.classes.values()) for _ in names]
     names = [name for names in found.classes.values() for name in names]
@@ -169,9 +169,9 @@ class PatchProbe(nn.Module):
 def fit_probe(
     tokens_ND: np.ndarray, counts_NCK: np.ndarray, steps: int, batch: int, lr: float, compute: torch.device
 ) -> PatchProbe:
-    """A probe fitted to the pixels of the tokens' patches by AdamW; the rows of every step are drawn with a fixed seed.
+    """A probe fitted by AdamW to the pixels of the tokens' patches. Each step's rows are drawn with a fixed seed.
 
-    With one cell DINOv3's protocol (arXiv 2508.10104), but for its augmentation.
+    With one cell per patch this is DINOv3's protocol (arXiv 2508.10104) without its augmentation.
     """
     (_, width), (_, classes, cells) = tokens_ND.shape, counts_NCK.shape
     with seeded("segmentation", "probe"):
@@ -190,7 +190,7 @@ def fit_probe(
 
 
 def pixel_loss(logits_BCK: torch.Tensor, counts_BCK: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the labelled pixels, all pixels of a cell having one prediction."""
+    """Mean cross-entropy of the labelled pixels; all pixels of a cell share one prediction."""
     return -(counts_BCK * logits_BCK.log_softmax(1)).sum() / counts_BCK.sum().clamp(min=1)
 
 
@@ -204,10 +204,7 @@ def predict(logits_WCGG: torch.Tensor, places: Places, size: int, working: torch
 
 
 def confusion(predicted: np.ndarray, mask: np.ndarray, classes: list[int]) -> np.ndarray:
-    """Pixels of an image by class, [classes, 3]: predicted and labelled so, predicted so, labelled so.
-
-    Only pixels that are labelled with one of these classes count.
-    """
+    """Pixels of an image by class, [classes, 3]: right, predicted, labelled. Pixels of other classes do not count."""
     asked = np.isin(mask, classes)
     predicted, mask = predicted[asked], mask[asked]
     return np.array(

@@ -21,7 +21,7 @@ IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")  # that clip-benchmark reads as i
 
 
 def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write one split as a single shard whose bytes depend on the samples alone: keys, and contents by extension."""
+    """Write one split as one shard. Its bytes depend on the samples alone: keys, and contents by extension."""
     (root / split).mkdir(parents=True)
     (root / "dataset_type.txt").write_text(kind + "\n", encoding="utf-8")
     (root / split / "nshards.txt").write_text("1\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def png(pixels_HWC: np.ndarray) -> bytes:
 
 
 class SetImage(NamedTuple):
-    """An image of a set: its tar, its key there, and where it lies in it (offset and length in bytes).
+    """An image of a set: its tar, its key, and its place in the tar (offset and length in bytes).
 
     label: the number of its class; its captions; or the values of its attributes, by name.
     """
@@ -59,7 +59,7 @@ class SetImage(NamedTuple):
 
 @dataclass(frozen=True)
 class BenchmarkSet:
-    """A set and its samples by split: test, and train where a probe is fitted; classes and templates: where it has any.
+    """A set and its samples by split: test, and train if a probe is fitted. classes, templates: empty if it has none.
 
     kind: classification, retrieval or probe.
     """

@@ -67,9 +67,11 @@ def profile() -> str:
 
 
 def _at(whole: Any, key: str) -> Any:
-    for part in key.split("."):
+    parts = key.split(".")
+    for depth, part in enumerate(parts, 1):
         if not isinstance(whole, dict) or part not in whole:
-            raise UserError(f"{PARAMS_FILE}:\n  {key}: missing. Add it.")
+            names = f", or name one of these: {', '.join(map(str, whole))}" if isinstance(whole, dict) else ""
+            raise UserError(f"{PARAMS_FILE}:\n  {'.'.join(parts[:depth])}: missing. Add it{names}.")
         whole = whole[part]
     return whole
 

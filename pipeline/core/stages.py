@@ -1,9 +1,11 @@
-"""The wrapper of every stage's `main()`: messages instead of tracebacks, end with the parent, timings; progress bars.
+"""The wrapper of every `main()`: usage and messages instead of tracebacks, end with the parent, timings; progress bars.
 
 Every text file is UTF-8, whatever the locale.
 """
 
+import argparse
 import functools
+import inspect
 import json
 import locale
 import os
@@ -31,8 +33,12 @@ class UserError(Exception):
     """An error that the user can fix: the message says what was found, where, and what to do."""
 
 
-def stage(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a stage's `main()`."""
+def stage(main: Callable[..., None]) -> Callable[[], None]:
+    """Decorate the `main()` of a stage or tool. The result takes the command line and exits with a message, not a
+    traceback: status 2 and the usage where the arguments are wrong, 1 for a UserError, 130 for Ctrl+C.
+
+    Each parameter of `main` is an argument of the command line. `*arguments` alone takes all of them, options too.
+    """
 
     @functools.wraps(main)
     def run() -> None:
@@ -40,7 +46,7 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             _start_in_utf8_mode()
         end_with_parent()
         try:
-            main()
+            main(*_arguments(main))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -50,6 +56,21 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
         note_timing({})
 
     return run
+
+
+def _arguments(main: Callable[..., None]) -> list[str]:
+    """The command line's arguments. Exits where they are too few or too many for the parameters of `main`."""
+    variadic = {p.name: p.kind is p.VAR_POSITIONAL for p in inspect.signature(main).parameters.values()}
+    if all(variadic.values()) and variadic:
+        return sys.argv[1:]
+    module, text = main.__globals__["__spec__"], main.__globals__["__doc__"]
+    parser = argparse.ArgumentParser(
+        prog=module and f"python -m {module.name}", description=text, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for name, many in variadic.items():
+        parser.add_argument(name, nargs="*" if many else None)
+    found = vars(parser.parse_args())
+    return [argument for name, many in variadic.items() for argument in (found[name] if many else [found[name]])]
 
 
 def _start_in_utf8_mode() -> None:

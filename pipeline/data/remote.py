@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, named by an index: read through fsspec, checked once, kept in a bounded cache.
+"""Shards on another machine, named by an index: read through fsspec, checked once, kept in a bounded cache.
 
 The index is a `shards.json` (data/shards.py) with two keys more: `at`, the address of the folder that holds the shards
 (s3://, gs://, https:// or a local folder), and `files`: name -> `bytes` and `sha256`. All processes of a host share the
@@ -33,21 +33,21 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RemoteShards:
-    """The files of an index; `reading` and `fetch` are for several threads and processes at once."""
+    """The shards of an index. Threads and processes may call `reading` and `fetch` at the same time."""
 
     def __init__(self, index: Path, at: str, files: dict[str, dict[str, Any]], limit: float, at_once: int) -> None:
-        """limit: bytes of the cache; at_once: shards that it must hold. Raises UserError where it could not."""
+        """limit: bytes of the cache. at_once: shards that it must hold. Raises UserError if these do not fit."""
         self.index, self.at, self.files, self.limit = index, at.rstrip("/"), files, limit
         needed = sum(sorted((file["bytes"] for file in files.values()), reverse=True)[:at_once])
         if needed > limit:
             raise UserError(
-                f"launch.cache_gb is {limit / 1e9:g}, but {needed / 1e9:.3g} GB are needed for the {at_once} shards of "
-                f"{index} that are in use at once. Raise it, or make smaller shards."
+                f"launch.cache_gb is {limit / 1e9:g}, but the {at_once} shards of {index} that are in use at once take "
+                f"{needed / 1e9:.3g} GB. Raise launch.cache_gb, or make smaller shards."
             )
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
-        """A shard, fetched where it is not in the cache."""
+        """An open shard; it is fetched first if it is not in the cache."""
         while True:
             try:
                 file = self.fetch(name).open("rb")
@@ -64,7 +64,7 @@ class RemoteShards:
                     os.utime(path)  # the last to make room
 
     def fetch(self, name: str) -> Path:
-        """Where a shard lies in the cache. Raises UserError where it cannot be had as the index describes it."""
+        """The shard's file in the cache. Raises UserError if the bytes that the index describes cannot be fetched."""
         path = CACHE / f"{self.files[name]['sha256']}.tar"
         if path.exists():
             return path
@@ -95,28 +95,32 @@ class RemoteShards:
                 self._copy(url, target, self.files[name])
                 return
             except FileNotFoundError as error:
-                raise self._refused(url, "is not there", error) from error
+                raise self._refused(url, "does not exist", error) from error
             except (ImportError, ValueError) as error:  # no driver for this kind of address
-                raise self._refused(url, "cannot be read here", error) from error
+                raise self._refused(url, "cannot be read with the packages installed here", error) from error
             except Exception as error:  # drivers raise a dozen kinds
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise UserError(
-                        f"{CACHE}: no space left for {url}, {size / 1e9:.3g} GB. Make room there, or lower "
-                        "launch.cache_gb; then run again."
+                        f"{CACHE}: the disk is full, {url} needs {size / 1e9:.3g} GB. Free space there or lower "
+                        "launch.cache_gb, then run again."
                     ) from error
                 if number == TRIES:
                     raise self._refused(url, f"could not be fetched in {TRIES} tries", error) from error
-                print(f"{url}: {_words(error)}; try {number + 1} of {TRIES}", file=sys.stderr, flush=True)
+                print(
+                    f"{url}: {_words(error)}. Fetching it again, try {number + 1} of {TRIES}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 time.sleep(WAIT * 2 ** (number - 1))
 
     def _refused(self, url: str, what: str, error: Exception) -> UserError:
         return UserError(
-            f"{url} {what} ({_words(error)}). {self.index} names it: put it back there, correct images.index.file in "
-            "params.yaml, or run again later. No image is passed over."
+            f"{url} {what} ({_words(error)}). The index {self.index} names this shard, and no shard is skipped. Put "
+            "the shard back, name another index in params.yaml (images.index.file), or run again later."
         )
 
     def _copy(self, url: str, target: BinaryIO, stated: dict[str, Any]) -> None:
-        """Raises OSError for other bytes than stated, and for a server that is too slow."""
+        """Copy a shard. Raises OSError for other bytes than the index states, and for a server that is too slow."""
         found, start, done = hashlib.sha256(), time.monotonic(), 0
         with fsspec.open(url, "rb", **_options(url)) as source:
             while chunk := source.read(CHUNK):
@@ -127,11 +131,11 @@ class RemoteShards:
                     break
                 seconds = time.monotonic() - start
                 if seconds > PATIENCE and done < SLOWEST * seconds:
-                    raise TimeoutError(f"{done} of {stated['bytes']} bytes came in {seconds:.0f} s")
+                    raise TimeoutError(f"received only {done} of {stated['bytes']} bytes in {seconds:.0f} s")
         if done != stated["bytes"]:
-            raise OSError(f"{done} bytes came where the index says {stated['bytes']}")
+            raise OSError(f"received {done} bytes, but the index says {stated['bytes']}")
         if found.hexdigest() != stated["sha256"]:
-            raise OSError(f"its sha256 is {found.hexdigest()}, where the index says {stated['sha256']}")
+            raise OSError(f"its sha256 is {found.hexdigest()}, but the index says {stated['sha256']}")
         target.flush()
         os.fsync(target.fileno())
 
@@ -154,7 +158,7 @@ class RemoteShards:
 
 
 def _abandoned(partial: Path) -> bool:
-    """Whether nobody fetches it any more."""
+    """Whether no process is fetching this file."""
     with suppress(FileNotFoundError, BlockingIOError), partial.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -166,7 +170,7 @@ def _words(error: Exception) -> str:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """What lets a driver give up on a server that says nothing."""
+    """Timeouts for the driver of this kind of address."""
     if url.startswith(("http://", "https://")):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "block_size": 0}

@@ -301,7 +301,8 @@ def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
     if found != expected:
         (scratch / "shards" / f"{name}_stats.json").unlink()
         raise UserError(
-            f"img2dataset reports {expected} images in {tar}, but it holds {found}. Run again: this shard is made anew."
+            f"img2dataset reports {expected} images in {tar}, but the file holds {found}. Run again: the shard is made "
+            "anew."
         )
     packed.replace(tar)
     try:
@@ -332,8 +333,8 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     if not tars:
         found = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
         raise UserError(
-            f"{folder} has no file *.tar (but {_listed(found)}): the download that params.yaml describes is no folder "
-            "of shards. Choose another mirror."
+            f"{folder} has no *.tar file (but {_listed(found)}), so what params.yaml names under images.shards is no "
+            "folder of shards. Choose another mirror."
         )
     counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):

@@ -92,11 +92,11 @@ class Training:
 
 
 def out_of_memory(profile: str, name: str, recipe: str, micro_batch: int, fitting: int) -> str:
-    """What to do where the GPU's memory does not suffice; fitting: a smaller micro-batch, 0 if there is none."""
-    way = f"Set -S profiles.{profile}.train.micro_batch={fitting}, which changes memory alone"
+    """The message for a GPU with too little memory; fitting: a smaller micro-batch, 0 if none fits."""
+    way = f"Add -S profiles.{profile}.train.micro_batch={fitting}, which changes no result"
     return (
-        f"The GPU's memory does not suffice to train {name} by recipe {recipe} with micro_batch {micro_batch}. "
-        f"{way if fitting else 'Train where there is more'}, or choose other run.backbones."
+        f"The GPU has too little memory to train {name} by recipe {recipe} with micro_batch {micro_batch}. "
+        f"{way if fitting else 'Use a GPU with more memory'}, or choose other run.backbones."
     )
 
 
@@ -426,7 +426,9 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
             config.read(Launch, "launch").cache_gb,
         )  # fmt: skip
         if fitted and processes.is_main_process and not fitted.is_file():
-            raise UserError(f"{fitted}: no such file, and the control starts from it. Run stage train of {name} first.")
+            raise UserError(
+                f"{fitted} does not exist, but the control starts from it. Run stage train of {name} first."
+            )
         t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, fitted)
         mark = fingerprint(t, models, images)
         return (t, mark), {**mark, "fitted": bool(fitted), "packages": hosts.packages()}

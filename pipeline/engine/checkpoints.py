@@ -14,9 +14,9 @@ from pipeline.core.outputs import remove
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
-    """Write all or nothing: until the new file lies on the disk, the one before it stands.
+    """Replace the checkpoint at `path`; the old one stays until the new one is on the disk.
 
-    Raises OSError or SafetensorError where it cannot be written (a full disk, say).
+    Raises OSError or SafetensorError if it cannot be written, for instance to a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -31,7 +31,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
 
 
 def read_state(path: Path) -> Any | None:
-    """The state alone; None where there is no checkpoint, or none that can be read."""
+    """The state alone; None if there is no checkpoint or it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["state"])

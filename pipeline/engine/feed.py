@@ -1,4 +1,4 @@
-"""What each step is fed: images, their crops and draws, as micro-batches on the device of this process.
+"""The inputs of each step: crops of images and random draws, as micro-batches on the device of this process.
 
 Sample i of step s, its crop and its noise are a function of the seed, s and i alone. So a run resumes at any step, and
 any number of processes share a batch, each a contiguous part of it. Threads of this process read and crop ahead; PIL
@@ -71,10 +71,11 @@ class Feed:
         losses: list[Loss], seed: int, compute: torch.device, steps: list[tuple[str, int]], *, process: int = 0,
         processes: int = 1, threads: int | None = None, mismatched: bool = False,
     ) -> None:  # fmt: skip
-        """steps: (phase, step) of all that will be asked for, phases being those of the training and `gap`, whose
-        batches have captions; threads: that decode, by default one for each core of this process where a GPU computes,
-        one where the cores do; mismatched: a control in which the tower is shown another image of the step than the one
-        to be restored. Raises UserError where a process would have no image, or a micro-batch too few for a loss.
+        """steps: (phase, step) of every call to come; the phases are those of the training, and `gap`, whose batches
+        have captions. threads: how many decode; by default one for each core of this process if a GPU computes, else
+        one. mismatched: show the tower another image of the step than the one to be restored, as a control.
+
+        Raises UserError if a process would have no image, or a micro-batch too few images for a loss.
         """
         self.shards, self.backbone, self.denoiser, self.rule, self.p, self.recipe = (
             shards, backbone, denoiser, rule, p, recipe
@@ -95,7 +96,7 @@ class Feed:
         self.pool = ThreadPoolExecutor(threads, "images")
         self.coming = self._coming()
         self.following: Window | None = None
-        self.opener = ThreadPoolExecutor(1, "shards")  # of its own: a window may take long to come
+        self.opener = ThreadPoolExecutor(1, "shards")  # its own thread, because fetching a window may take long
         self.last = max(((self.first.get(phase, 0) + step + 1) * recipe.batch - 1 for phase, step in steps), default=0)
 
     def __call__(self, step: int) -> Iterator[MicroBatch]:
@@ -163,7 +164,7 @@ class Feed:
         following, _ = self.shards.place(self.seed, min(number + len(window.order) // 4, self.last))
         if following is not self.following:
             self.following = following
-            self.opener.submit(self.shards.open, following)  # a shard that cannot be had is told where it is read
+            self.opener.submit(self.shards.open, following)  # its errors are raised where the shard is read
         return self.pool.submit(self._fill, window, place, crops)
 
     def _fill(self, window: Window, place: int, crops: list[Crop]) -> str:

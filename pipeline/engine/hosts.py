@@ -1,4 +1,4 @@
-"""From one process to many: who starts them, what all must have in common, and what they give each other.
+"""Training by many processes: how they are started, what must be equal on all hosts, and what they send each other.
 
 `launch.train` of params.yaml, where it is set, takes the place of `python`: it starts the processes of a training, on
 one machine or on several. The hosts share no folder: each has its own clone with the same inputs, the first process
@@ -42,20 +42,21 @@ def start(module: str, launch: Launch) -> None:
     if "WORLD_SIZE" in os.environ:
         if launch.train and int(os.environ["WORLD_SIZE"]) != launch.processes:
             raise UserError(
-                f"launch.train has started a group of {os.environ['WORLD_SIZE']} processes, where launch.processes is "
-                f"{launch.processes}. Correct the one or the other; a group for each host means that the hosts do not "
-                "find each other: torchrun needs the same --rdzv-endpoint on all, and no --standalone."
+                f"launch.train started a group of {os.environ['WORLD_SIZE']} processes, but launch.processes is "
+                f"{launch.processes}. Set launch.processes to the number of processes on all hosts together. If each "
+                "host started a group of its own, the hosts did not find each other: give torchrun the same "
+                "--rdzv-endpoint on all of them, and no --standalone."
             )
         return
     if LAUNCHED in os.environ:
         raise UserError(
-            "launch.train has started this process without saying to which group it belongs (WORLD_SIZE is not set). "
-            "It takes the place of `python`, and has to end with torchrun and its options."
+            "launch.train started this process outside a group of processes (WORLD_SIZE is not set). It takes "
+            "the place of `python`: let it end with torchrun and torchrun's options."
         )
     if launch.train:
         command = shlex.split(os.path.expandvars(launch.train))
         if not shutil.which(command[0]):
-            raise UserError(f"launch.train begins with '{command[0]}', and no such program is on PATH. Correct it.")
+            raise UserError(f"launch.train begins with '{command[0]}', but PATH has no such program. Correct it.")
         check_port(command)
         os.environ[LAUNCHED] = folder_id()
         # Hosts have their own process ids: a process is tied to the torchrun that started it, as DVC_STAGE asks for.
@@ -65,8 +66,10 @@ def start(module: str, launch: Launch) -> None:
 
 
 def check_port(command: list[str]) -> None:
-    """Raise UserError where the hosts are to meet at a port of this one that another program has: torchrun's c10d
-    rendezvous would wait at it without a word."""
+    """Raise UserError if --rdzv-endpoint names a port of this host that another program uses.
+
+    torchrun's c10d rendezvous would wait there and print nothing.
+    """
     options = [word for argument in command for word in argument.split("=", 1)]
     found = [b for a, b in itertools.pairwise(options) if a.replace("_", "-") == "--rdzv-endpoint"]
     if not found:
@@ -76,7 +79,7 @@ def check_port(command: list[str]) -> None:
         address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"launch.train: --rdzv-endpoint is '{found[-1]}', wanted a known host and a port ({error}). Correct it."
+            f"launch.train: --rdzv-endpoint is '{found[-1]}', wanted HOST:PORT with a known host ({error}). Correct it."
         ) from None
     with socket.socket(address[0]) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,33 +88,33 @@ def check_port(command: list[str]) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:  # else the address is another host's
                 raise UserError(
-                    f"launch.train: port {port} of {host}, at which the hosts are to meet, is in use. Name another in "
-                    "--rdzv-endpoint, or end the program that has it (`ss -ltnp` names it)."
+                    f"launch.train: port {port} of {host}, which --rdzv-endpoint names, is in use. Choose another port,"
+                    " or end the program that uses it (`ss -ltnp` names the program)."
                 ) from None
 
 
 def folder_id() -> str:
-    """The same on every host that has this very folder, by whatever file system they share it."""
+    """An id of this folder: equal on hosts that share the folder over a network, different for two clones."""
     found = PARAMS_FILE.stat()
     return f"{found.st_ino}:{found.st_mtime_ns}"
 
 
 def join() -> Accelerator:
-    """The group of processes that this one belongs to. Raises UserError where they cannot meet."""
+    """The group of processes that this one belongs to. Raises UserError if they cannot connect to each other."""
     try:
         return Accelerator(cpu=deterministic_device().type == "cpu")
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"the processes of this training cannot meet at {where}: {error}. If the port is in use, choose another; "
-            "if the host is not reached, see its name and the firewall."
+            f"the processes of this training cannot connect to each other at {where}: {error}. If the port is in use, "
+            "choose another one. If the host cannot be reached, check its name and the firewall."
         ) from error
 
 
 def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]]) -> T:
-    """What make() makes, in every process. Its second value must be the same in all of them.
+    """The first value of make() in every process. Its second value must be equal in all of them.
 
-    Raises UserError in all of them where one could not make it, or where they differ, naming the hosts.
+    Raises UserError in all processes if make() failed in one of them or the second values differ; it names the hosts.
     """
     host, made, mark, problem = socket.gethostname(), None, None, None
     try:
@@ -122,9 +125,9 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
         problem = str(error)
     if processes.is_main_process and os.environ.get(LAUNCHED, folder_id()) != folder_id():
         problem = (
-            "the first process writes what DVC waits for, but its folder is not the one in which launch.train was "
-            "called. torchrun's c10d rendezvous gives the first place to the host whose name sorts first "
-            "(--local-addr takes another name); with --rdzv-backend static --node-rank 0 has it"
+            "rank 0, which writes the outputs, does not run in the folder in which launch.train was called, so DVC "
+            "would not find them. With torchrun's c10d rendezvous, rank 0 is on the host whose name sorts first "
+            "(--local-addr gives a host another name); with --rdzv-backend static it is on the host with --node-rank 0"
         )
     found = gather_object([(host, mark, problem)])
     problems = list(dict.fromkeys(f"on {host}: {problem}" for host, _, problem in found if problem))
@@ -135,15 +138,15 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
                 problems.append(f"{host} differs from {first} in {', '.join(changed)}")
         problems = list(dict.fromkeys(problems))
     if problems:
-        _refuse("The hosts of this training are not alike, or not ready:\n  " + "\n  ".join(problems))
+        _refuse("The hosts of this training differ, or one is not ready:\n  " + "\n  ".join(problems))
     return made  # type: ignore[return-value]
 
 
 def _refuse(problem: str) -> NoReturn:
-    """Once on every host."""
+    """End this process; the first one of each host says why."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         sys.exit(1)
-    raise UserError(f"{problem}\nBring all hosts to the same commit and packages, and the inputs to each (dvc pull).")
+    raise UserError(f"{problem}\nAll hosts need the same commit and packages, and each needs the inputs (`dvc pull`).")
 
 
 def packages() -> dict[str, str]:

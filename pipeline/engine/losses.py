@@ -11,7 +11,7 @@ from pipeline.sections.recipe import Recipe
 
 
 def losses_of(key: str, recipe: Recipe) -> list[Loss]:
-    """The losses of a recipe, which params.yaml has at `key`. Raises UserError naming the key that is wrong."""
+    """The losses of a recipe; key: its full name in params.yaml. Raises UserError naming the key that is wrong."""
     found, known = [], losses.known()
     for loss, settings in recipe.losses.items():
         if loss not in known:

@@ -32,7 +32,7 @@ class Speed:
             self.flops = flops(feedback, phase, examples[0], precision)
 
     def count(self) -> None:
-        """A step is done. The first fills caches, so the clock starts after it."""
+        """Count a step. The first one fills caches, so the clock starts after it."""
         self.steps += 1
         if self.steps == 1:
             self.start = time.perf_counter()
@@ -57,9 +57,10 @@ def peak(compute: torch.device, precision: torch.dtype) -> float:
 
 
 def flops(feedback: Feedback, phase: Phase, example: MicroBatch, precision: torch.dtype) -> float:
-    """Of the forward and backward pass of one image with all its draws, counted on the fewest that the losses need.
+    """Operations of the forward and backward pass of one image with all its draws.
 
-    What is computed twice to save memory counts twice. Compilation would hide what is computed, so it waits.
+    They are counted on as few images as the losses allow. What is computed twice to save memory counts twice.
+    Compilation is off meanwhile, because it hides operations from the counter.
     """
     count = max(loss.images for loss in phase.losses)
     images_BCHW = example.images_BCHW[:1].repeat(count, 1, 1, 1)

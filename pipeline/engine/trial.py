@@ -1,4 +1,4 @@
-"""Models of the sizes of a run with random weights, and one true step with them: does training fit this GPU?"""
+"""Does a training fit this GPU's memory? Two steps of it, on models of the same sizes with random weights."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
 
 
 def random_clip(config: dict[str, Any], preprocessing: dict[str, Any]) -> Backbone:
-    """A CLIP of open_clip's configuration; without a tokenizer, it takes every text for the same."""
+    """A CLIP with random weights, of open_clip's configuration. It has no tokenizer: all texts have the same ids."""
     config = dict(config)
     custom = config.pop("custom_text", False) or "hf_tokenizer_name" in config["text_cfg"]
     clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval().requires_grad_(False)
@@ -47,7 +47,8 @@ def random_clip(config: dict[str, Any], preprocessing: dict[str, Any]) -> Backbo
 
 
 def random_denoiser(section: Any, shape: dict[str, dict[str, Any]] = STABLE_DIFFUSION_2_1_BASE) -> Denoiser:
-    """A denoiser without its text encoder: that of section `denoiser` if it is made here, else one of `shape`."""
+    """A denoiser with random weights and no text encoder: of the sizes of section `denoiser` for the mini world, of
+    `shape` for a published one."""
     if isinstance(section, MiniDenoiser):
         vae = PatchAutoencoder(**section.autoencoder.model_dump())
         channels, size = section.autoencoder.latent_channels, 64 // section.autoencoder.patch_size
@@ -59,18 +60,18 @@ def random_denoiser(section: Any, shape: dict[str, dict[str, Any]] = STABLE_DIFF
     return Denoiser(vae, unet, None, None, scheduler)
 
 
-class Told(Denoiser):
-    """One whose every text is the same random one."""
+class WithoutText(Denoiser):
+    """A denoiser that needs no text encoder: the embedding of a text is random."""
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         return torch.randn(len(prompts), self.text_tokens, self.unet.config.cross_attention_dim)
 
 
 def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: torch.device) -> Iterator[step.Record]:
-    """Two steps of each phase of a recipe, one micro-batch each: the second has the optimizer's state.
+    """Two steps of each phase of a recipe, of one micro-batch each; the second one has the optimizer's state.
 
-    A denoiser that is still to be fetched counts as stable-diffusion-2-1-base. Nothing is compiled, and the gap is not
-    corrected; neither takes memory to speak of.
+    A published denoiser is taken to have the sizes of stable-diffusion-2-1-base, fetched or not. Compilation and
+    modality-gap correction are left out, because they take little memory.
     """
     section = p.profile.train.model_copy(update={"micro_batch": micro_batch, "compile": False})
     recipe = p.profile.recipes[recipe_name]
@@ -82,7 +83,7 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         source = complete(name, entry.source)
         backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
         denoiser = random_denoiser(p.profile.denoiser)
-        denoiser.__class__, denoiser.text_tokens = Told, p.profile.denoiser.text_tokens
+        denoiser.__class__, denoiser.text_tokens = WithoutText, p.profile.denoiser.text_tokens
         t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None)
         feedback = build_feedback(t, compute)
     images_BCHW = torch.zeros(micro_batch, 3, section.size, section.size, dtype=torch.uint8, device=compute)
@@ -105,7 +106,7 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
 
 
 def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None:
-    """Raises UserError where training does not fit the GPU's memory, naming the largest micro_batch that does."""
+    """Raises UserError if training does not fit the GPU's memory; it names the largest micro_batch that fits."""
     asked, recipe = p.profile.train.micro_batch, p.profile.recipes[recipe_name]
     least = max(loss.images for loss in losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe))
     for micro_batch in (size for size in range(asked, least - 1, -1) if asked % size == 0):
@@ -115,7 +116,7 @@ def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
-        except step.NotFiniteError:  # random weights may well come to that
+        except step.NotFiniteError:  # of random weights; memory sufficed
             pass
         if micro_batch < asked:
             raise UserError(out_of_memory(p.run.profile, name, recipe_name, asked, micro_batch))

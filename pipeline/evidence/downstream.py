@@ -1,7 +1,7 @@
-"""What a downstream reader of the image tower gains: segmentation and a small LLaVA, before and after, with controls.
+"""Gains of segmentation and of a small LLaVA on the frozen image tower: before and after training, with controls.
 
-Where weights differ from those before in nothing that a benchmark reads (a head behind the tower; the last block, for a
-reader of the last layer but one), there is no change to be measured: CANNOT_CHANGE instead of an interval.
+A benchmark may read no tensor that training changed: a residual head stands behind the tower, and the small LLaVA does
+not read the last block. Then its score cannot change, and CANNOT_CHANGE takes the place of an interval.
 """
 
 import io
@@ -26,10 +26,10 @@ FILES = {"segmentation": "pixels.parquet", "mllm": "pairs.parquet"}
 
 @dataclass(frozen=True)
 class Reading:
-    """What some weights scored in a column.
+    """The scores of one set of weights in one column of the report.
 
-    figures: in %, the first one that which changes are of; none where the reading is undefined, for the reason given.
-    reads: sha256 of the tensors that were read. answers: what an interval is over, as `change` takes them.
+    figures: in %; gains are of the first one; empty if the reading is undefined, for the reason given. reads: sha256 of
+    the tensors that the benchmark reads. answers: the samples of the interval, as `change` takes them.
     """
 
     reads: str = ""
@@ -42,7 +42,7 @@ class Reading:
 def read(
     profile: str, backbone: str, weights: str, benchmarks: Iterable[str], read: Read = Path.read_bytes
 ) -> dict[str, Reading]:
-    """The readings of these of FILES' benchmarks by column; `read` as for results.Scores."""
+    """The readings of those of FILES' benchmarks that `benchmarks` names, by column; `read` as for results.Scores."""
     found = dict[str, Reading]()
     for benchmark in (name for name in FILES if name in benchmarks):
         folder = Path("metrics", profile, "scores", benchmark, f"{backbone}-{weights}")
@@ -52,7 +52,7 @@ def read(
 
 
 def of_segmentation(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
-    """Of what pipeline/segmentation.py scores; answers: pixels [images, classes, 3]."""
+    """The readings of what pipeline/segmentation.py wrote; answers: pixels [images, classes, 3]."""
     found = {}
     for name, readings in scores["sets"].items():
         for reading, result in readings.items():
@@ -68,7 +68,7 @@ def of_segmentation(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
 
 
 def of_mllm(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
-    """Of what pipeline/mllm.py scores; answers: whether pairs are right, in %, [seeds, pairs]."""
+    """The readings of what pipeline/mllm.py wrote; answers: whether pairs are right, in %, [seeds, pairs]."""
     right = 100.0 * table.pivot(index="seed", columns="pair", values="right").to_numpy(dtype=float)
     questions = float(np.mean([of_seed["questions"] for of_seed in scores["seeds"].values()]))
     return {
@@ -93,13 +93,17 @@ def _mean_change(before: np.ndarray, after: np.ndarray) -> Interval:
 
 def _of_the_same(same: bool) -> None:
     if not same:
-        raise UserError("answers to other masks or questions cannot be compared. Score all weights anew: `dvc repro`.")
+        raise UserError(
+            "two weights were scored on different masks or questions, so their difference means nothing. Run "
+            "`dvc repro` to score all weights on the same ones."
+        )
 
 
 def evidence(readings: dict[str, dict[str, Reading]]) -> dict[str, dict]:
-    """Of readings by weights and column. By column: score, by weights: figures in %; gain, by weights, and effect, by a
-    control's weights (the recipe's gain minus the control's): in points, [value, low, high] or CANNOT_CHANGE;
-    undefined: why there are none of these.
+    """Scores, gains and effects of readings, which are given by weights and column. Returns by column:
+
+    score: figures in %, by weights. gain: by weights. effect: the recipe's gain minus the control's, by the control's
+    weights. Both are in points, [value, low, high], or CANNOT_CHANGE. undefined: why there are none of these.
     """
     found = dict[str, dict]()
     trained = [weights for weights in readings if weights != "pretrained"]
@@ -123,7 +127,7 @@ def _change(before: Reading, after: Reading) -> list[float] | str:
 
 
 def table(found: dict[str, dict]) -> list[list[str]]:
-    """Rows for the report, the first one of headings: scores, gains, and effects over the controls; none of nothing."""
+    """Rows for the report: headings, scores, gains, and effects over the controls. Empty if nothing was scored."""
     first = next((of for of in found.values() if "score" in of), None)
     if not first:
         return []

@@ -20,7 +20,7 @@ PALETTE = ("#2f6f9f", "#c98a2d", "#5a9e6f", "#b0578d", "#7a68ad", "#a65d3f")
 
 
 def colours(scores: Iterable[str]) -> dict[str, str | tuple[str, float]]:
-    """Grey for pretrained, a colour for each recipe and for released; a control has its recipe's, paler."""
+    """Grey for pretrained, a colour for each recipe and checkpoint; a control has its recipe's colour, paler."""
     split = {weights: recipe_and_control(weights) for weights in scores}
     names = dict.fromkeys(recipe for recipe, _ in split.values() if recipe != "pretrained")
     own = {"pretrained": "#9aa5b1"} | dict(zip(names, itertools.cycle(PALETTE), strict=False))
@@ -29,9 +29,9 @@ def colours(scores: Iterable[str]) -> dict[str, str | tuple[str, float]]:
 
 
 def patterns(scores: dict[str, Scores], published: Published | None):
-    """Pairs right per pattern and pooling rule, a bar for each set of weights; diamonds: the paper's.
+    """Pairs right per pattern and pooling rule, a bar for each set of weights; diamonds are the paper's figures.
 
-    None where no pairs were scored.
+    None if no pairs were scored.
     """
     if not scores["pretrained"].mmvp:
         return None
@@ -49,9 +49,9 @@ def patterns(scores: dict[str, Scores], published: Published | None):
 
 
 def gains(weights: dict[str, dict]):
-    """Change of every column with its interval: recipes and controls side by side; weights: of evidence.json.
+    """The gain of every column with its interval, recipes and controls side by side; weights: as in evidence.json.
 
-    None where there is none.
+    None if there is no gain.
     """
     columns = [column for column in COLUMNS if all(column in result["gain"] for result in weights.values())]
     if not weights or not columns:
@@ -80,7 +80,7 @@ def gains(weights: dict[str, dict]):
 
 
 def seeds(table: pd.DataFrame):
-    """Gains of one backbone by training seed; a column a panel."""
+    """Gains of one backbone by training seed, a panel for each column."""
     columns = [column for column in COLUMNS if table[column].notna().all()]
     names = list(table.weights.unique())
     figure, axes = plt.subplots(1, len(columns), figsize=(11, 3.4), layout="constrained", squeeze=False)
@@ -97,7 +97,7 @@ def seeds(table: pd.DataFrame):
 
 
 def losses(curves: dict[str, Path]):
-    """The denoising loss of both phases, of all weights that were trained; None where there are none."""
+    """The denoising loss of both phases for all weights that were trained; None if there are none."""
     found = {
         (phase, weights): pd.read_csv(file, sep="\t")
         for phase in ("projection", "tower")
@@ -123,7 +123,7 @@ def losses(curves: dict[str, Path]):
 
 
 def probe(scores: dict[str, Scores]):
-    """Accuracy of the linear probe per attribute; None where no set of that kind was scored."""
+    """Accuracy of the linear probe per attribute; None if no such set was scored."""
     shown = without_controls(scores)
     probes = {w: s for w in shown for s in scores[w].zeroshot.values() if s["kind"] == "probe"}
     if not probes:

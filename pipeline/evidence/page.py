@@ -28,7 +28,7 @@ Pair = tuple[float, float]  # the paper's pairs before and after, in %
 
 
 def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, dict]) -> dict:
-    """All that is shown of one backbone; found: its part of evidence.json; gain: of report.json."""
+    """What the page shows of one backbone. found: its part of evidence.json. gain: its part of report.json."""
     profile, entry = p.run.profile, p.backbones[backbone].published
     published = (entry.before, entry.after) if entry else None
     table = results.seeds_table(profile).query("backbone == @backbone")
@@ -79,12 +79,12 @@ def cell(interval: list[float] | None) -> str:
 
 
 def cells(intervals: dict[str, list[float]], columns: Iterable[str] = COLUMNS) -> list[str]:
-    """A cell a column; empty where there is no such interval."""
+    """A cell for each column; empty if there is no such interval."""
     return [cell(intervals.get(column)) for column in columns]
 
 
 def baseline(compared: dict[str, dict], before: Scores) -> str:
-    """Whether the pretrained weights have their published figures; empty where none is known of what was scored."""
+    """Do the pretrained weights have their published figures? Empty if none is known of what was scored."""
     told = []
     for name, figures_ in compared.items():
         away, unit = abs(figures_["away"]), "points"
@@ -102,7 +102,7 @@ def baseline(compared: dict[str, dict], before: Scores) -> str:
 
 
 def comparison(found: dict) -> list[list[str]]:
-    """Every two sets of weights, the first row with headings; nothing where there are but two."""
+    """Every two sets of weights compared, after a row of headings. Empty if there are only two sets."""
     rows = []
     for name, tests in found["comparison"].items():
         second, _, first = name.partition(" minus ")
@@ -143,7 +143,7 @@ def overview(scores: dict[str, Scores], found: dict) -> list[list[str]]:
 
 
 def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
-    """Every set of weights, every gain and every effect, each column."""
+    """A row for each set of weights, each gain and each effect, with every column."""
     rows = []
     for weights, of_weights in scores.items():
         values = of_weights.headline()
@@ -156,7 +156,7 @@ def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
 
 
 def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
-    """Average and patterns of pretrained and tuned weights by both pooling rules, each gain by one of them."""
+    """Pretrained and tuned weights under both pooling rules: average and patterns. Every gain is of one rule."""
     before, rows = scores["pretrained"], []
     for weights in without_controls(scores)[1:] if before.mmvp else ():
         after = scores[weights]
@@ -180,13 +180,15 @@ def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
 
 
 def claim(result: dict) -> str:
-    """The published gain of these weights' part of evidence.json, and its pooling rule; empty where there is none."""
+    """The published gain and its pooling rule. result: these weights' part of evidence.json. Empty if none is
+    published.
+    """
     said = result.get("published")
     return f"{said['gain']:+.1f} ({said['pooling']} pooling)" if said else ""
 
 
 def matching(scores: dict[str, Scores]) -> list[list[str]]:
-    """Pairs right by MMVP's rule and by the better of the two matchings, the first row with headings."""
+    """Pairs right by MMVP's rule and by the better of the two matchings, after a row of headings."""
     rows = [["weights", "pooling rule", "pairs right, %", "gain", "right by the better matching, %", "gain"]]
     before = scores["pretrained"]
     for weights in without_controls(scores):
@@ -201,18 +203,18 @@ def matching(scores: dict[str, Scores]) -> list[list[str]]:
 
 
 def verdicts(found: dict) -> dict[str, str]:
-    """A sentence of verdict for each set of weights, without controls."""
+    """The verdict on each set of weights in words, controls aside."""
     texts = {}
     for weights in without_controls(found["weights"]):
         result = found["weights"][weights]
         judged = result["verdict"]
         if "pairs" not in result:
-            texts[weights] = f"{weights}: pairs {judged['pairs']}.{_cost(result)}"
+            texts[weights] = f"{weights}. Pairs: {judged['pairs']}.{_cost(result)}"
             continue
         tests = result["pairs"]["stock"]
         published = result.get("published")
         gain = Interval(*(result["as_published"] if published else result["gain"]["pairs_stock"])).text()
-        said = f"{weights}: pairs {judged['pairs']}, {gain} points (stock embedding"
+        said = f"{weights}. Pairs: {judged['pairs']}, {gain} points (stock embedding"
         if published:
             if published["pooling"] == "published":
                 said += " before, published pooling after, as in the paper's table"
@@ -234,15 +236,15 @@ def _cost(result: dict) -> str:
     """The sentences about zero-shot ability; result: these weights' part of evidence.json."""
     judged = result["verdict"]
     if judged["zeroshot"] == results.NOT_MEASURED:
-        return f" Zero-shot classification {results.NOT_MEASURED}."
-    said = f" Zero-shot classification {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()} points."
+        return f" Zero-shot classification: {results.NOT_MEASURED}."
+    said = f" Zero-shot classification: {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()} points."
     if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
         said += " The gain comes at the cost of zero-shot ability."
     return said
 
 
 def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> str:
-    """The verdict by the interval over training seeds; found: the backbone's part of evidence.json."""
+    """The verdict by the interval over training seeds. found: the backbone's part of evidence.json."""
     zeroshot, said = group.zeroshot.dropna(), f"Over {len(group)} training seeds: pairs "
     if group.pairs_stock.isna().any() or "pooling" not in found:
         said += results.NOT_MEASURED
@@ -259,9 +261,10 @@ def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> s
 
 
 def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> dict | None:
-    """Mean, s.d. and interval over training seeds, and whether this very run is among them; None without two.
+    """Mean, s.d. and interval over training seeds, and whether this run is among them. None if there are fewer than
+    two.
 
-    groups: the rows of the runs at hand, by weights; gain: this run's, by weights.
+    groups: the rows of this code and these parameters, by weights. gain: this run's gains, by weights.
     """
     if not groups:
         return None

@@ -62,8 +62,8 @@ def provenance(p: Reported) -> dict[str, dict[str, str]]:
 
 
 def run(profile: str, backbone: str, recipe: str) -> str:
-    """Names the run whose seeds count together: a hash of all code and parameters that decide a recipe's gains, but the
-    seed.
+    """A hash of all code and parameters that decide a recipe's gains, except the seed: runs with the same hash count
+    together.
     """
     anything, key = dict[str, Any], f"profiles.{profile}"
     decide: dict[str, Any] = config.read(anything, key)
@@ -76,7 +76,7 @@ def run(profile: str, backbone: str, recipe: str) -> str:
 
 
 def scored(p: Reported) -> list[str]:
-    """What the figures were read from."""
+    """The folders of the scores that the figures come from."""
     profile = p.run.profile
     return [
         f"metrics/{profile}/scores/{benchmark}/{backbone}-{weights}"
@@ -87,7 +87,7 @@ def scored(p: Reported) -> list[str]:
 
 
 def hardware() -> dict[str, str]:
-    """The machine, and what of it decides the bytes of arithmetic on its CPU."""
+    """The machine, and those of its properties that decide the bytes of arithmetic on its CPU."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -129,7 +129,7 @@ def blas() -> str:
 
 
 def hashes(paths: list[str]) -> dict[str, str]:
-    """md5 of these paths and of all that they were made from, as the locks have them, where it is data or a model."""
+    """md5 of these paths and of the data and models that they were made from, as the locks have them."""
     made: dict[str, dict[str, str]] = {}
     md5s: dict[str, str] = {}
     for lock in (Path("pipeline/dvc.lock"), Path("dvc.lock")):

@@ -43,7 +43,7 @@ Read = Callable[[Path], bytes]
 
 
 class Claim(NamedTuple):
-    """What is published of tuned weights: pairs right before and after, in %, and the pooling rule of the latter."""
+    """The published figures of tuned weights: pairs right before and after, in %; pooling: the rule of the second."""
 
     before: float
     after: float
@@ -56,10 +56,10 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """All that the scorings say of one backbone with one set of weights; empty where a benchmark was not scored.
+    """All scores of one backbone with one set of weights; empty for a benchmark that was not run.
 
-    cosines: of the pairs' images' stock embeddings to the pretrained ones; of the pretrained weights there are none.
-    scoring: by benchmark, what was asked and how.
+    cosines: between the stock embeddings of the pairs' images and those of the pretrained weights, which have none
+    themselves. scoring: the record of how the scores were made, by benchmark.
     """
 
     mmvp: dict
@@ -147,7 +147,8 @@ def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> di
     for benchmark in before.scoring.keys() & after.scoring.keys():
         if other := _differences(before.scoring[benchmark], after.scoring[benchmark]):
             raise UserError(
-                f"scores of different scorings of {benchmark} are not compared: {'; '.join(other)}. Score both alike."
+                f"the {benchmark} scores before and after were made in different ways, so their difference means "
+                f"nothing: {'; '.join(other)}. Run `dvc repro` to score both in the same way."
             )
     there = before.headline().keys() & after.headline().keys()
     return {column: change(before.strata(column), after.strata(column)) for column in columns if column in there}
@@ -166,13 +167,13 @@ def _differences(was: dict, now: dict, key: str = "") -> list[str]:
 
 
 def changed_pairs(before: Scores, after: Scores, pooling: str) -> dict[str, list[int]]:
-    """Numbers of the pairs that were won and of those that were lost, statement to image."""
+    """The numbers of the pairs that were won and of those that were lost, statement to image."""
     was, now = before.right(pooling), after.right(pooling)
     return {"won": [int(pair) for pair in was.index[~was & now]], "lost": [int(pair) for pair in was.index[was & ~now]]}
 
 
 def won_and_lost(before: Scores, after: Scores, pooling: str) -> dict:
-    """Counts of those, the exact McNemar test, and the smallest gain that so many pairs can show, in points."""
+    """How many pairs were won and lost, the exact McNemar test, and the smallest gain that it detects, in points."""
     changed, pairs = changed_pairs(before, after, pooling), len(before.right(pooling))
     won, lost = len(changed["won"]), len(changed["lost"])
     smallest = 100 * statistics.smallest_gain(pairs, won + lost)  # NaN if no gain of so few pairs could be detected
@@ -313,10 +314,10 @@ SEEDS = ["backbone", "recipe", "weights", "seed"]
 
 
 def seeds_table(profile: str) -> pd.DataFrame:
-    """What tools/sweep.py found for several training seeds: gains in points, one row a backbone, weights and seed.
+    """The table of tools/sweep.py: gains in points, one row for each backbone, set of weights and training seed.
 
-    run: the hash that evidence/provenance.py gives to all that a recipe's gains depend on, but for the seed. Of a seed
-    that two machines ran, and git merged, the row that stands first counts.
+    run: the hash that evidence/provenance.py gives to code and parameters. If git merged two rows of the same seed from
+    two machines, the first one counts.
     """
     file = Path("metrics", "seeds", f"{profile}.csv")
     table = pd.read_csv(file, dtype={"run": str}) if file.exists() else pd.DataFrame()

@@ -65,7 +65,8 @@ def mean_iou(pixels: np.ndarray) -> np.ndarray:
 def iou_change(before: np.ndarray, after: np.ndarray) -> Interval:
     """The change of mean IoU, in points, and its percentile bootstrap interval, paired: images are resampled.
 
-    before, after: pixels [images, classes, 3] as for `mean_iou`, which is of sums, so that no image has a share of it.
+    before, after: pixels [images, classes, 3] as for `mean_iou`. IoU is a ratio of sums over images, so single images
+    have no score of their own.
     """
     images, rng = len(before), np.random.default_rng(0)
     chosen = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(float)
@@ -119,7 +120,7 @@ def over_groups(groups: Sequence[Sequence[float]]) -> tuple[Interval, Interval]:
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p of so many pairs won and lost, if a changed pair were as likely to be either."""
+    """Exact two-sided p of the pairs won and lost, if a changed pair were equally likely to be won or lost."""
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
@@ -133,10 +134,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def smallest_gain(pairs: int, changed: int) -> float:
-    """The smallest gain (won minus lost, as a share of the pairs) that is shown with probability POWER.
+    """The smallest gain (won minus lost, as a share of the pairs) that is detected with probability POWER.
 
-    Shown: by the exact McNemar test at 5 %. `changed` of the pairs change; if the gain asks for more, as many as it
-    asks for. NaN where not even a gain of all pairs would be shown.
+    Detected: by the exact McNemar test at 5 %. changed: how many pairs change; more of them, if the gain requires more.
+    NaN if not even a gain of all pairs would be detected.
     """
     number = np.arange(pairs + 1)
     lost_at_most = stats.binom.ppf((1 - CONFIDENCE) / 2, number, 0.5)  # so few lost, or fewer, have p <= 5 %

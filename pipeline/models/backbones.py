@@ -72,9 +72,7 @@ class Backbone(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> "Backbone":
         """Raises UserError where a file is missing or the tokenizer does not fit the text tower."""
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name}. Run `dvc repro`.")
+        _check_files(folder)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         clip = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -137,8 +135,20 @@ def _entries(tokenizer) -> int:
     return len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
 
 
+def _check_files(folder: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}. Correct the names of weights and backbone, or make the model: `dvc repro`."
+            )
+
+
 def stored_tensors(folder: Path) -> Tensors:
-    """The tensors of a model's folder by name, its residual head's among them, as the model's state has them."""
+    """The tensors of a model's folder by name, those of its residual head included, as the model's state has them.
+
+    Raises UserError where a file is missing.
+    """
+    _check_files(folder)
     head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
     return _float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
 

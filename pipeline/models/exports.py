@@ -93,7 +93,7 @@ class OpenClipOnly(Exception):
 
 
 def write(backbone: Backbone, original: Path, folder: Path) -> str | None:
-    """Write the folder of both formats. Returns why there is no transformers format, where there is none."""
+    """Write the folder with both formats. Returns why there is no transformers format, if there is none."""
     headed = isinstance(backbone.clip.visual, WithHead)
     base = folder / "tower" if headed else folder  # a tower without its head would load and embed wrongly
     base.mkdir(parents=True)
@@ -150,7 +150,7 @@ def tokenizer(backbone: Backbone) -> PreTrainedTokenizerFast:
 
 @singledispatch
 def transformers_model(clip: nn.Module, tok: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The same model as one of transformers'. Raises OpenClipOnly where it has no class for it."""
+    """The same model as a class of transformers. Raises OpenClipOnly if transformers has no class for it."""
     raise OpenClipOnly(f"transformers has no class for {type(clip).__name__}")
 
 

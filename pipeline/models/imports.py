@@ -1,4 +1,4 @@
-"""Checkpoints in others' formats, as open_clip's tensors: the inverse of exports.py, and image towers alone.
+"""Read checkpoints in the formats of others as open_clip's tensors: the inverse of exports.py, also image towers alone.
 
 A checkpoint is a file (backbones.read_checkpoint says of which formats) or a folder as transformers saves it:
 config.json beside model.safetensors, shards of it with an index, or pytorch_model.bin. Known are CLIPModel, SiglipModel
@@ -35,8 +35,8 @@ def only_model(folder: Path) -> Path:
     if len(found) != 1:
         names = ", ".join(sorted(str(path.relative_to(folder)) for path in found)) or "no file"
         raise UserError(
-            f"found {len(found)} checkpoints ({names}), wanted one file, or one folder with a config.json. "
-            "Let `weights` in params.yaml name that one alone."
+            f"the download holds {len(found)} checkpoints ({names}), wanted one file, or one folder with config.json. "
+            "Narrow `files` or `match` of this checkpoint in params.yaml."
         )
     return found[0]
 
@@ -68,10 +68,10 @@ def fitted(source: Path, original: Path, parts: str) -> Tensors:
     tower = [name for name in wanted if name.startswith("visual.") and name != PROJECTION]
     projected, read = PROJECTION not in lacking, any(not name.startswith("visual.") for name in found)
     if lacking and not {*tower} & {*lacking} and not (read and projected):
-        have, need = ("is of the image tower alone", "vision") if projected else ("has no projection", "vision_tower")
+        have, need = ("holds the image tower alone", "vision") if projected else ("has no projection", "vision_tower")
         raise UserError(
-            f"{source} {have} ({len(lacking)} tensors are missing, first: {lacking[0]}). If it was trained so, set "
-            f"parts: {need} for this checkpoint in params.yaml, which takes the rest from the pretrained weights."
+            f"{source} {have} ({len(lacking)} tensors are missing, first: {lacking[0]}). If that is intended, set "
+            f"parts: {need} for this checkpoint in params.yaml: the rest then comes from the pretrained weights."
         )
     used = {name: tensor for name, tensor in found.items() if not kept(name)}
     return fitting({**used, **{name: tensor for name, tensor in wanted.items() if kept(name)}}, original, source)
@@ -90,8 +90,8 @@ def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
     if not (folder / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(
-            f"{folder}: a folder without config.json (it holds {there}), so it is no model of transformers. Give the "
-            "path of one, or of a checkpoint file."
+            f"{folder} has no config.json (it holds {there}), so it is no transformers model. Set the path to a "
+            "transformers folder or to a checkpoint file."
         )
     stored = _stored(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -100,8 +100,8 @@ def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
     own = "siglip" if isinstance(model, open_clip.CustomTextCLIP) else "clip"
     if kind not in KINDS or not kind.startswith(own) or (own == "clip" and kind.startswith("siglip")):
         raise UserError(
-            f"{folder}/config.json says model_type {kind!r}, and the backbone is a {own} model. Known: "
-            f"{', '.join(KINDS)}. Name a checkpoint of this backbone."
+            f"{folder}/config.json says model_type {kind!r}, but the backbone is a {own} model. Name a checkpoint of "
+            f"this backbone; known types: {', '.join(KINDS)}."
         )
     _same_architecture(folder, model)
     inverse = _inverse(KINDS[kind], wanted)
@@ -112,14 +112,14 @@ def _stored(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder in float32. Raises UserError where a file is missing or cannot be read."""
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder}: a config.json, but no weights ({', '.join(WEIGHTS)}). Fetch them, too.")
+        raise UserError(f"{folder} has config.json but no weights. Put one of these there, too: {', '.join(WEIGHTS)}.")
     files = [file]
     if file.suffix == ".json":
         shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in dict.fromkeys(shards)]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise UserError(f"{file} names {', '.join(missing)}, which {folder} has not. Fetch them, too.")
+            raise UserError(f"{file} names {', '.join(missing)}, but {folder} lacks them. Put them there, too.")
     found: dict[str, torch.Tensor] = {}
     for path in files:
         found |= read_checkpoint(path)
@@ -129,7 +129,7 @@ def _stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _same_architecture(folder: Path, model: nn.Module) -> None:
-    """Raises UserError where the towers differ in what no tensor's shape tells."""
+    """Raises UserError if the towers differ in a setting that changes no tensor's shape (SAME)."""
     config: Any = AutoConfig.from_pretrained(folder)
     visual: Any = model.visual
     trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
@@ -142,8 +142,8 @@ def _same_architecture(folder: Path, model: nn.Module) -> None:
         wrong = [f"{key} {getattr(theirs, key)}, not {ours[key]}" for key in SAME if getattr(theirs, key) != ours[key]]
         if wrong:
             raise UserError(
-                f"{folder}/config.json is of another {tower} tower than the backbone: {'; '.join(wrong)}. Score it "
-                "with a backbone of its own architecture."
+                f"{folder}/config.json describes another {tower} tower than the backbone's: {'; '.join(wrong)}. List "
+                "this checkpoint under a backbone of its own architecture."
             )
 
 

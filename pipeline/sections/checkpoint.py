@@ -9,7 +9,7 @@ from pipeline.sections.download import Download, Sha256
 
 
 class LocalFiles(Section):
-    """A checkpoint that somebody put here: a file, or a folder as transformers saves it.
+    """A checkpoint on this machine: a file, or a folder as transformers saves it.
 
     origin: where others can get it. sha256: of the file, or of the lines "NAME SHA256\\n" of its files, sorted by
     name; null: any bytes, which is allowed below data/by_hand, where DVC sees a change.
@@ -22,7 +22,7 @@ class LocalFiles(Section):
 
 
 def _kind(value: Any) -> str:
-    """Of what params.yaml says, and of what was read from it."""
+    """The kind of a section of params.yaml, or of an object made from one."""
     local = "path" in value if isinstance(value, dict) else isinstance(value, LocalFiles)
     return "local" if local else "download"
 
@@ -37,8 +37,8 @@ class Figure(Section):
 class TunedWeights(Section):
     """Tuned weights of a backbone.
 
-    parts: what of the model is theirs, all of it, the image tower with its projection (vision) or without it
-    (vision_tower); the rest is taken from the pretrained weights.
+    parts: which parts of the model the checkpoint replaces: all, the image tower with its projection (vision), or
+    without it (vision_tower). The other parts are those of the pretrained weights.
     """
 
     weights: Annotated[

@@ -37,7 +37,7 @@ class MiniDenoiser(Section):
 
 
 class PublishedDenoiser(Section):
-    """text_tokens: what its text encoder makes of any prompt, against which stage `denoiser` holds what it fetched."""
+    """text_tokens: how many its text encoder makes of any prompt; stage `denoiser` compares what it fetched with it."""
 
     kind: Literal["hub"]
     text_tokens: Count

@@ -4,9 +4,10 @@ from pipeline.core.config import Count, PositiveFloat, Section
 
 
 class Launch(Section):
-    """Who starts the processes of a training (engine/hosts.py). No result depends on it, and no stage.
+    """How the processes of a training are started (engine/hosts.py). No result and no stage depends on it.
 
-    cache_gb: of each host's disk, for images of kind index.
+    train: the command in the place of `python`. processes: how many it starts on all hosts together. cache_gb: disk
+    space of each host for images of kind index, in GB.
     """
 
     train: str

@@ -8,9 +8,8 @@ from pipeline.core.config import Count, PositiveFloat, Section
 
 
 class Mllm(Section):
-    """seeds: how many, of projector and language model. context: tokens of image and question at most.
-
-    language: transformers' LlamaConfig, but for what the tokenizer decides.
+    """seeds: how many times projector and language model are trained. context: at most so many tokens of image and
+    question. language: values of transformers' LlamaConfig, except for those that the tokenizer decides.
     """
 
     seeds: Annotated[int, Field(ge=2)]

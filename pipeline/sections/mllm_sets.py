@@ -6,7 +6,7 @@ from pipeline.core.config import Count, Section
 
 
 class MllmSets(Section):
-    """train: images, each with a question on every detail and on its object. pairs_per_pattern: of the test."""
+    """train: images; each has a question on every detail and on its object. pairs_per_pattern: of the test split."""
 
     kind: Literal["mini"]
     train: Count

@@ -6,6 +6,8 @@ from pydantic import model_validator
 
 from pipeline.core import config
 from pipeline.core.config import Count, Name, Section
+from pipeline.core.stages import UserError
+from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.denoiser import Denoiser
 from pipeline.sections.images import Images
 from pipeline.sections.launch import Launch
@@ -80,6 +82,12 @@ class Params(Reported):
     @property
     def profile(self) -> Profile:
         return self.profiles[self.run.profile]
+
+    def backbone(self, name: str) -> BackboneEntry:
+        """Raises UserError for a name that is not in params.yaml."""
+        if name not in self.backbones:
+            raise UserError(f"params.yaml has no backbone '{name}'. Choose one of these: {', '.join(self.backbones)}.")
+        return self.backbones[name]
 
     @model_validator(mode="after")
     def _run_fits(self) -> "Params":

@@ -8,7 +8,7 @@ from pipeline.core.config import Count, Float, PositiveFloat, Section
 
 
 class PatchProbeSettings(Section):
-    """cells: predictions of a patch, so many a side. batch: tokens of a step."""
+    """cells: a patch has cells x cells predictions. batch: tokens of a step."""
 
     cells: Count
     steps: Count
@@ -17,9 +17,9 @@ class PatchProbeSettings(Section):
 
 
 class Segmentation(Section):
-    """Shorter side of the images, and stride of the windows, as multiples of the image tower's own size.
+    """scale: shorter side of the images; stride: of the windows; both as multiples of the image tower's image size.
 
-    attention, neighbourhood: benchmarks/segmentation.py's text_space_tokens.
+    attention, neighbourhood: see text_space_tokens in benchmarks/segmentation.py.
     """
 
     scale: Annotated[Float, Field(ge=1)]

@@ -18,9 +18,9 @@ class MiniSegmentationSets(Section):
 class LocalSet(Section):
     """A set fetched by hand, in mmsegmentation's layout; value 0 of a mask is unlabelled, i is class i from 1 on.
 
-    at: its folder. images, masks: paths below it, with {id}, and {split} where a split has a folder of its own.
-    ids: a file below it that lists a split's ids, with {split}; without it they are all ids that have a mask.
-    train, test: the set's own names of the splits. classes: in order; synonyms are separated by commas.
+    at: its folder. images, masks: paths in it, with {id}, and with {split} if each split has a folder of its own.
+    ids: a file in it that lists a split's ids, with {split}; by default all ids that have a mask.
+    train, test: the set's own names of these splits. classes: in order; commas separate synonyms.
     """
 
     at: str
@@ -40,7 +40,7 @@ class LocalSet(Section):
 
 
 class LocalSegmentationSets(Section):
-    """train: images of a set that its probe learns from, at most."""
+    """train: at most so many images of each set train its probe."""
 
     kind: Literal["local"]
     train: Count

@@ -96,7 +96,8 @@ class Subject:
 def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:
     """By name: a backbone of params.yaml, or `block`, one layer of openai_224's tower and of its denoiser."""
     key = "openai_224" if name == "block" else name
-    entry, source = p.backbones[key], complete(key, p.backbones[key].source)
+    entry = p.backbone(key)
+    source = complete(key, entry.source)
     section = p.profiles[entry.profile].train
     size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
     on_gpu = compute.type == "cuda"
@@ -148,7 +149,7 @@ def published_gradient(
 
 
 def published_steps(phase: Phase, feedback: Feedback, feed: Feed, precision: torch.dtype) -> Iterator[float]:
-    """The released schedule, a loss a step."""
+    """Train by the released schedule; yields each step's loss."""
     optimizer = torch.optim.SGD(phase.parameters, lr=phase.lr(1), momentum=0.9)
     for parameter in phase.parameters:
         parameter.requires_grad_(True)
@@ -241,7 +242,7 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
 
 
 def longest(steps: Iterator[Any], compute: torch.device) -> dict[str, float]:
-    """Shares of a step's time, of the operations that take most of it."""
+    """The operations that take most of a step's time, with their shares of it."""
     gpu = compute.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -302,7 +303,7 @@ def _jpeg(shape: tuple[int, int], number: int) -> bytes:
 
 
 def loader(p: Params, images: int) -> dict[str, Any]:
-    """Speed and memory of what feeds openai_224, with one thread and with one for each core."""
+    """Speed and memory of the loader that feeds openai_224, with one thread and with one for each core."""
     section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
     folder, cores = photo_shards(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
@@ -441,7 +442,7 @@ def bar_seconds(said: str) -> float:
 
 
 def markdown(results: dict[str, dict[str, Any]], machine: str) -> str:
-    """A row a subject."""
+    """A table with a row for each subject."""
     lines = [
         f"Engine against the released schedule on {machine}; random weights, A B A B in one process.",
         "",
@@ -463,29 +464,31 @@ def markdown(results: dict[str, dict[str, Any]], machine: str) -> str:
 
 
 @stage
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(*arguments: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT")
     parser.add_argument("--rounds", type=int, help="by default 8, of scoring 2")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--images", type=int, help="by default 100,000, of scoring 20,000")
-    arguments = parser.parse_args()
+    asked = parser.parse_args(arguments)
     p, compute = params.load(), deterministic_device()
     gpu = compute.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
     try:
-        if arguments.subjects in (["loader"], ["scoring"]):
-            (what,) = arguments.subjects
+        if asked.subjects in (["loader"], ["scoring"]):
+            (what,) = asked.subjects
             with atomic(OUTPUT / f"{what}.json") as (file,):
                 if what == "loader":
-                    result = loader(p, arguments.images or 100_000)
+                    result = loader(p, asked.images or 100_000)
                 else:
-                    result = scoring(p, arguments.images or 20_000, arguments.rounds or 2, compute)
+                    result = scoring(p, asked.images or 20_000, asked.rounds or 2, compute)
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
-        names = arguments.subjects or (LARGE if gpu else ["mini", "block"])
-        results = {name: compare(name, p, arguments.rounds or 8, arguments.micro_batch, compute) for name in names}
+        names = asked.subjects or (LARGE if gpu else ["mini", "block"])
+        results = {name: compare(name, p, asked.rounds or 8, asked.micro_batch, compute) for name in names}
         stem = machine.lower().replace(" ", "-")
         with atomic(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})

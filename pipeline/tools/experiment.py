@@ -111,9 +111,9 @@ def testing(best: dict[str, float]) -> Iterator[Trial]:
 
 
 def best_rates(rows: pd.DataFrame) -> dict[str, float]:
-    """Each recipe's rate with the most pairs of the dev split right among those that keep zero-shot ability.
+    """Each recipe's rate on the dev split: the most pairs right among the rates that keep zero-shot ability.
 
-    Of equals the smaller. Where none keeps it, the one that loses least of it.
+    Of equal rates, the smaller. If no rate keeps it, the one that loses least.
     """
     dev = rows[rows.benchmark == "dev"].sort_values("rate")
     (before,) = dev[dev.weights == "pretrained"].zeroshot
@@ -299,7 +299,7 @@ def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Trial]) -> None:
 
 
 def gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test runs less their backbone before training, in points."""
+    """The test runs minus the same backbone before training, in points."""
     test = rows[rows.benchmark == "test"]
     before = test[test.recipe == "none"].set_index("detail_share")[list(MEASURES)]
     after = test[test.recipe != "none"].copy()

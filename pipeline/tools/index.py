@@ -1,4 +1,4 @@
-"""Shards where they are, as an index: from any output folder of img2dataset, or another folder of tars.
+"""Write an index of shards that stay where they are: of img2dataset's output folder, or another folder of tars.
 
     python -m pipeline.tools.index FOLDER --at s3://bucket/folder --size 512 --output data/index.json
 
@@ -17,16 +17,18 @@ from pipeline.data import shards
 
 
 def index(folder: Path, at: str, size: int) -> dict:
-    """The index of a folder. Raises UserError where it has no tar, and for a tar that is packed or has no image."""
+    """The index of a folder. Raises UserError if it has no tar, and for a tar that is packed or has no image."""
     tars = sorted(path for path in folder.rglob("*.tar") if path.is_file())
     if not tars:
-        raise UserError(f"{folder} has no file *.tar. Name the folder that img2dataset has written (webdataset).")
+        raise UserError(
+            f"{folder} has no *.tar file. Name a folder of shards, such as img2dataset's output (webdataset)."
+        )
     files, counts, captioned = {}, {}, {}
     for tar in progress(tars, "indexing"):
         name = tar.relative_to(folder).as_posix()
         counts[name], captioned[name] = shards.count(tar)
         if not counts[name]:
-            raise UserError(f"{tar} has no image. Move it away: an index names shards of images alone.")
+            raise UserError(f"{tar} has no image, and every shard of an index must have one. Move it out of {folder}.")
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[name] = {"bytes": tar.stat().st_size, "sha256": digest}
@@ -35,13 +37,13 @@ def index(folder: Path, at: str, size: int) -> dict:
 
 
 @stage
-def main() -> None:
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.index", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--at", required=True, metavar="ADDRESS")
-    parser.add_argument("--size", required=True, type=int)
-    parser.add_argument("--output", type=Path, default=Path("data/index.json"))
-    asked = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="the folder of shards; it is read, not changed")
+    parser.add_argument("--at", required=True, metavar="ADDRESS", help="where trainings read the same files")
+    parser.add_argument("--size", required=True, type=int, help="the images' shorter edge at most, in pixels")
+    parser.add_argument("--output", type=Path, default=Path("data/index.json"), help="default: %(default)s")
+    asked = parser.parse_args(arguments)
     found = index(asked.folder, asked.at, asked.size)
     with atomic(asked.output) as (file,):
         write_json(file, found)

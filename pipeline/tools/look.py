@@ -10,6 +10,7 @@ stock embedding's scores.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from pipeline.sections import params
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
-    """[statement, image] by pooling rule, the mean over `mmvp.draws` draws where it draws tokens."""
+    """[statement, image] by pooling rule; if the rule draws tokens, the mean over `mmvp.draws` draws."""
     compute, found = next(backbone.parameters()).device, {}
     for pooling, rule in (("stock", STOCK), ("published", p.backbones[name].published_pooling)):
         pooled, patches = tokens(backbone, questions, rule.resize_mode, len(questions), compute)
@@ -64,7 +65,7 @@ def strip(questions: list[Question], stock: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
-def arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.look", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backbone")
     parser.add_argument("images", nargs=2, type=Path, metavar="image")
@@ -72,15 +73,13 @@ def arguments() -> argparse.Namespace:
         "statements", nargs=2, metavar="statement", help=f"'{PROMPT}' is put before each, as in scoring"
     )
     parser.add_argument("--out", type=Path, default=Path("look.png"), help="the strip (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @stage
-def main() -> None:
-    asked, p, compute = arguments(), params.load(), deterministic_device()
-    if asked.backbone not in p.backbones:
-        raise UserError(f"no backbone '{asked.backbone}' in params.yaml; there are: {', '.join(p.backbones)}")
-    models = Path("models", p.backbones[asked.backbone].profile)
+def main(*arguments: str) -> None:
+    asked, p, compute = parsed(arguments), params.load(), deterministic_device()
+    models = Path("models", p.backbone(asked.backbone).profile)
     asking = zip(asked.statements, asked.images, strict=True)
     questions = [Question(number, "", text, path, upright=True) for number, (text, path) in enumerate(asking, 1)]
     for question in questions:

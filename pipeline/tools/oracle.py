@@ -8,7 +8,6 @@ The text tower stays frozen; the image tower gets twice the steps that it was ma
 the text tower itself would not distinguish details, and no feedback to the image tower could gain anything.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ SCORE = {"segmentation": segmentation.score, "mllm": mllm.score}
 
 
 def trained(p: params.Params, name: str, compute: torch.device) -> Backbone:
-    """The pretrained backbone, its image tower trained on. Raises UserError for one that was not made here."""
-    profile, source = p.run.profile, p.backbones[name].source
+    """The pretrained backbone with its image tower trained further. Raises UserError for a published backbone."""
+    profile, source = p.run.profile, p.backbone(name).source
     if not isinstance(source, MiniSource):
-        raise UserError(f"backbones.{name} was not made here, so its captions and details are unknown. Choose mini.")
+        raise UserError(
+            f"backbone '{name}' is a published one: no captions name every detail of its images. Choose 'mini'."
+        )
     backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
     image_tower, preprocessing = source.image_tower, source.preprocessing.model_dump()
     steps, tok = 2 * image_tower.steps, pretrain.tokenizer()
@@ -42,7 +43,7 @@ def trained(p: params.Params, name: str, compute: torch.device) -> Backbone:
 
 
 def measure(p: params.Params, name: str, backbone: Backbone, compute: torch.device) -> dict[str, Any]:
-    """The headline figures, and the pairs right by the stock embedding by pattern, %."""
+    """The headline figures, and the pairs right by the stock embedding for each pattern, in %."""
     profile, entry = p.run.profile, p.backbones[name]
     questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
     published = entry.published_pooling
@@ -52,7 +53,7 @@ def measure(p: params.Params, name: str, backbone: Backbone, compute: torch.devi
 
 
 def compare(p: params.Params, name: str, benchmark: str, backbone: Backbone, compute: torch.device) -> dict[str, Any]:
-    """What the oracle's tower gains on a benchmark: evidence/downstream.py's columns."""
+    """The gain of the oracle's tower over the pretrained one on a benchmark, by evidence/downstream.py's columns."""
     pretrained = Backbone.load(Path("models", p.run.profile, "pretrained", name)).to(compute)
     data, section = Path("data", p.run.profile, benchmark), getattr(p.profile, benchmark)
     scored = {
@@ -63,24 +64,24 @@ def compare(p: params.Params, name: str, benchmark: str, backbone: Backbone, com
 
 
 @stage
-def main() -> None:
-    p, (name, *benchmarks), compute = params.load(), sys.argv[1:], deterministic_device()
+def main(backbone: str, *benchmarks: str) -> None:
+    p, compute = params.load(), deterministic_device()
     folder, others = Path("metrics", p.run.profile, "oracle"), {*benchmarks} - SCORE.keys()
     if others:
-        raise UserError(f"'{min(others)}' is none of {', '.join(SCORE)}. Name one of these, or none.")
-    backbone = trained(p, name, compute)
+        raise UserError(f"'{min(others)}' is no benchmark of the oracle. Name {' or '.join(SCORE)}, or no benchmark.")
+    clip = trained(p, backbone, compute)
     for benchmark in benchmarks:
-        with atomic(folder / f"{name}-{benchmark}.json") as (file,):
-            found = compare(p, name, benchmark, backbone, compute)
+        with atomic(folder / f"{backbone}-{benchmark}.json") as (file,):
+            found = compare(p, backbone, benchmark, clip, compute)
             write_json(file, found)
             for column, result in found.items():
                 print(f"{column}: {result.get('undefined') or [result['score'], result['gain']]}")
     if benchmarks:
         return
-    with atomic(folder / f"{name}.json") as (file,):
-        result = measure(p, name, backbone, compute)
+    with atomic(folder / f"{backbone}.json") as (file,):
+        result = measure(p, backbone, clip, compute)
         write_json(file, result)
-        print(f"oracle upper bound of {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+        print(f"oracle upper bound of {backbone}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

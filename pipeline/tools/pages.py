@@ -12,6 +12,7 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,9 @@ def tables(markdown: str) -> str:
     found = []
     for part in re.split(r"^### ", "### \n" + markdown, flags=re.MULTILINE):
         heading, _, body = part.partition("\n")
-        lines = [line for line in body.splitlines() if line.startswith("|")]
-        if lines:
-            found.append(f"**{heading}**\n\n" * bool(heading) + "\n".join(lines))
+        for is_table, lines in groupby(body.splitlines(), lambda line: line.startswith("|")):
+            if is_table:
+                found.append(f"**{heading}**\n\n" * bool(heading) + "\n".join(lines))
     return "\n\n".join(found)
 
 
@@ -189,16 +190,16 @@ def filled(page: Path) -> str:
 
 
 def stale() -> dict[Path, str]:
-    """The pages that are not as they should be, and how they should be."""
+    """The pages that differ from what they should be, each with its right content."""
     wanted = {page: filled(page) for page in PAGES}
     return {page: content for page, content in wanted.items() if content != text(page)}
 
 
 @stage
-def main() -> None:
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.pages", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a block is stale")
-    found, check = stale(), parser.parse_args().check
+    check, found = parser.parse_args(arguments).check, stale()
     if check and found:
         raise UserError(f"{', '.join(map(str, found))}: not up to date. Run `python -m pipeline.tools.pages`.")
     for page, content in found.items():

@@ -151,7 +151,9 @@ def band(values: list[float]) -> tuple[float, float]:
 
 
 def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
-    """(what differs from the reference's first run, the committed one, and what of it chance does not explain)."""
+    """(a table of what differs from the committed run, the reference's first; the differences that chance does not
+    explain).
+    """
     runs, wrong = reference["runs"], []
     figures = run.figures | agreement(run.right, pairs)
     table = Table(
@@ -176,16 +178,16 @@ def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> 
 
 
 def equal_to_committed() -> bool:
-    """Do the locks, which have the hash of every output, equal the last commit's? False where git cannot tell."""
+    """Are the locks, which hash every output, those of the last commit? False if git cannot tell."""
     done = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *LOCKS], capture_output=True)
     return done.returncode == 0
 
 
 def check(folder: Path) -> None:
-    """Print what differs. Raises UserError where chance does not explain it."""
+    """Print what differs. Raises UserError if chance does not explain it."""
     file = OUTPUT / "mini.json"
     if not file.is_file():
-        raise UserError(f"{file}: no reference. Check out the committed one, or make it: --make.")
+        raise UserError(f"{file} does not exist. Restore it with git, or make the reference runs: --make.")
     if folder == METRICS and equal_to_committed():
         print("equal byte for byte: dvc.lock and pipeline/dvc.lock, which hash every output, are the committed ones")
     pairs = pd.read_csv(OUTPUT / "pairs.csv", keep_default_na=False).set_index(["pair", "pattern"])
@@ -219,13 +221,14 @@ def reference_run(seed: int, rounding: dict[str, str]) -> Path:
         done = subprocess.run(command, cwd=clone, env=environment(rounding), stdout=log, stderr=log)
     if done.returncode:
         raise UserError(
-            f"the reference run of seed {seed} ended with status {done.returncode}; its log is {clone / 'log'}"
+            f"the reference run of seed {seed} ended with status {done.returncode}. {clone / 'log'} says why; correct "
+            "the cause and run the same command again."
         )
     return clone / METRICS
 
 
 def make() -> None:
-    """Carry the runs out, as many at once as there are cores, and write the reference."""
+    """Make the reference runs, one for each core at a time, and write the reference."""
     changed = subprocess.run(["git", "status", "--porcelain", "pipeline", "params.yaml", *LOCKS], capture_output=True)
     if changed.returncode or changed.stdout:
         raise UserError(
@@ -253,13 +256,13 @@ def make() -> None:
 
 
 @stage
-def main() -> None:
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.tools.reference", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("folder", type=Path, nargs="?", default=METRICS, help="default: metrics/mini")
     parser.add_argument("--make", action="store_true", help="make the reference runs of the last commit")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.make:
         make()
     check(asked.folder)

@@ -22,7 +22,6 @@ embedding holds it. For a published backbone the bound is unknown, because no ca
 It looks at the benchmark's pairs, so it must not choose a recipe that is then judged by them.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -176,30 +175,26 @@ def figure(table: pd.DataFrame) -> Figure:
 
 
 @stage
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.tools.sensitivity", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("backbone")
-    parser.add_argument("recipe")
-    asked, p, compute = parser.parse_args(), params.load(), deterministic_device()
-    name, recipe = asked.backbone, asked.recipe
+def main(backbone: str, recipe: str) -> None:
+    p, compute = params.load(), deterministic_device()
     profile = p.run.profile
-    if name not in p.run.backbones:
-        raise UserError(f"'{name}' is not among run.backbones of params.yaml: {', '.join(p.run.backbones)}")
+    if backbone not in p.run.backbones:
+        raise UserError(f"run.backbones does not name '{backbone}'. Choose one of these: {', '.join(p.run.backbones)}.")
     if recipe not in p.profile.recipes:
-        raise UserError(f"'{recipe}' is not among profiles.{profile}.recipes: {', '.join(p.profile.recipes)}")
-    stem = Path("metrics", profile, "sensitivity", f"{name}-{recipe}")
+        raise UserError(
+            f"profile {profile} has no recipe '{recipe}'. Choose one of these: {', '.join(p.profile.recipes)}."
+        )
+    stem = Path("metrics", profile, "sensitivity", f"{backbone}-{recipe}")
     with atomic(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
-        backbone = Backbone.load(Path("models", profile, "pretrained", name)).to(compute)
+        clip = Backbone.load(Path("models", profile, "pretrained", backbone)).to(compute)
         denoiser = Denoiser.load(Path("data", profile, "denoiser"))
         questions = read_mmvp_vlm(Path("data", profile, "mmvp"), p.profile.mmvp_vlm.pairs_per_pattern)
-        table = measure(backbone, denoiser, questions, p, name, recipe, compute)
+        table = measure(clip, denoiser, questions, p, backbone, recipe, compute)
         table.to_csv(table_file, float_format="%.5f")
         figure(table).savefig(figure_file, format="png", dpi=110, metadata={"Software": None})
         late = table[table.index.get_level_values("timestep") >= len(denoiser.alphas_cumprod) * 0.6]
         shares = late.right_is_better.unstack("condition").groupby("pattern", sort=False).mean().round(1)
-        known = Path("metrics", profile, "oracle", f"{name}.json")
+        known = Path("metrics", profile, "oracle", f"{backbone}.json")
         if known.is_file():
             shares["oracle"] = pd.Series(json.loads(known.read_text(encoding="utf-8"))["patterns"]).round(1)
         print("images restored better under the right condition, mean of the timesteps from 60 % on (%)")
@@ -208,7 +203,7 @@ def main() -> None:
         if not known.is_file():
             print(
                 f"The oracle upper bound is unknown. For a backbone of the mini world, run "
-                f"`python -m pipeline.tools.oracle {name}`."
+                f"`python -m pipeline.tools.oracle {backbone}`."
             )
         print(f"by timestep: {stem.with_suffix('.png')}, {stem.with_suffix('.csv')}")
 

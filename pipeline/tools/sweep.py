@@ -57,7 +57,7 @@ def runs(p: params.Params) -> Runs:
 
 
 def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
-    """The seeds that some backbone and weights have no row of, of the runs at hand."""
+    """The seeds for which some backbone and weights have no row of this code and these parameters."""
     there = set(seeds_table(p.run.profile)[["run", "weights", "seed"]].itertuples(index=False, name=None))
     trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.trained]
     wanted = [(run, weights) for (_, own), run in runs(p).items() for weights, recipe in trained if recipe == own]
@@ -65,7 +65,7 @@ def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
 
 
 def add(p: params.Params, text: str) -> None:
-    """Add what a run found, its report.json, to the table, unless it has that seed of that run already."""
+    """Add the gains of a run's report.json to the table, unless it has that seed of that run already."""
     profile, report = p.run.profile, json.loads(text)
     table, rows = seeds_table(profile), []
     for (backbone, recipe), own in runs(p).items():
@@ -102,10 +102,10 @@ file.write_bytes(own)
 
 @contextmanager
 def restored(file: Path) -> Iterator[int]:
-    """Give a file its bytes back at the end, even if this process is killed. Yields a process group.
+    """Restore a file's bytes at the end, even if this process is killed. Yields the id of a process group.
 
-    A process of its own does it, which sees the end of this one as the end of its input. It ends what still runs in its
-    group, the one yielded.
+    A second process does it: it sees the end of this process as the end of its input, ends the processes of its group,
+    and writes the file.
     """
     command, pipe = [sys.executable, "-c", RESTORE, str(file)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, process_group=0) as restoring:  # at its end, no input
@@ -119,7 +119,7 @@ def report_of(p: params.Params) -> Path:
 
 
 def name_of(own: Runs, seed: int | str) -> str:
-    """Of the experiment that has this seed of these runs."""
+    """The name of the experiment that has this seed of these runs."""
     return f"sweep-{hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:10]}-{seed}"
 
 
@@ -128,7 +128,7 @@ def command(own: Runs, seed: int | str) -> list[str]:
 
 
 def collect(p: params.Params, own: Runs, seed: int) -> bool:
-    """Add what the commit of an experiment holds to the table; False where there is no such experiment."""
+    """Add the report in an experiment's commit to the table; False if there is no such experiment."""
     refs = ["git", "for-each-ref", "--format=%(refname)", "refs/exps/**"]
     listed = subprocess.run(refs, check=True, capture_output=True, text=True).stdout.split()
     found = [ref for ref in listed if ref.endswith(f"/{name_of(own, seed)}")]
@@ -140,7 +140,7 @@ def collect(p: params.Params, own: Runs, seed: int) -> bool:
 
 
 def gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -155,7 +155,8 @@ def one_by_one(p: params.Params, own: Runs, ahead: list[int], group: int) -> Non
         status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"], process_group=group).returncode
         if status:
             raise UserError(
-                f"seed {seed}: `dvc exp run` ended with status {status}. The same command goes on from there."
+                f"seed {seed}: `dvc exp run` ended with status {status}; the lines above say why. Correct that and run "
+                "the same command again: seeds that are done stay done."
             )
         now = params.load()
         if runs(now) != own:
@@ -164,9 +165,9 @@ def one_by_one(p: params.Params, own: Runs, ahead: list[int], group: int) -> Non
 
 
 def side_by_side(p: params.Params, own: Runs, ahead: list[int], group: int, at_once: int) -> None:
-    """Run as many at once, each on a GPU of its own where there are any; their output goes to LOGS.
+    """Run `at_once` seeds at a time, each on its own GPU if there are any; their output goes to LOGS.
 
-    Raises UserError once all have ended, if some did not end well.
+    Raises UserError once all have ended, if some of them failed.
     """
     free, failed = queue.SimpleQueue[str](), dict[int, int]()
     for place in islice(cycle(gpus() or [""]), at_once):
@@ -197,7 +198,9 @@ def side_by_side(p: params.Params, own: Runs, ahead: list[int], group: int, at_o
             print(f"--- seed {seed} ended with status {status}", flush=True)
     if failed:
         listed = ", ".join(f"{seed} with status {status} ({LOGS}/{seed}.log)" for seed, status in failed.items())
-        raise UserError(f"`dvc exp run` failed for seed {listed}. The same command runs these again, and no other.")
+        raise UserError(
+            f"`dvc exp run` failed for seed {listed}. Correct the cause; the same command runs only these again."
+        )
 
 
 def array(p: params.Params, seeds: list[int]) -> str:
@@ -250,7 +253,7 @@ def show(result: pd.DataFrame) -> None:
 
 
 def over(gains: pd.Series) -> str:
-    """Empty where nothing of that kind was scored."""
+    """Mean, interval and s.d. over the seeds; empty if nothing of that kind was scored."""
     if gains.isna().any():
         return ""
     return f"{over_seeds(gains).text()} ({gains.std():.1f})" if len(gains) > 1 else f"{gains.mean():+.1f}"
@@ -268,15 +271,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 @stage
-def main() -> None:
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=parse_seeds, required=True, help="e.g. 1..5 or 1,2,7")
     at_once = parser.add_mutually_exclusive_group()
     at_once.add_argument("--at-once", type=int, choices=range(1, 1000), metavar="N", help="by default as many as GPUs")
     at_once.add_argument("--slurm", action="store_true", help="run nothing: print a SLURM array of what is missing")
-    asked, p = parser.parse_args(), params.load()
+    asked, p = parser.parse_args(arguments), params.load()
     if not p.run.recipes:
-        raise UserError("run.recipes is []: there is nothing that depends on the seed. Name a recipe there.")
+        raise UserError("run.recipes is [], so nothing depends on the seed. Name a recipe there.")
     if asked.slurm:
         print(array(p, asked.seeds), end="")
     else:
