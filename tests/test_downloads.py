@@ -374,6 +374,7 @@ def waits(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (408, {"Retry_After": "3"}, 3),
         (425, {"Retry_After": "1"}, 1),
         (503, {"Retry_After": "120"}, 120),
+        (503, {"Retry_After": "4.0"}, 4),
     ],
 )
 def test_a_busy_server_is_asked_again_when_it_says(

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,8 @@ from scipy import stats
 from shrunk import ROOT, run, write_params
 from test_recipes import SMALL
 
+from pipeline.core.stages import UserError
+from pipeline.sections import params
 from pipeline.tools import experiment
 from pipeline.tools.experiment import MEASURES, Trial
 
@@ -172,6 +175,17 @@ if __name__ == "__main__":
         pool.submit(time.sleep, 10_000)
         os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_killed_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        with experiment.workers(params.load(ROOT / "params.yaml")) as working:
+            working.submit(os._exit, 1).result()
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        monkeypatch.setattr(experiment, "ProcessPoolExecutor", lambda *arguments: nullcontext(pool))
+        with pytest.raises(UserError, match=r"a worker process was killed.*the same command goes on"):
+            work()
 
 
 @pytest.mark.usefixtures("here")

@@ -191,6 +191,7 @@ GOOD = [{"question": "it ?", "options": ["a", "b"], "answer": 0, "pattern": "Sta
         ([{"png": True}], "1 images, but not a question on each"),
         ([{"png": True, "json": [{**GOOD[0], "answer": 2}]}], "answer 2 of 2 options"),
         ([{"png": True, "json": [{"question": "it ?"}]}], "neither an image nor questions on one"),
+        ([{"png": b"P6 100000 100000 255\n", "json": GOOD}], "neither an image nor questions on one"),
         ([{"png": True, "json": GOOD}], "1 questions, wanted pairs"),
         ([{"png": True, "json": [{**GOOD[0], "pattern": ""}]}] * 2, "each with a pattern"),
     ],
@@ -198,7 +199,10 @@ GOOD = [{"question": "it ?", "options": ["a", "b"], "answer": 0, "pattern": "Sta
 def test_sets_that_are_no_pairs_of_questions_are_refused(samples: list[dict], said: str, tmp_path: Path) -> None:
     image = png(np.zeros((4, 4, 3), np.uint8))
     contents = [
-        {kind: image if kind == "png" else json.dumps(value).encode() for kind, value in sample.items()}
+        {
+            kind: (image if value is True else value) if kind == "png" else json.dumps(value).encode()
+            for kind, value in sample.items()
+        }
         for sample in samples
     ]
     write_split(tmp_path, "test", "questions", [(str(i), content) for i, content in enumerate(contents)])

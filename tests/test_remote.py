@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -172,6 +173,19 @@ def test_a_full_disk_is_told(local: Path, address: str, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"the disk is full, http.*Free space there or lower launch.cache_gb"):
         epoch(Shards(indexed(local, address)))
     assert Handler.asked == []
+
+
+def test_a_system_without_fallocate_fetches_and_tells_of_a_full_disk(
+    local: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS."""
+    monkeypatch.delattr(remote.os, "posix_fallocate")
+    wanted = epoch(Shards(local))
+    assert epoch(Shards(indexed(local, address))) == wanted
+    shutil.rmtree(remote.CACHE)
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"no space left for http"):
+        epoch(Shards(indexed(local, address)))
 
 
 def test_the_cache_stays_bounded(local: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

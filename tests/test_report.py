@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from shrunk import METRICS, run, write_params, write_seeds
+from shrunk import DATA, METRICS, run, write_params, write_seeds
 
 from pipeline import mmvp, report
 from pipeline.benchmarks import scoring
@@ -324,6 +324,20 @@ def test_the_page_needs_nothing_else_and_shows_every_changed_pair(finished: Path
     for told in (text, markdown):
         assert all(said in told for said in ("run of mini, diva", "training seed", "torch", "processor"))
         assert scores["diva"].mmvp["weights_sha256"] in told
+
+
+@pytest.mark.parametrize("said", ["None", "007"])
+def test_a_statement_is_shown_as_it_was_asked(finished: Path, tmp_path: Path, said: str) -> None:
+    shutil.copytree(finished / DATA / "mmvp", tmp_path / "mmvp")
+    file, before = tmp_path / "mmvp/Questions.csv", read(finished, "pretrained")
+    lines = [line.rpartition(",")[0] for line in file.read_text().splitlines()]
+    file.write_text("\n".join(["Question ID,Type,Statement", *(f"{line},{said}" for line in lines[1:])]))
+    right = ~before.right("stock").to_numpy()
+    after = replace(before, pairs=before.pairs.assign(statement_to_image=np.tile(right, 2).astype(float)))
+    won, lost = page.pairs_changed({"pretrained": before, "diva": after}, tmp_path / "mmvp")
+    images = [image for pair in won["pairs"] + lost["pairs"] for image in pair["images"]]
+    assert [statement for _, statement in images] == [said] * 36
+    assert all(path.is_file() for path, _ in images)
 
 
 @pytest.fixture

@@ -291,6 +291,8 @@ def png(values: np.ndarray) -> bytes:
         (png(np.full((4, 4), 7, np.uint8)), r"values \[7\], but the set's classes are 0..2 \(255"),
         (png(np.zeros((4, 4, 3), np.uint8)), "wanted one channel of 8 bits"),
         (b"no image", "cannot be decoded"),
+        (b"P5 100000 100000 255\n", "cannot be decoded"),
+        (png(np.zeros((40, 40), np.uint8))[:50], "cannot be decoded"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: bytes, said: str) -> None:

@@ -862,9 +862,13 @@ def test_a_set_of_another_kind_is_refused_with_what_to_do(tmp_path: Path, kind: 
         (lambda folder: (folder / "classnames.txt").unlink(), r"No such file.*classnames\.txt"),
         (lambda folder: (folder / "classnames.txt").write_text(""), r"classnames\.txt .* is empty"),
         (lambda folder: (folder / "classnames.txt").write_text("one dot"), r"1\.cls says '1', which is none of 1"),
-        (
-            lambda folder: (folder / "zeroshot_classification_templates.txt").write_text("{}"),
-            r"a placeholder other than \{c\}",
+        (lambda folder: (folder / "classnames.txt").write_text("a\n\nb"), r"line 2 of classnames\.txt is empty"),
+        *(
+            (
+                lambda folder, text=text: (folder / "zeroshot_classification_templates.txt").write_text(text),
+                r"must have \{c\}, and no other brace",
+            )
+            for text in ("{}", "a photo", "{c} and {d}", "a {c}}")
         ),
         (lambda folder: (folder / "test/nshards.txt").write_text("two"), r"test/nshards\.txt says 'two'"),
         (lambda folder: (folder / "test/nshards.txt").write_text("2"), r"No such file.*test/1\.tar"),
@@ -886,6 +890,15 @@ def test_a_set_that_cannot_be_scored_is_refused_where_it_comes_in(
     damage(folder)
     with pytest.raises(UserError, match=rf"dots cannot be scored: .*{said}.*Remove 'dots' from zeroshot_sets\.sets"):
         read(tmp_path)
+
+
+def test_a_byte_order_mark_and_empty_last_lines_are_no_part_of_a_name(tmp_path: Path) -> None:
+    folder = write_set(tmp_path)
+    (before,) = read(tmp_path)
+    for name in ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt"):
+        text = (folder / name).read_text() if (folder / name).exists() else "classification"
+        (folder / name).write_text(f"{text}\n\n", encoding="utf-8-sig")
+    assert read(tmp_path) == [before]
 
 
 @torch.no_grad()

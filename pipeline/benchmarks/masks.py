@@ -8,7 +8,6 @@ A class may have several names; the one nearest to the pixel counts. The pixels 
 probe alone. Pixels of value UNLABELLED do not count.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.core.stages import UserError
+from pipeline.data.decoding import UndecodableError, decode, stored
 
 UNLABELLED = 255
 
@@ -90,8 +90,10 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
 def check_mask(image: bytes, mask: bytes, classes: int, where: str) -> tuple[Image.Image, np.ndarray]:
     """An image and its mask, decoded. Raises UserError if their sizes differ or the mask has unknown values."""
     try:
-        decoded, values = Image.open(io.BytesIO(image)).convert("RGB"), np.asarray(Image.open(io.BytesIO(mask)))
-    except (UnidentifiedImageError, OSError) as error:
+        decoded = decode(image, upright=False)  # the mask is of the pixels as they are stored
+        with stored(mask) as opened:
+            values = np.asarray(opened)
+    except UndecodableError as error:
         raise UserError(f"{where} cannot be decoded ({error}). Take it out, or fetch it again.") from error
     if values.ndim != 2 or values.dtype != np.uint8:
         raise UserError(

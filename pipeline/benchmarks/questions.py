@@ -5,15 +5,15 @@ train/0.tar   KEY.png, and KEY.json with a list of questions on it: {"question":
 test/0.tar    the same with one question an image; two neighbours are a pair, and each has its "pattern"
 """
 
-import io
 import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.core.stages import UserError
+from pipeline.data.decoding import UndecodableError, decode
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Choice]]:
             number = numbers.setdefault(member.name.partition(".")[0], len(numbers))
             try:
                 if not member.name.endswith(".json"):
-                    images[number] = Image.open(io.BytesIO(content)).convert("RGB")
+                    images[number] = decode(content, upright=False)
                     continue
                 for asked in json.loads(content):
                     options = tuple(asked["options"])
@@ -48,7 +48,7 @@ def read(folder: Path, split: str) -> tuple[list[Image.Image], list[Choice]]:
                         raise ValueError(f"answer {asked['answer']} of {len(options)} options")
                     pattern = asked.get("pattern", "")
                     questions.append(Choice(number, asked["question"], options, asked["answer"], pattern))
-            except (ValueError, KeyError, TypeError, UnidentifiedImageError, OSError) as error:
+            except (ValueError, KeyError, TypeError, UndecodableError) as error:
                 raise UserError(f"{where} is neither an image nor questions on one ({error!r}). {again}") from error
     if not questions or not {q.image for q in questions} == images.keys() == {*numbers.values()}:
         raise UserError(f"{file} has {len(images)} images, but not a question on each of them. {again}")

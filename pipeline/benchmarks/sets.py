@@ -88,7 +88,7 @@ def _read_set(folder: Path) -> BenchmarkSet:
     without = f"Remove '{folder.name}' from zeroshot_sets.sets in params.yaml, or name another revision of it there."
     file, kind = folder / "dataset_type.txt", "classification"  # what a set without that file is
     if file.exists():
-        kind = file.read_text(errors="replace", encoding="utf-8").strip().lower()
+        kind = file.read_text(errors="replace", encoding="utf-8-sig").strip().lower()
     if kind not in LABELS:
         raise UserError(f"{file} names the kind '{kind}'; known kinds: {', '.join(LABELS)}. {without}")
     try:
@@ -110,14 +110,16 @@ def _read_set(folder: Path) -> BenchmarkSet:
 def _classes(folder: Path) -> tuple[list[str], list[str]]:
     """The names of the classes, and the templates."""
     names, templates = (
-        [line.strip() for line in (folder / file).read_text(encoding="utf-8").splitlines()]
+        [line.strip() for line in (folder / file).read_text(encoding="utf-8-sig").rstrip().splitlines()]
         for file in ("classnames.txt", "zeroshot_classification_templates.txt")
     )
     if not names or not templates:
         raise ValueError("classnames.txt or zeroshot_classification_templates.txt is empty")
+    if "" in names:
+        raise ValueError(f"line {names.index('') + 1} of classnames.txt is empty")
     for template in templates:
-        if re.search(r"\{(?!c\})", template):
-            raise ValueError(f"the template {template!r} has a placeholder other than {{c}}")
+        if "{c}" not in template or re.search("[{}]", template.replace("{c}", "")):
+            raise ValueError(f"the template {template!r} must have {{c}}, and no other brace")
     return names, templates
 
 

@@ -1,7 +1,8 @@
-"""From a file to an image: the one decoder, for shards, for the pairs and for your own photos."""
+"""From a file to an image: the one decoder, for shards, for the pairs, for masks and for your own photos."""
 
 import io
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,15 +18,22 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
     upright: turn it as its orientation tag says, as viewers do. Raises UndecodableError for bytes that Pillow cannot
     decode, for an image without pixels, and for one with more pixels than Pillow's limit.
     """
+    with stored(source) as image:
+        if upright:
+            with suppress(Exception):  # a tag that cannot be read is ignored
+                ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
+
+
+@contextmanager
+def stored(source: Path | bytes) -> Iterator[Image.Image]:
+    """The image in the mode of its file, as a mask is read. Raises UndecodableError as `decode` does."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             if 0 in image.size:
                 raise ValueError("it has no pixels")
-            if upright:
-                with suppress(Exception):  # a tag that cannot be read is ignored
-                    ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
+            yield image
     except MemoryError:  # a lack of the machine, not a fault of the image
         raise
     except UnidentifiedImageError as error:

@@ -336,7 +336,7 @@ def _wait(response: httpx2.Response, tries: int) -> float | None:
     """Seconds until a server that refused may be asked again; None where it does not say that it would answer then."""
     status, headers, asked = response.status_code, response.headers, None
     later = headers.get("retry-after", "").strip()
-    if later.isdecimal():
+    if re.fullmatch(r"\d+(\.\d+)?", later, re.ASCII):
         asked = float(later)
     elif later:
         with suppress(ValueError, TypeError):  # by the server's own clock, if it sends its time

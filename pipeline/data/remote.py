@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class RemoteShards:
                 self._make_room(size, target)
                 target.seek(0)
                 target.truncate()
-                os.posix_fallocate(target.fileno(), 0, size)  # a full disk is told before anything is fetched
+                _reserve(target, size)  # a full disk is told before anything is fetched
                 self._copy(url, target, self.files[name])
                 return
             except FileNotFoundError as error:
@@ -155,6 +156,14 @@ class RemoteShards:
                 if path.suffix == ".tar" or _abandoned(path):
                     path.unlink(missing_ok=True)
                     total -= stat.st_size
+
+
+def _reserve(target: BinaryIO, size: int) -> None:
+    """Raises OSError where the disk has no room for `size` bytes."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(target.fileno(), 0, size)
+    elif shutil.disk_usage(CACHE).free < size:  # macOS
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _abandoned(partial: Path) -> bool:

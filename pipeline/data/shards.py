@@ -55,6 +55,7 @@ WINDOW = 16  # shards whose images are mixed with each other
 STUCK = 1800  # seconds without a byte written: longer than any link may take
 REASONS = 20  # reasons of failure that are counted by name; three million URLs fail in thousands of ways
 REMEDY = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
+OTHER_MIRROR = "Choose another mirror, or leave this file out of images.shards in params.yaml."
 OPTIONS = {
     "input_format": "parquet",
     "url_col": "url",
@@ -339,11 +340,11 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):
         name = tar.relative_to(folder).as_posix()
-        members, other = _members(tar)
+        members, other = _members(tar, OTHER_MIRROR)
         if not members:
             raise UserError(
-                f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. Choose "
-                "another mirror, or leave this file out of images.shards in params.yaml."
+                f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. "
+                f"{OTHER_MIRROR}"
             )
         counts[name], captioned[name] = len(members), sum(member.caption is not None for member in members)
         others += other
@@ -381,7 +382,9 @@ def _unpacked(folder: Path) -> list[Path]:
                 with unpack(path) as source, unpacked.open("wb") as target:
                     shutil.copyfileobj(source, target)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                raise UserError(f"{path} cannot be unpacked ({type(error).__name__}: {error}). {REMEDY}") from error
+                raise UserError(
+                    f"{path} cannot be unpacked ({type(error).__name__}: {error}). {OTHER_MIRROR}"
+                ) from error
             path.unlink()
             unpacked.rename(tar)
         elif start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -408,7 +411,7 @@ class _Member(NamedTuple):
     caption: tuple[int, int] | None
 
 
-def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
+def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[str]]:
     """A tar's images in its order, and how many of its files are neither these nor their captions, by their endings.
 
     A key that occurs several times has as many images, each with the caption in the same place among the key's
@@ -421,7 +424,7 @@ def _members(tar: Path) -> tuple[list[_Member], Counter[str]]:
         with tarfile.open(tar, "r:") as file:
             members = [member for member in file if not member.isdir()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {REMEDY}") from error
+        raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {remedy}") from error
     found: dict[str, dict[str, list[tuple[int, int]]]] = {}
     others: Counter[str] = Counter()
     for member in members:

@@ -286,7 +286,8 @@ def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> 
 
 def pairs_changed(scores: dict[str, Scores], folder: Path) -> list[dict]:
     """The pairs that were won and those that were lost by the stock embedding, with statements and images."""
-    questions = pd.read_csv(folder / "Questions.csv").set_index("Question ID")
+    text = {"Type": str, "Statement": str}  # every cell of it: a statement may be "None" or 007
+    questions = pd.read_csv(folder / "Questions.csv", dtype=text, keep_default_na=False).set_index("Question ID")
     folders = {path.name.replace("_", " "): path for path in folder.glob("*/*") if path.is_dir()}
     lists = []
     for weights in without_controls(scores)[1:]:

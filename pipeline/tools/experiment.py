@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -269,6 +270,11 @@ def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(cores, context, _start_worker, (p,)) as pool:
         try:
             yield pool
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory. The runs so far are kept: the same command "
+                "goes on from there, on fewer cores under `taskset -c 0`."
+            ) from error
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.kill()
