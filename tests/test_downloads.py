@@ -142,6 +142,7 @@ def test_patterns_choose_among_the_paths_of_a_dataset(hub: Hub) -> None:
     assert record["revision"] == "f" * 40
 
 
+@pytest.mark.slow
 def test_the_record_of_many_files_is_small(hub: Hub) -> None:
     for count in (50, 51):
         content = {f"{i:03d}.tar": str(i).encode() for i in range(count)}
@@ -421,6 +422,7 @@ def test_a_server_that_is_busy_for_long_is_not_replaced_by_a_mirror(hub: Hub, wa
     assert [request for request in hub.requests if "mirror" in request.path] == waits == []
 
 
+@pytest.mark.slow
 def test_waiting_for_a_busy_server_has_an_end(hub: Hub, waits: list[float]) -> None:
     hub.fail(WEIGHTS, 429, Retry_After="200")
     hub.add_files("/folder", {"weights.pt": BODY})

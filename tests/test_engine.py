@@ -102,6 +102,7 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "threads", "micro_batch"), [(1, 1, 8), (1, 4, 3), (1, 2, 5), (2, 1, 3), (3, 2, 2), (8, 1, 1)]
 )
@@ -171,6 +172,7 @@ def test_the_two_views_of_info_nce_are_drawn_apart(models: tuple[Backbone, Denoi
     assert not any(first.equal(second) for first, second in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_feed_goes_on_at_any_step(models: tuple[Backbone, Denoiser], threads: int) -> None:
     """However far another one has come: a step's number is all that it needs."""
@@ -195,6 +197,7 @@ def test_more_processes_than_images_are_refused(models: tuple[Backbone, Denoiser
         feed(models, section(), process=0, processes=9)
 
 
+@pytest.mark.slow
 def test_validation_images_and_their_draws_never_change(models: tuple[Backbone, Denoiser]) -> None:
     (alone,), number = feed(models, section()).validation()
     assert number == len(alone.images_BCHW) == 2
@@ -228,6 +231,7 @@ def parts(
     return Feedback(backbone.tower, projection, denoiser, text, rule, "mean", pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)
 def test_the_engine_s_gradient_is_that_of_the_released_schedule(
     models: tuple[Backbone, Denoiser], rule: TokenRule
@@ -279,6 +283,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
     assert all(close(compiled_gradients[name], tensor, 1e-4) for name, tensor in plain.items())
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_frozen_parts_are_bfloat16_and_the_trained_are_not(models: tuple[Backbone, Denoiser]) -> None:
     backbone, exact = models
     rough = Denoiser.load(DATA / "denoiser").for_feedback(torch.bfloat16)
@@ -378,6 +383,7 @@ def killed_after(saves: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [1, 3, 5, 7])
 def test_a_run_goes_on_from_its_checkpoint(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], saves: int
@@ -414,6 +420,7 @@ def change_the_backbone() -> None:
     checkpoints.save(path, tensors, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -494,6 +501,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == [".x.checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoint_not_the_run(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

@@ -76,6 +76,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return backbone, folder / "export"
 
 
+@pytest.mark.slow
 def test_both_formats_embed_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
     backbone, folder = exported
     distances = exports.verify(backbone, folder, photos(), TEXTS, CPU)
@@ -93,6 +94,7 @@ def test_both_formats_embed_as_the_backbone_does(exported: tuple[Backbone, Path]
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[Backbone, Path]) -> None:
     backbone, folder = exported
     image = photos()[0].resize((backbone.image_size,) * 2)  # nothing to resize or crop: the same pixels
@@ -109,6 +111,7 @@ def test_scores_through_transformers_are_those_of_the_pipeline(exported: tuple[B
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_crops_or_squashes_as_the_backbone_does(exported: tuple[Backbone, Path]) -> None:
     """Twice as high as wide, and the lower, the lighter: a crop has neither black nor white."""
     backbone, folder = exported
@@ -163,6 +166,7 @@ def refused(spoilt: tuple[Backbone, Path]) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @refusals
 @pytest.mark.parametrize("file", ["model.safetensors", "open_clip_model.safetensors"])
 @pytest.mark.parametrize("part", ["image", "text"])
@@ -178,6 +182,7 @@ def test_other_weights_are_refused(spoilt: tuple[Backbone, Path], file: str, par
     assert f"the {form} export's {part} embeddings are not the backbone's" in refused(spoilt)
 
 
+@pytest.mark.slow
 @refusals
 def test_embeddings_that_are_no_numbers_are_refused(spoilt: tuple[Backbone, Path]) -> None:
     path = spoilt[1] / "model.safetensors"
@@ -187,6 +192,7 @@ def test_embeddings_that_are_no_numbers_are_refused(spoilt: tuple[Backbone, Path
     assert "the transformers export's text embeddings are not the backbone's: nan" in refused(spoilt)
 
 
+@pytest.mark.slow
 @refusals
 def test_another_activation_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     path = spoilt[1] / "config.json"
@@ -197,6 +203,7 @@ def test_another_activation_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     assert "the transformers export's image embeddings are not the backbone's" in refused(spoilt)
 
 
+@pytest.mark.slow
 @refusals
 def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     path = spoilt[1] / "tokenizer.json"
@@ -210,6 +217,7 @@ def test_another_tokenizer_is_refused(spoilt: tuple[Backbone, Path]) -> None:
     )
 
 
+@pytest.mark.slow
 @refusals
 @pytest.mark.parametrize("change", [{"image_mean": [0.4, 0.4, 0.4]}, {"resample": 2}, {"do_rescale": False}])
 def test_another_preprocessing_is_refused(spoilt: tuple[Backbone, Path], change: dict) -> None:
@@ -218,6 +226,7 @@ def test_another_preprocessing_is_refused(spoilt: tuple[Backbone, Path], change:
     assert "transformers' processor of the export shows square images up to" in refused(spoilt)
 
 
+@pytest.mark.slow
 def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(tmp_path: Path) -> None:
     original = model(checkpoints.SIGLIP, "siglip_224", tmp_path / "original")  # an image tower with a register token
     backbone = Backbone.load(original)
@@ -228,6 +237,7 @@ def test_what_transformers_has_no_class_for_is_exported_for_open_clip_and_said(t
     assert exports.verify(backbone, tmp_path / "export", photos(), TEXTS, CPU).keys() == {"open_clip"}
 
 
+@pytest.mark.slow
 def test_another_interpolation_is_handed_over(tmp_path: Path) -> None:
     original = model(checkpoints.OPENAI, "openai_224", tmp_path / "original")
     config = json.loads((original / "open_clip_config.json").read_text())
@@ -378,6 +388,7 @@ stages:
 }
 
 
+@pytest.mark.slow
 def test_a_card_names_code_and_data_and_needs_no_git(
     handed_over: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_no_two_classes_share_a_name() -> None:
     assert not [name for name, count in Counter(found).items() if count > 1]
 
 
+@pytest.mark.slow
 def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:
     """It takes a second, and what is built on it several."""
     names = ("images", "mllm_sets", "mmvp_vlm", "plan", "segmentation_sets", "zeroshot_sets")
@@ -207,6 +208,7 @@ def test_every_stage_before_the_report_decides_gains() -> None:
     assert set(provenance.DECIDE) == {f"{stage}.py" for stage in stages - after} | {"evidence/results.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "same"),
     [

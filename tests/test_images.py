@@ -857,6 +857,7 @@ def test_an_img2dataset_that_writes_nothing_is_told(tmp_path: Path, monkeypatch:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_stage_takes_img2dataset_and_its_workers_along(server: Server, tmp_path: Path) -> None:
     """Else two runs would write into one folder. An img2dataset that never ends stands for the real one."""
     (tmp_path / "packages").mkdir()

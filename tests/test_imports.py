@@ -75,6 +75,7 @@ def test_half_precision_is_read_as_float32(tiny: tuple, tmp_path: Path) -> None:
     assert_same(imports.tensors(tmp_path / "half", original, "all"), wanted, 1e-3)
 
 
+@pytest.mark.slow
 def test_an_image_tower_alone_takes_the_text_tower_of_pretrained(tiny: tuple, tmp_path: Path) -> None:
     """As un2CLIP's is: of transformers, with the projection; a state dict, with `visual.` before its names or not."""
     original, wanted, exported = tiny
@@ -131,6 +132,7 @@ def edited(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
     original, wanted, exported = tiny
     folder, other = tmp_path / "model", tmp_path / "other"
@@ -176,6 +178,7 @@ def test_a_download_is_one_model(tmp_path: Path) -> None:
     assert imports.only_model(tmp_path) == tmp_path / "below"
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_comes_back(tiny: tuple, tmp_path: Path) -> None:
     """There and back again: the second export is the first."""
     original, _, exported = tiny

@@ -137,6 +137,7 @@ def test_a_stage_whose_parent_was_killed_before_it_started_says_so(tmp_path: Pat
     assert not (tmp_path / "running").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_without_a_signal_at_the_parent_s_death_it_is_watched(killed: bool, tmp_path: Path) -> None:
     """As on macOS."""

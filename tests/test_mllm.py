@@ -240,6 +240,7 @@ def test_a_benchmark_without_its_set_is_refused(tmp_path: Path) -> None:
 # The stages
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_stages_ask_score_and_repeat_themselves() -> None:
     run(mllm_sets)

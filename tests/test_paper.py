@@ -489,6 +489,7 @@ def compared(hub: Hub, folder: Path) -> Path:
     return by_hand
 
 
+@pytest.mark.slow
 def test_the_shortest_way_fetches_weights_and_pairs_alone(
     hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_the_package_pins_before_torch_and_leaves_what_the_user_set() -> None:
         assert {name: environment.get(name) for name in pipeline.PINS} == pipeline.PINS | own
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVX2, reason="this processor has no AVX2, so no instructions are pinned")
 def test_the_libraries_obey() -> None:
     code = (

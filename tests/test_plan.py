@@ -94,6 +94,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 # --------------------------------------------------------------------------------------------------------- what is told
 
 
+@pytest.mark.slow
 def test_mini_fetches_nothing_and_does_not_wait_for_large_packages() -> None:
     Path("params.yaml").write_text(COMMITTED.read_text())
     code = "from pipeline import plan; plan.main(); import sys; assert not {'open_clip', 'diffusers'} & {*sys.modules}"
@@ -149,6 +150,7 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
     assert "\ndisk: 65.7 GB needed, 10,000.0 GB free in " in out  # checkpoint 2 beside six models of 3.9
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("asked")
 def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that score depend on these files, their data and their weights."""
@@ -306,6 +308,7 @@ def test_every_training_is_tried(tried: list[tuple[str, str]], capsys: pytest.Ca
     assert "GPU memory: 0.0 GB taken by two steps of dfn_378 by recipe two_stage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["diva", "two_stage", "contrastive", "text_anchored"])
 @pytest.mark.parametrize("fits", [4, 1, 0])
 def test_too_little_gpu_memory_names_the_micro_batch_that_fits(

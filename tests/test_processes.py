@@ -76,6 +76,7 @@ def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Pat
                 assert close(*pair, 1e-3), (world, name)  # Adam divides small gradients by their size
 
 
+@pytest.mark.slow
 def test_a_fitted_denoiser_computes_in_the_precision_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights are float32 while they are fitted, else most steps would be rounded away, and bfloat16 afterwards."""
     shrink("two_stage", micro_batch=3, precision="bfloat16")

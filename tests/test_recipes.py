@@ -307,6 +307,7 @@ def shrink(recipe: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("recipe", SMALL)
 def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> None:

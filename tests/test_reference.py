@@ -18,6 +18,7 @@ from pipeline.core.outputs import write_json
 from pipeline.tools import reference
 
 
+@pytest.mark.slow
 def test_a_band_holds_one_new_value_as_often_as_it_says() -> None:
     rng = np.random.default_rng(generator("test", "bands").initial_seed())
     low, high = reference.band([1.0, 2.0, 3.0, 6.0])

@@ -399,6 +399,7 @@ def by_pattern(changed: dict[str, list[int]]) -> list[int]:
     return [sum((n - 1) // size == k for n in numbers) for numbers in changed.values() for k in range(pairs)]
 
 
+@pytest.mark.slow
 def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
     """Of each recipe of this run, and of no other."""
     gains = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]
@@ -452,6 +453,7 @@ def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFi
     assert (METRICS / "report.html").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("benchmarks", "left_out", "columns"),
     [

@@ -205,6 +205,7 @@ def test_two_processes_give_the_same_bytes(here: Path) -> None:
 # ----------------------------------------------------------------------------------------------- classifiers kept
 
 
+@pytest.mark.slow
 def test_classifiers_are_computed_once_for_all_weights(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second weights' scores come without a prompt computed, and are those that they have without what was kept."""
     computed, embed = [], Encoder.embed

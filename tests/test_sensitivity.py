@@ -63,6 +63,7 @@ def test_every_cell_of_the_figure_shows_its_own_value(ways: tuple[str, ...]) -> 
         }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
     files = [METRICS / "sensitivity" / f"mini-diva.{kind}" for kind in ("csv", "png")]
@@ -86,6 +87,7 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
     assert all(re.search(rf"^{pattern} .* {value:.1f}$", printed, re.MULTILINE) for pattern, value in patterns.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> None:
     small = {"batch": 4, **SMALL["text_anchored"]}

@@ -39,6 +39,7 @@ def in_place(count: int, draws: torch.Generator) -> list[int]:
     return list(range(count))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["diva", *SMALL])
 def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
@@ -60,6 +61,7 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
     assert all(tensor.equal(tuned[key]) for key, tensor in stored_tensors(MODELS / f"{name}-shuffled/mini").items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on profile paper, where nothing is fitted before the tower."""
@@ -70,6 +72,7 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
     assert losses("diva-shuffled") == losses("diva")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("saves", [2, pytest.param(3, marks=pytest.mark.exhaustive), 6])
 def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
@@ -92,6 +95,7 @@ def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
     assert (MODELS / "diva-shuffled/mini/open_clip_model.safetensors").read_bytes() == made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_what_the_tower_phase_started_from_lies_beside_the_weights() -> None:
     shrink("two_stage")

@@ -66,6 +66,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------------- the mini world
 
 
+@pytest.mark.slow
 def test_no_image_is_in_two_sets() -> None:
     sets = {
         **{name: [world.image(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
@@ -270,6 +271,7 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     return backbone, denoiser, end.records
 
 
+@pytest.mark.slow
 def test_training_moves_the_image_tower_and_nothing_else(here: Path) -> None:
     original = Backbone.load(MODELS / "pretrained/mini")
     backbone, denoiser, _ = trained()
@@ -283,6 +285,7 @@ def test_training_moves_the_image_tower_and_nothing_else(here: Path) -> None:
     assert all(p.grad is None for p in rest)
 
 
+@pytest.mark.slow
 def test_training_is_a_pure_function_of_its_seed(here: Path) -> None:
     first, second, other = trained(), trained(), trained(seed=3)
     assert equal(first[0], second[0])
@@ -290,6 +293,7 @@ def test_training_is_a_pure_function_of_its_seed(here: Path) -> None:
     assert not {record.loss for record in first[2]} & {record.loss for record in other[2]}
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_the_committed_one(here: Path) -> None:
     """Where a change is meant (of a draw, say), copy the curve from this test's message."""
     _, _, records = trained()
@@ -300,6 +304,7 @@ def test_the_loss_curve_is_the_committed_one(here: Path) -> None:
     assert losses == pytest.approx(expected, rel=1e-4), "\n".join(curve)
 
 
+@pytest.mark.slow
 def test_the_stage_writes_what_it_trained(finished: Path, here: Path) -> None:
     backbone, _, records = trained()
     assert equal(Backbone.load(finished / MODELS / "diva/mini"), backbone)
@@ -363,6 +368,7 @@ def poison_the_denoiser() -> None:
     save_file(weights, file)
 
 
+@pytest.mark.slow
 def test_a_training_that_fills_the_gpu_says_which_micro_batch_to_set(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,6 +389,7 @@ def raise_the_rate() -> None:
     write_params(**{"profiles.mini.recipes.diva.optimizer.lr": 1e30})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "where"), [(poison_the_denoiser, "step 0 of phase 'projection'"), (raise_the_rate, "of phase 'tower'")]
 )
@@ -420,6 +427,7 @@ with atomic(Path("models/mini/diva/mini")):
 """
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_told_who_is_the_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}){HOLD}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:

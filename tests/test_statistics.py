@@ -73,6 +73,7 @@ def test_groups_answer_two_questions() -> None:
         statistics.over_groups([[1, 2]])
 
 
+@pytest.mark.slow
 def test_each_interval_covers_its_own_truth_in_95_of_100_experiments() -> None:
     rng, covered = np.random.default_rng(1), np.zeros(2)
     for _ in range(2000):
@@ -190,6 +191,7 @@ def test_intervals_cover_the_truth_in_95_of_100_experiments(experiment, truth: f
     assert np.mean([i.low <= truth <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize(
     ("won", "lost", "wrong"), [(0.10, 0.10, "reproduced"), (0.13, 0.07, "not reproduced")], ids=["no gain", "that gain"]

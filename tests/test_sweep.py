@@ -48,6 +48,7 @@ def found(weights: str = "diva") -> list[tuple[str, int, float]]:
     return list(zip(rows.recipe, rows.seed, rows.pairs_stock, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]) -> None:
     add(42, 1.0)
@@ -102,6 +103,7 @@ def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_what_is_missing_is_what_no_row_of_this_run_has() -> None:
     add(1, 1.0)
