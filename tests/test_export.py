@@ -473,7 +473,7 @@ def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]
 def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.image(1, 64).save("a.jpg")
     for arguments, message in (
-        (("minni", "a.jpg", "a.jpg", "a", "b"), "params.yaml has no backbone 'minni'. Choose one of these: mini, "),
+        (("minni", "a.jpg", "a.jpg", "a", "b"), "params.yaml has no backbone 'minni'. Choose one of these: dfn_224, "),
         (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: cannot be read as an image"),
         (("openai_224", "a.jpg", "a.jpg", "a", "b"), "models/paper: no weights of openai_224"),
     ):

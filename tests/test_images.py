@@ -660,7 +660,7 @@ def test_images_on_their_side_are_put_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no file"),
+        (None, r"holds no \*\.tar file, but nothing at all"),
         (b"<html>Sign in</html>", r"b\.tar cannot be read .*\. Choose another mirror"),
         (b"", r"b\.tar cannot be read .*\. Choose another mirror"),
         ([("1.heic", b""), ("1.txt", b"")], r"b\.tar has no image .*, but 1 \.heic, 1 \.txt\. Choose another mirror"),

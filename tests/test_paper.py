@@ -560,7 +560,7 @@ def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
         ({"path": "data/by_hand/nowhere.pth"}, {}, f"nowhere.pth: no such file or folder. .*{missing}"),
         ({"sha256": "0" * 64}, {}, "other bytes than params.yaml states: expected sha256 0000"),
         ({"path": "data/by_hand/un2clip/other.pth"}, {}, "other.pth does not fit the architecture in params.yaml"),
-        ({}, {"parts": "all"}, "openai_224.pth is of the image tower alone .*set parts: vision for this checkpoint"),
+        ({}, {"parts": "all"}, "openai_224.pth holds the image tower alone .*set parts: vision for this checkpoint"),
         ({"path": "data/by_hand/un2clip/photos"}, {}, "photos has no config.json .it holds 1.jpg."),
         ({"path": "elsewhere.pth"}, {}, f"elsewhere.pth: a change .* not be seen. .*un2clip.weights.sha256: {sha256}"),
         ({}, {"published": {"pairs": 32.6, "pooling": "mean"}}, "un2clip.published.pooling: found 'mean'"),

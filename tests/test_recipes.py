@@ -27,7 +27,7 @@ from pipeline.diva.losses import Denoise, InfoNCE, Loss, SelfDistillation, info_
 from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine.assemble import phases
-from pipeline.models.backbones import HEAD, PREFIX, Backbone, fresh_head, save_weights, stored_tensors
+from pipeline.models.backbones import CONFIG, HEAD, PREFIX, Backbone, fresh_head, save_weights, stored_tensors
 from pipeline.models.residual_head import ResidualHead, WithHead
 from pipeline.sections.recipe import AdamW, Lora
 
@@ -378,6 +378,7 @@ def test_a_head_s_tensors_are_kept_in_a_file_of_their_own(tmp_path: Path) -> Non
     clip = nn.Module()
     clip.visual = WithHead(nn.Linear(4, 8), fresh_head(8, 2, 0))
     save_weights(clip.state_dict(), tmp_path)
+    (tmp_path / CONFIG).write_text("{}")
     found = stored_tensors(tmp_path)
     assert {name for name in found if not name.startswith(PREFIX)} == {"visual.weight", "visual.bias"}
     head = ResidualHead.of({name.removeprefix(PREFIX): x for name, x in found.items() if name.startswith(PREFIX)})

@@ -171,7 +171,7 @@ def test_other_folders_are_refused(made: Path, capsys: pytest.CaptureFixture[str
     for arguments, prepare, message in (
         (("nowhere",), lambda: None, "nowhere: not the metrics of a run of profile mini"),
         ((), lambda: (made / "denoiser.json").write_text("{"), "metrics/mini: not the metrics of a run"),
-        ((), lambda: shutil.rmtree(reference.OUTPUT), "metrics/reference/mini.json: no reference"),
+        ((), lambda: shutil.rmtree(reference.OUTPUT), "metrics/reference/mini.json does not exist"),
         (("--make",), lambda: None, "reference runs are made from the last commit"),
     ):
         prepare()

@@ -334,7 +334,7 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     if not tars:
         found = Counter(path.suffix for path in folder.rglob("*") if path.is_file())
         raise UserError(
-            f"{folder} has no *.tar file (but {_listed(found)}), so what params.yaml names under images.shards is no "
+            f"{folder} holds no *.tar file, but {_listed(found)}: what params.yaml names under images.shards is no "
             "folder of shards. Choose another mirror."
         )
     counts, captioned, others = {}, {}, Counter[str]()
@@ -358,7 +358,7 @@ def index(folder: Path, size: int) -> dict[str, Any]:
 
 
 def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8)) or "nothing else"
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8)) or "nothing at all"
 
 
 def _unpacked(folder: Path) -> list[Path]:
