@@ -19,6 +19,7 @@ from shrunk import ROOT, run_of, write_params
 LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
 WEIGHTS = ("pretrained", "diva", "diva-shuffled", "diva-drift")
+VERBS = ("status", "status --cloud", "checkout", "commit", "push", "exp save --force", "gc --workspace --force")
 VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
 
 
@@ -74,6 +75,22 @@ class Clone:
     def commit(self, message: str) -> None:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "--message", message)
+
+    def use_every_verb(self, folder: Path) -> None:
+        """DVC's own verbs after a run that is committed, here and in a fresh clone, with a remote in `folder`."""
+        self.commit("run")
+        self.run("git", "clone", "--quiet", ".", str(folder / "fresh"))
+        fresh = Clone(folder / "fresh", environment=self.environment)
+        for clone, first in ((self, ("push",)), (fresh, ("pull",))):
+            clone.run("dvc", "remote", "add", "--default", "--local", "store", str(folder / "store"))
+            for verb in (*first, *VERBS):
+                output = clone.run("dvc", *verb.split())
+                unasked = "missing|not found|does not exist|warning: (?!this will remove all cache except)"
+                assert not re.search(unasked, output, re.IGNORECASE), output
+                assert verb != "status" or output.strip() == "Data and pipelines are up to date."
+            assert clone.run("git", "status", "--porcelain") == ""
+        assert fresh.contents("data", "models", "metrics") == self.contents("data", "models", "metrics")
+        assert stages_run(fresh.run("dvc", "repro", "dvc.yaml")) == []
 
     def contents(self, *names: str) -> dict[str, bytes]:
         """The bytes of every file that stands under these names, but for timings and what is hidden."""

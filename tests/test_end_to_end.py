@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from clones import LOCKS, LOSS_CURVE, WEIGHTS, Clone, stages_run
-from shrunk import run
+from shrunk import ROOT, run
 
 from pipeline import train
 
@@ -130,6 +131,22 @@ def test_two_commits_are_compared(changed: Clone, tmp_path: Path) -> None:
     between = json.loads(output.splitlines()[-1])  # before it stands that metrics of other weights are missing
     change = between["metrics/mini/train/mini-diva/metrics.json"]["loss_first_tenth"]
     assert change["diff"] == pytest.approx(change["new"] - change["old"]) != 0
+
+
+def test_every_verb_of_dvc_ends_well(reproduced: Clone, tmp_path: Path) -> None:
+    reproduced.copy(tmp_path / "clone").use_every_verb(tmp_path)
+
+
+def test_a_refused_run_of_profile_paper_leaves_mini_s_files(reproduced: Clone, tmp_path: Path) -> None:
+    """The README's command, on a machine that reaches no server."""
+    clone, made = reproduced.copy(tmp_path / "clone"), ("data/mini", "models/mini", "metrics/mini")
+    clone.commit("run")
+    clone.environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    (command,) = re.findall(r"^dvc exp run report .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    said = clone.run(*shlex.split(command), status=255)
+    assert stages_run(said) == ["plan"]
+    assert "The files could not be located" in said
+    assert clone.contents(*made) == reproduced.contents(*made) != {}
 
 
 # ---------------------------------------------------------------------------------------------- kills and interruptions

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -855,6 +856,33 @@ def test_an_img2dataset_that_writes_nothing_is_told(tmp_path: Path, monkeypatch:
             next(appearing)
     finally:
         process.kill()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_of_img2dataset_that_is_killed_or_stopped_is_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    """The real one, which would wait for it for ever. The next run goes on after the shards that were finished."""
+    paths = ["0", "1", "2", "3", "4", "held"]
+    server.answers = dict.fromkeys(paths, encode("RGB", (64, 64), (0, 0, 255)))
+    links = images.links(paths, [f"{server.address}/{path}" for path in paths])
+
+    def strike() -> None:
+        while not server.asked["held"]:
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if any(to.raddr and to.raddr.port == server.server_port for to in process.net_connections()):
+                process.send_signal(how)
+        monkeypatch.setattr(shards, "STUCK", 1)
+
+    threading.Thread(target=strike, daemon=True).start()
+    with pytest.raises(UserError, match=r"written nothing .*fewer images\.links\.processes"):
+        download(links, tmp_path / "out", tmp_path / "scratch", **OPTIONS)
+    monkeypatch.setattr(shards, "STUCK", HANG)
+    server.release.set()
+    assert download(links, tmp_path / "out", tmp_path / "scratch", **OPTIONS)["downloaded"] == 6
+    assert server.asked == {**dict.fromkeys(paths[:4], 1), "4": 2, "held": 2}
 
 
 @pytest.mark.slow

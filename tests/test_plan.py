@@ -391,11 +391,11 @@ KEY = "profiles.paper.recipes"
             {"source": "ViT-L-17"},
             "backbones.openai_224.source: architecture 'ViT-L-17': open_clip has no such model. Similar names: ",
         ),
-        ("", {"source": {"vision_cfg": {}}}, "source.architecture: no embed_dim, the width of its embedding. Add it."),
+        ("", {"source": {"vision_cfg": {}}}, "source.architecture: embed_dim, its embedding's width, is missing."),
         (
             "",
             {"model": "ViT-L-17"},
-            "backbones.openai_224.source.model is 'ViT-L-17', of which open_clip's registry has",
+            "backbones.openai_224.source.model: open_clip's registry has no weights of 'ViT-L-17'",
         ),
     ],
 )

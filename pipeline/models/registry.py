@@ -18,13 +18,15 @@ def complete(
 
     key = f"backbones.{name}.source"
     if not (tags := open_clip.list_pretrained_tags_by_model(source.model)):
-        raise UserError(f"{key}.model is '{source.model}', of which open_clip's registry has no weights. Correct it.")
+        raise UserError(f"{key}.model: open_clip's registry has no weights of '{source.model}'. Correct the name.")
     if source.tag not in tags:
-        raise UserError(f"{key}.tag is '{source.tag}'. open_clip's registry has of {source.model}: {', '.join(tags)}.")
+        raise UserError(
+            f"{key}.tag: open_clip's registry has no '{source.tag}' of {source.model}. Name one of: {', '.join(tags)}."
+        )
     known = open_clip.get_pretrained_cfg(source.model, source.tag)
     repository, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "").rpartition("/")[0]
     if not (repository if source.revision else url):
-        has = "an address outside the hub alone. Take it out" if url else "a repository on the hub alone. Name a commit"
+        has = "an address outside the hub. Remove it" if url else "only a repository on the hub. Name a commit"
         raise UserError(f"{key}.revision is {source.revision}, but open_clip's registry has {has}.")
     at = [f"hf://{repository}@{source.revision}" if source.revision else url, *source.mirrors]
     tokenizer = Download(at=at, licence=source.licence, files=source.tokenizer) if source.tokenizer else None
@@ -51,5 +53,5 @@ def embedding_width(name: str, source: MiniSource | CheckpointSource | RegistryS
         except UserError as error:
             raise UserError(f"backbones.{name}.source: {error}. Correct the name.") from None
     if "embed_dim" not in architecture:
-        raise UserError(f"backbones.{name}.source.architecture: no embed_dim, the width of its embedding. Add it.")
+        raise UserError(f"backbones.{name}.source.architecture: embed_dim, its embedding's width, is missing. Add it.")
     return architecture["embed_dim"]
