@@ -184,7 +184,7 @@ def test_a_system_without_fallocate_fetches_and_tells_of_a_full_disk(
     assert epoch(Shards(indexed(local, address))) == wanted
     shutil.rmtree(remote.CACHE)
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"no space left for http"):
+    with pytest.raises(UserError, match=r"the disk is full, http.*Free space there"):
         epoch(Shards(indexed(local, address)))
 
 
