@@ -421,7 +421,7 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
     for recipe, other in (("diva", 1), ("text_anchored", 8)):
         interval = statistics.over_seeds([gains[recipe]["pairs_stock"], other])
         said = f"Over 2 training seeds: pairs {statistics.gain_verdict(interval, None)}, {interval.text()}"
-        assert re.search(rf"^- {recipe}: .*{re.escape(said)}", markdown, re.MULTILINE)
+        assert re.search(rf"^- {recipe}\. .*{re.escape(said)}", markdown, re.MULTILINE)
         assert said in html
     assert statistics.over_seeds([gains["diva"]["probe"], 7]).text() in markdown
     for page_ in (html, markdown):
