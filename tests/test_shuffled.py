@@ -113,7 +113,7 @@ def test_what_the_tower_phase_started_from_lies_beside_the_weights() -> None:
 def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         run(shuffled, "mini", "diva")
-    assert "models/mini/diva/mini/fitted.safetensors: does not exist" in capsys.readouterr().err
+    assert "models/mini/diva/mini/fitted.safetensors does not exist" in capsys.readouterr().err
 
 
 STEPS = [("tower", step) for step in range(4)]
