@@ -50,13 +50,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 @pytest.fixture(scope="session")
 def finished(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A folder in which every stage has run."""
-    from shrunk import run_every_stage
+    from shrunk import run_every_stage, write_params, write_shards
 
     def make(folder: Path) -> None:
         folder.mkdir()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            write_params()
+            write_shards(Path("data/mini/images"), 12)  # their stage has tests of its own
             run_every_stage()
 
     return once("finished", make)

@@ -135,16 +135,15 @@ def run(stage: ModuleType, *arguments: str) -> None:
         stage.main()
 
 
-def run_every_stage() -> None:
-    """Fill the working directory with what every stage makes; the images stage has tests of its own."""
-    write_params()
-    write_shards(Path("data/mini/images"), 12)
+def run_every_stage(weights: Sequence[str] = SCORED) -> None:
+    """Fill the working directory, which has parameters and images, with what the other stages make."""
     for stage in (plan, mmvp_vlm, zeroshot_sets, denoiser):
         run(stage)
     run(backbone, "mini")
-    for stage in (train, shuffled, drift):
-        run(stage, "mini", "diva")
-    for stage, weights in itertools.product((mmvp, zeroshot), SCORED):
-        run(stage, "mini", weights)
+    trained = {"diva": train, "diva-shuffled": shuffled, "diva-drift": drift}
+    for name in (name for name in weights if name in trained):
+        run(trained[name], "mini", "diva")
+    for stage, name in itertools.product((mmvp, zeroshot), weights):
+        run(stage, "mini", name)
     write_seeds()
     run(report)

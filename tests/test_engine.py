@@ -561,7 +561,7 @@ def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- to measure
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(bench, "mini", "--rounds", "2", "--micro-batch", "2")
     (written,) = Path("metrics/bench").glob("*.json")
@@ -574,6 +574,7 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     assert f"| mini | float32 | 2 | {speed['engine']:g} |" in capsys.readouterr().out
     write_params(**{"profiles.paper.recipes.diva.batch": 80})
     run(bench, "loader", "--images", "80")
-    figures = json.loads(Path("metrics/bench/loader.json").read_text())
+    (written,) = Path("metrics/bench").glob("loader-*.json")
+    figures = json.loads(written.read_text())
     assert figures["threads_1"]["images"] == 160
     assert not bench.SCRATCH.exists()

@@ -189,7 +189,7 @@ def test_a_killed_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_workers_of_a_killed_experiment_end() -> None:
     """Else they would go on writing, and the next start would be refused."""
     Path("endless.py").write_text(ENDLESS)

@@ -261,7 +261,7 @@ def test_true_shapes(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["openai_336", "dfn_378", "siglip_384"])
+@pytest.mark.parametrize("name", ["openai_336", "siglip_384"])
 def test_true_widths(name: str, tmp_path: Path) -> None:
     """The three families' widths, heads and largest images, a single layer deep."""
     handed_over_whole(checkpoints.one_layer(str(checkpoints.SOURCES[name].architecture)), name, tmp_path)

@@ -53,10 +53,10 @@ def moved_by_gradients(name: str, tensor: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Path, recipe: str) -> None:
-    """Also where they have unequal parts: eight images among three processes."""
+    """Also where they have unequal parts: eight images among three processes. (The default test has one, and three.)"""
     shrink(recipe, micro_batch=2 if recipe == "contrastive" else 3)  # whose negatives are others of the micro-batch
     found = {}
-    for world in (1, 2, 3):
+    for world in (1, 3) if recipe == "two_stage" else (1, 2, 3):
         folder = tmp_path / str(world)
         shutil.copytree(here, folder)
         for stage in ("train", "shuffled"):

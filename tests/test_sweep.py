@@ -196,7 +196,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
-    repository: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repository: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = repository
     Path("trap").touch()
@@ -220,6 +220,11 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     assert Path("runs").read_text().split() == ["42", "1", "2", "3"]
     assert TABLE.read_bytes() == written
 
+
+@pytest.mark.exhaustive
+def test_a_killed_sweep_leaves_no_process_and_the_parameters(
+    repository: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # else the folder `pipeline` here hides the package
     killed = subprocess.Popen([sys.executable, "-m", "pipeline.tools.sweep", "--seeds", "9"], stdout=subprocess.DEVNULL)
     while not Path("waiting").exists():
@@ -232,7 +237,7 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     for process in survivors:
         process.kill()
     assert survivors == []
-    assert Path("params.yaml").read_bytes() == parameters
+    assert Path("params.yaml").read_bytes() == repository
 
 
 @pytest.mark.exhaustive

@@ -81,8 +81,9 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
     entry, losses = p.backbones[name], losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
     with seeded("trial"):
         source = complete(name, entry.source)
-        backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
-        denoiser = random_denoiser(p.profile.denoiser)
+        with compute:  # a GPU draws its weights at once, a CPU takes half a minute
+            backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
+            denoiser = random_denoiser(p.profile.denoiser)
         denoiser.__class__, denoiser.text_tokens = WithoutText, p.profile.denoiser.text_tokens
         t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None)
         feedback = build_feedback(t, compute)

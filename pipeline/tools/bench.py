@@ -106,7 +106,7 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
     config, shape = model_config(source.architecture), STABLE_DIFFUSION_2_1_BASE
     if name == "block":
         config["vision_cfg"], shape = config["vision_cfg"] | {"layers": 1}, ONE_BLOCK
-    with seeded("bench", name):
+    with seeded("bench", name), compute:  # weights are drawn where they are used: a CPU takes a minute for two UNets
         backbone = random_clip(config, source.preprocessing.model_dump())
         denoiser = random_denoiser(p.profiles[entry.profile].denoiser, shape)
         text = torch.randn(1, 77, denoiser.unet.config.cross_attention_dim)
@@ -356,9 +356,11 @@ def photo_set(root: Path, count: int) -> None:
         (folder / file).write_text("\n".join(lines), encoding="utf-8")
 
 
-def small_clip(p: Params, folder: Path) -> None:
-    """The mini backbone's towers with CLIP's own tokenizer and random weights, as a folder that open_clip loads."""
-    source = complete("mini", p.backbones["mini"].source)
+def scored_clip(p: Params, folder: Path, gpu: bool) -> None:
+    """The backbone that is scored, with random weights, as a folder that open_clip loads: openai_224 on a GPU, else
+    the mini backbone's towers with CLIP's own tokenizer."""
+    name = "openai_224" if gpu else "mini"
+    source = complete(name, p.backbone(name).source)
     config = model_config(source.architecture)
     config["text_cfg"] |= {"context_length": 77, "vocab_size": 49408}
     write_config(config, source.preprocessing.model_dump(), folder)
@@ -378,13 +380,16 @@ def scoring(p: Params, images: int, rounds: int, compute: torch.device) -> dict[
     """Images a second of decoding alone, of our scoring, and of clip_benchmark's program, in turns.
 
     The program's are those of its own bar, its start left out; ours count from the look through the set to the answers.
+    The ways that decode in one thread see an eighth of the images.
     """
-    root, model = SCRATCH / "scoring", SCRATCH / "clip"
-    photo_set(root, images)
-    small_clip(p, model)
-    section, processes = p.profiles["mini"].zeroshot, PartialState(cpu=compute.type == "cpu")
+    all_of_it, part, model, gpu = SCRATCH / "scoring", SCRATCH / "eighth", SCRATCH / "clip", compute.type == "cuda"
+    few = images // SHARDS
+    photo_set(all_of_it, images)
+    photo_set(part, few)
+    scored_clip(p, model, gpu)
+    batch, processes = p.profiles["paper" if gpu else "mini"].zeroshot.batch, PartialState(cpu=not gpu)
     backbone = Backbone.load(model).to(compute)
-    (found,) = read(root)
+    (found,) = read(all_of_it)
 
     def decoding() -> float:
         """By one process a core, warm before the clock starts."""
@@ -397,36 +402,38 @@ def scoring(p: Params, images: int, rounds: int, compute: torch.device) -> dict[
                 pass
         return images / (time.perf_counter() - start)
 
-    def ours(processes_here: int = 1) -> float:
+    def ours(root: Path, count: int, precision: str = "float32", processes_here: int = 1) -> float:
         """processes_here: as a process does that shares the machine with others, down to one thread."""
         with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(processes_here)):
             start = time.perf_counter()
-            classification(Encoder(backbone, processes, section.batch, section.precision), *read(root))
-        return images / (time.perf_counter() - start)
+            classification(Encoder(backbone, processes, batch, precision), *read(root))
+        return count / (time.perf_counter() - start)
 
-    def program(*options: str) -> float:
-        command = [str(Path(sys.executable).with_name("clip_benchmark")), "eval", "--dataset", "wds/photos"]
+    def program(root: Path, count: int, *options: str) -> float:
+        command = [sys.executable, "-m", "clip_benchmark.cli", "eval", "--dataset", "wds/photos", *options]
         command += ["--dataset_root", str(root / "wds" / "photos"), "--task", "zeroshot_classification"]
         command += ["--model", f"local-dir:{model}", "--pretrained", "", "--output", str(SCRATCH / "out.json")]
-        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        return images / bar_seconds(done.stderr)
+        return count / bar_seconds(done.stderr)
 
     ways: dict[str, Callable[[], float]] = {
         "decoding alone, a process a core": decoding,
-        "ours": ours,
-        "ours, one thread decodes": lambda: ours(cpus()),
-        "clip_benchmark": program,
-        "clip_benchmark, no worker": lambda: program("--num_workers", "0"),
+        "ours, float32": lambda: ours(all_of_it, images),
+        **({"ours, bfloat16": lambda: ours(all_of_it, images, "bfloat16")} if gpu else {}),
+        "ours, float32, one thread decodes": lambda: ours(part, few, processes_here=cpus()),
+        "clip_benchmark": lambda: program(all_of_it, images),
+        "clip_benchmark, no worker": lambda: program(part, few, "--num_workers", "0"),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
+    ours(part, few)  # warm
     for _ in range(rounds):
         for way, measure in ways.items():
             load = os.getloadavg()[0]
             rates[way].append(round(measure(), 1))
             print(f"{way}: {rates[way][-1]} images/s (load before: {load:.1f})", flush=True)
-    return {"cores": cpus(), "device": compute.type, "images": images, "images_per_second": rates}
+    return {"cores": cpus(), "images": images, "images_per_second": rates}
 
 
 def bar_seconds(said: str) -> float:
@@ -476,20 +483,21 @@ def main(*arguments: str) -> None:
     p, compute = params.load(), deterministic_device()
     gpu = compute.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
+    stem = machine.lower().replace(" ", "-")
     try:
         if asked.subjects in (["loader"], ["scoring"]):
             (what,) = asked.subjects
-            with atomic(OUTPUT / f"{what}.json") as (file,):
+            with atomic(OUTPUT / f"{what}-{stem}.json") as (file,):
                 if what == "loader":
                     result = loader(p, asked.images or 100_000)
                 else:
                     result = scoring(p, asked.images or 20_000, asked.rounds or 2, compute)
+                result = {"machine": machine, "torch": torch.__version__, **result}
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
         names = asked.subjects or (LARGE if gpu else ["mini", "block"])
         results = {name: compare(name, p, asked.rounds or 8, asked.micro_batch, compute) for name in names}
-        stem = machine.lower().replace(" ", "-")
         with atomic(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})
             markdown_file.write_text(markdown(results, machine), encoding="utf-8")

@@ -148,15 +148,22 @@ def modules(folder: Path) -> str:
 
 def scoring_speed() -> str:
     """Images a second of zero-shot scoring: the median of the rounds, their range, the share of what decoding gives."""
-    rates = json.loads(text(Path("metrics/bench/scoring.json")))["images_per_second"]
-    medians = {way: float(np.median(found)) for way, found in rates.items()}
-    (decoding, *_) = medians.values()
-    rows: list[Sequence[object]] = [("way", "images/s", "rounds", "of decoding alone")]
-    for way, found in rates.items():
-        rows.append(
-            (way, f"{medians[way]:.0f}", f"{min(found):.0f} to {max(found):.0f}", f"{medians[way] / decoding:.0%}")
-        )
-    return table(rows)
+    parts = []
+    for file in sorted(Path("metrics/bench").glob("scoring-*.json")):
+        found = json.loads(text(file))
+        medians = {way: float(np.median(rates)) for way, rates in found["images_per_second"].items()}
+        (decoding, *_) = medians.values()
+        rows: list[Sequence[object]] = [("way", "images/s", "rounds", "of decoding alone")]
+        for way, rates in found["images_per_second"].items():
+            ends = f"{min(rates):.0f} to {max(rates):.0f}"
+            rows.append((way, f"{medians[way]:.0f}", ends, f"{medians[way] / decoding:.0%}"))
+        parts.append(f"{found['machine']}, {found['cores']} cores, {found['images']:,} images:\n\n{table(rows)}")
+    return "\n\n".join(parts)
+
+
+def training_speed() -> str:
+    """The engine beside the released schedule, on every machine that was measured."""
+    return "\n\n".join(text(file).strip() for file in sorted(Path("metrics/bench").glob("*.md")))
 
 
 BLOCKS = {
@@ -170,7 +177,7 @@ BLOCKS = {
     "backbones": backbones,
     "experiment": lambda: tables(text(Path("metrics/recipes/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
-    "bench": lambda: tables(text(Path("metrics/bench/2-cpu-cores.md"))),
+    "bench": training_speed,
     "scoring speed": scoring_speed,
     "modules": lambda: modules(Path("pipeline")),
     "tests": lambda: modules(Path("tests")),
