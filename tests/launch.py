@@ -1,4 +1,4 @@
-"""Training in processes that a server of forks starts within a tenth of a second, its imports done."""
+"""Training and scoring in processes that a server of forks starts within a tenth of a second, its imports done."""
 
 import gc
 import multiprocessing
@@ -10,11 +10,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.train", "pipeline.shuffled"])
+FORKS.set_forkserver_preload(["pipeline.train", "pipeline.shuffled", "pipeline.zeroshot"])
 
 
 def start(folder: Path, world: int = 1, stage: str = "train", others: Path | None = None) -> list[BaseProcess]:
-    """Start a training of `mini` in `folder`, as torchrun would start it with `world` processes on one machine.
+    """Start a training or scoring of `mini` in `folder`, as torchrun would with `world` processes on one machine.
 
     others: where all but the first work, as if on another host, whose clock is three hours ahead.
     """
@@ -37,7 +37,7 @@ def start(folder: Path, world: int = 1, stage: str = "train", others: Path | Non
 
 
 def finish(folder: Path, world: int = 1, stage: str = "train", others: Path | None = None) -> str:
-    """Train to the end; returns what the first process printed."""
+    """Run it to the end; returns what the first process printed."""
     processes = start(folder, world, stage, others)
     join(processes)
     output = (folder / "output0").read_text()
@@ -52,7 +52,7 @@ def join(processes: list[BaseProcess]) -> None:
 
 
 def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int, ahead: float) -> None:
-    from pipeline import shuffled, train
+    from pipeline import shuffled, train, zeroshot
     from pipeline.sections import params
 
     with (folder / f"output{rank}").open("w") as output:
@@ -66,4 +66,4 @@ def _stage(folder: Path, stage: str, environment: dict[str, object], rank: int, 
         for name, clock in own.items():
             setattr(time, name, lambda clock=clock: clock() + ahead)
         sys.argv = [stage, "mini", *params.load().run.recipes]
-        {"train": train, "shuffled": shuffled}[stage].main()
+        {"train": train, "shuffled": shuffled, "zeroshot": zeroshot}[stage].main()

@@ -1,4 +1,4 @@
-"""Trainings on several hosts that share no folder: who starts them, what is refused, the same bytes."""
+"""Trainings and scorings on several hosts that share no folder: who starts them, what is refused, the same bytes."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import launch
 import pytest
@@ -65,7 +65,7 @@ def test_a_launcher_takes_the_place_of_python(called: list[list[str]], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("train", "environment", "said"),
+    ("command", "environment", "said"),
     [
         ("a_launcher", {}, "begins with 'a_launcher', but PATH has no such program"),
         ("torchrun", {"WORLD_SIZE": "8"}, "started a group of 8 processes, but launch.processes is 16"),
@@ -74,14 +74,27 @@ def test_a_launcher_takes_the_place_of_python(called: list[list[str]], monkeypat
         ("env --rdzv_endpoint=nowhere.invalid:1", {}, "'nowhere.invalid:1', wanted HOST:PORT with a known host"),
     ],
 )
+@pytest.mark.parametrize("key", ["train", "score"])
 @pytest.mark.usefixtures("called")
 def test_a_wrong_launcher_is_refused(
-    train: str, environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+    key: Literal["train", "score"],
+    command: str,
+    environment: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said):
-        hosts.start("pipeline.train", Launch(train=train, processes=16))
+    asked = Launch(**{"train": "", key: command, "processes": 16})
+    with pytest.raises(UserError, match=f"launch.{key}.* {said}|{said}.* launch.{key}"):
+        hosts.start("pipeline.train", asked, key)
+
+
+def test_each_kind_of_stage_has_a_launcher_of_its_own(called: list[list[str]]) -> None:
+    hosts.start("pipeline.zeroshot", Launch(train="env", processes=2), "score")
+    assert called == []
+    hosts.start("pipeline.zeroshot", Launch(train="env", score="torchrun", processes=2), "score")
+    assert called == [["torchrun", "-m", "pipeline.zeroshot", "openai_224", "diva"]]
 
 
 def test_a_port_in_use_is_told(called: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +186,36 @@ def test_hosts_that_are_not_alike_are_refused_on_all(here: Path, tmp_path: Path,
     launch.join(processes)
     assert [process.exitcode for process in processes] == [1, 1]
     printed = (first / "output0").read_text() + (other / "output1").read_text()
-    assert "The hosts of this training differ, or one is not ready" in printed
+    assert "The hosts of this stage differ, or one is not ready" in printed
     assert said.replace("HOST", socket.gethostname()) in printed
     assert outputs(first) == {}
+
+
+@pytest.mark.slow
+def test_a_host_scores_the_weights_of_the_first(here: Path, finished: Path, tmp_path: Path) -> None:
+    """It has other ones there, or none, as it trained for another host; sets that differ are refused."""
+    write_params(**{"profiles.mini.zeroshot.batch": 5})  # so that each host has a part of the images
+    shutil.copytree(finished / MODELS / "diva", here / MODELS / "diva")
+    scores, other = METRICS / "scores/zeroshot/mini-diva", tmp_path / "other host"
+    wanted = {path.name: path.read_bytes() for path in (finished / scores).iterdir()}
+    assert wanted["answers.parquet"] != (finished / scores.parent / "mini-pretrained/answers.parquet").read_bytes()
+    shutil.rmtree(here / scores)
+    shutil.copytree(here, other)
+    shutil.rmtree(other / MODELS / "diva")
+    launch.finish(here, 2, "zeroshot", others=other)
+    assert {path.name: path.read_bytes() for path in (here / scores).iterdir()} == wanted
+    assert not (other / MODELS / "diva").exists()
+    assert not (other / scores).exists()
+
+    shutil.rmtree(here / scores)
+    shutil.copytree(other / MODELS / "pretrained", other / MODELS / "diva")
+    with (other / DATA / "zeroshot/wds/objects/classnames.txt").open("a") as file:
+        file.write("unicorn\n")
+    processes = launch.start(here, 2, "zeroshot", others=other)
+    launch.join(processes)
+    assert [process.exitcode for process in processes] == [1, 1]
+    assert f"differs from {socket.gethostname()} in sets.objects" in (here / "output0").read_text()
+    assert not (here / scores).exists()
 
 
 class Group:

@@ -1,11 +1,12 @@
-"""Training by many processes: how they are started, what must be equal on all hosts, and what they send each other.
+"""Work by many processes: how they are started, what must be equal on all hosts, and what they send each other.
 
-`launch.train` of params.yaml, where it is set, takes the place of `python`: it starts the processes of a training, on
-one machine or on several. The hosts share no folder: each has its own clone with the same inputs, the first process
-alone reads checkpoints and writes outputs, and the others are sent what they need.
+`launch.train` and `launch.score` of params.yaml, where set, take the place of `python`: they start the processes of a
+training or a scoring, on one machine or on several. The hosts share no folder: each has its own clone with the same
+inputs, the first process alone reads checkpoints and writes outputs, and the others are sent what they need.
 """
 
 import errno
+import hashlib
 import importlib.metadata
 import itertools
 import os
@@ -14,9 +15,13 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -33,16 +38,17 @@ LAUNCHED = "LAUNCHED"  # by the launcher: the folder in which it was called, and
 PACKAGES = ("accelerate", "diffusers", "numpy", "open_clip_torch", "pillow", "safetensors", "timm", "transformers")
 
 
-def start(module: str, launch: Launch) -> None:
-    """Become what starts the processes of `module`: launch.train, or torchrun on a machine with several GPUs.
+def start(module: str, launch: Launch, key: Literal["train", "score"] = "train") -> None:
+    """Become what starts the processes of `module`: the launcher, or torchrun on a machine with several GPUs.
 
     Returns in the processes that it started, and where one process is all. Raises UserError for a launcher that cannot
     be called, whose port is taken, or that has started another number of processes than launch.processes.
     """
+    name, launcher = f"launch.{key}", getattr(launch, key)
     if "WORLD_SIZE" in os.environ:
-        if launch.train and int(os.environ["WORLD_SIZE"]) != launch.processes:
+        if launcher and int(os.environ["WORLD_SIZE"]) != launch.processes:
             raise UserError(
-                f"launch.train started a group of {os.environ['WORLD_SIZE']} processes, but launch.processes is "
+                f"{name} started a group of {os.environ['WORLD_SIZE']} processes, but launch.processes is "
                 f"{launch.processes}. Set launch.processes to the number of processes on all hosts together. If each "
                 "host started a group of its own, the hosts did not find each other: give torchrun the same "
                 "--rdzv-endpoint on all of them, and no --standalone."
@@ -50,14 +56,14 @@ def start(module: str, launch: Launch) -> None:
         return
     if LAUNCHED in os.environ:
         raise UserError(
-            "launch.train started this process outside a group of processes (WORLD_SIZE is not set). It takes "
+            f"{name} started this process outside a group of processes (WORLD_SIZE is not set). It takes "
             "the place of `python`: let it end with torchrun and torchrun's options."
         )
-    if launch.train:
-        command = shlex.split(os.path.expandvars(launch.train))
+    if launcher:
+        command = shlex.split(os.path.expandvars(launcher))
         if not shutil.which(command[0]):
-            raise UserError(f"launch.train begins with '{command[0]}', but PATH has no such program. Correct it.")
-        check_port(command)
+            raise UserError(f"{name} begins with '{command[0]}', but PATH has no such program. Correct it.")
+        check_port(command, name)
         os.environ[LAUNCHED] = folder_id()
         # Hosts have their own process ids: a process is tied to the torchrun that started it, as DVC_STAGE asks for.
         os.environ.pop(STARTED_BY, None)
@@ -65,7 +71,7 @@ def start(module: str, launch: Launch) -> None:
     on_every_gpu(module)
 
 
-def check_port(command: list[str]) -> None:
+def check_port(command: list[str], name: str) -> None:
     """Raise UserError if --rdzv-endpoint names a port of this host that another program uses.
 
     torchrun's c10d rendezvous would wait there and print nothing.
@@ -79,7 +85,7 @@ def check_port(command: list[str]) -> None:
         address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"launch.train: --rdzv-endpoint is '{found[-1]}', wanted HOST:PORT with a known host ({error}). Correct it."
+            f"{name}: --rdzv-endpoint is '{found[-1]}', wanted HOST:PORT with a known host ({error}). Correct it."
         ) from None
     with socket.socket(address[0]) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -88,7 +94,7 @@ def check_port(command: list[str]) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:  # else the address is another host's
                 raise UserError(
-                    f"launch.train: port {port} of {host}, which --rdzv-endpoint names, is in use. Choose another port,"
+                    f"{name}: port {port} of {host}, which --rdzv-endpoint names, is in use. Choose another port,"
                     " or end the program that uses it (`ss -ltnp` names the program)."
                 ) from None
 
@@ -106,7 +112,7 @@ def join() -> Accelerator:
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"the processes of this training cannot connect to each other at {where}: {error}. If the port is in use, "
+            f"the processes of this stage cannot connect to each other at {where}: {error}. If the port is in use, "
             "choose another one. If the host cannot be reached, check its name and the firewall."
         ) from error
 
@@ -125,7 +131,7 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
         problem = str(error)
     if processes.is_main_process and os.environ.get(LAUNCHED, folder_id()) != folder_id():
         problem = (
-            "rank 0, which writes the outputs, does not run in the folder in which launch.train was called, so DVC "
+            "rank 0, which writes the outputs, does not run in the folder in which the launcher was called, so DVC "
             "would not find them. With torchrun's c10d rendezvous, rank 0 is on the host whose name sorts first "
             "(--local-addr gives a host another name); with --rdzv-backend static it is on the host with --node-rank 0"
         )
@@ -138,7 +144,7 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
                 problems.append(f"{host} differs from {first} in {', '.join(changed)}")
         problems = list(dict.fromkeys(problems))
     if problems:
-        _refuse("The hosts of this training differ, or one is not ready:\n  " + "\n  ".join(problems))
+        _refuse("The hosts of this stage differ, or one is not ready:\n  " + "\n  ".join(problems))
     return made  # type: ignore[return-value]
 
 
@@ -180,3 +186,21 @@ def to_all(processes: Accelerator, tensors: dict[str, torch.Tensor] | None) -> d
         torch.distributed.broadcast(moved, 0)
         found[name] = moved.cpu()
     return found
+
+
+@contextmanager
+def sent(processes: Accelerator, folder: Path) -> Iterator[Path]:
+    """The first process's `folder` of files: itself where its files are the same, elsewhere a temporary copy."""
+    files = sorted(path for path in folder.glob("*") if path.is_file()) if processes.num_processes > 1 else []
+    own = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (wanted,) = broadcast_object_list([own])
+    same = own == wanted
+    if all(gather_object([same])):
+        yield folder
+        return
+    first = {path.name: torch.from_numpy(np.fromfile(path, np.uint8)) for path in files if processes.is_main_process}
+    received = to_all(processes, first)
+    with tempfile.TemporaryDirectory() as copy:
+        for name, content in received.items() if not same else ():
+            content.numpy().tofile(Path(copy, name))
+        yield folder if same else Path(copy)

@@ -1,15 +1,17 @@
-"""Section `launch`: who starts the processes of a training."""
+"""Section `launch`: who starts the processes of a training, and of a scoring that is shared among processes."""
 
 from pipeline.core.config import Count, PositiveFloat, Section
 
 
 class Launch(Section):
-    """How the processes of a training are started (engine/hosts.py). No result and no stage depends on it.
+    """How the processes of a training and of a zero-shot scoring are started (engine/hosts.py). No result and no stage
+    depends on it.
 
-    train: the command in the place of `python`. processes: how many it starts on all hosts together. cache_gb: disk
-    space of each host for images of kind index, in GB.
+    train, score: the command in the place of `python`. processes: how many either starts on all hosts together.
+    cache_gb: disk space of each host for images of kind index, in GB.
     """
 
     train: str
+    score: str = ""
     processes: Count
     cache_gb: PositiveFloat = 200.0
