@@ -508,6 +508,7 @@ def asked_with(hub: Hub, folder: Path, **settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -526,6 +527,7 @@ def test_settings_that_make_no_client_are_named(hub: Hub, tmp_path: Path, settin
     assert "Correct or unset them." in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["netrc", "REQUESTS_CA_BUNDLE", "NO_PROXY"])
 def test_settings_that_are_none_of_ours_do_no_harm(hub: Hub, tmp_path: Path, settings: str) -> None:
     (tmp_path / ".netrc").write_text("nonsense here\nmachine")
@@ -707,6 +709,7 @@ def test_a_failure_to_move_leaves_no_part(hub: Hub, monkeypatch: pytest.MonkeyPa
 # A process of its own, and the test's hub itself
 
 
+@pytest.mark.slow
 def test_hf_endpoint_is_honoured_and_a_log_file_gets_few_lines(hub: Hub, tmp_path: Path) -> None:
     code = """if True:
         import json

@@ -140,6 +140,7 @@ def test_threads_read_ahead_so_far_and_no_further(models: tuple[Backbone, Denois
     assert started == [range(2), range(2, 4), range(4, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="what a container makes small is Linux's")
 def test_the_feed_needs_no_shared_memory_and_no_other_process(models: tuple[Backbone, Denoiser]) -> None:
     """A container's /dev/shm is 64 MB by default, and whoever waits for a process has to notice that it is gone."""
@@ -530,6 +531,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) ->
 # ------------------------------------------------------------------------------------------------------------ to watch
 
 
+@pytest.mark.slow
 def test_norms_and_the_validation_loss_are_recorded(here: Path) -> None:
     """Of seven steps; every second step and the last of each phase measure the validation images."""
     backbone, _, records = trained()

@@ -300,6 +300,7 @@ def handed_over(here: Path) -> Path:
     return MODELS / "export/mini-diva"
 
 
+@pytest.mark.slow
 def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: Path) -> None:
     distances = json.loads((METRICS / "export/mini-diva.json").read_text())
     assert distances["transformers"].keys() == {"image", "text", "through_processor"}
@@ -322,6 +323,7 @@ def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: P
     assert {path.name: path.read_bytes() for path in handed_over.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(handed_over)
     (METRICS / "export/mini-diva.json").unlink()
@@ -333,6 +335,7 @@ def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkey
     ] == []
 
 
+@pytest.mark.slow
 def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:
     p = params.load()
     p = p.model_copy(update={"run": p.run.model_copy(update={"profile": "paper"})})
@@ -420,6 +423,7 @@ USE = PAGES[Path("README.md")] + PAGES[Path("models/README.md")]
 SNIPPETS = re.findall(r"```python\n(.*?)```", USE, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handed_over")
 def test_the_pages_snippets_run() -> None:
     checkpoints.image(1, 64).save("image.jpg")
@@ -433,6 +437,7 @@ def test_the_pages_snippets_run() -> None:
     assert all(torch.isfinite(value).all() for value in found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handed_over")
 def test_look_as_the_pages_have_it(capsys: pytest.CaptureFixture[str]) -> None:
     line, *again = re.findall(r"^python -m pipeline.tools.look .*$", "\n".join(PAGES.values()), re.MULTILINE)
@@ -454,6 +459,7 @@ def test_look_as_the_pages_have_it(capsys: pytest.CaptureFixture[str]) -> None:
         assert strip.width > 500
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handed_over")
 def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]) -> None:
     """The pixels of a phone's photo lie on their side, and a tag says so."""
@@ -470,6 +476,7 @@ def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.image(1, 64).save("a.jpg")
     for arguments, message in (

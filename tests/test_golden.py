@@ -228,6 +228,7 @@ def test_pixels_are_those_of_the_published_data_path() -> None:
     close(generator_pixels(raw, OPENAI, IMAGENET), common["renormed_image"], absolute=1e-5)
 
 
+@pytest.mark.slow
 def test_denoiser_is_the_published_one() -> None:
     common = arrays("common")
     close(denoiser().latent(common["renormed_image"]), common["latent"], absolute=1e-5)
@@ -300,6 +301,7 @@ def test_gradients(case: Case) -> None:
     close(norm(list(published.values())), golden["grad_global_norm_first_plus_second_over5"], relative=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", SGD)
 def test_sgd_steps(case: Case, prefix: str) -> None:
     """The first step is the pipeline's own; the second repeats the optimizer's on the gradient that the first left."""

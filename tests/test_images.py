@@ -405,6 +405,7 @@ def test_nothing_is_never_enough(web: Web, tmp_path: Path) -> None:
         fetch(tmp_path, min_success=0.0)
 
 
+@pytest.mark.slow
 def test_other_links_or_options_start_anew(web: Web, tmp_path: Path) -> None:
     fetch(tmp_path)
     assert web.workers == (1, 1)
@@ -744,6 +745,7 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_stage_takes_a_mirrors_shards(server: Server, working: Path) -> None:
     write_mirror(working / "mirror")
     names = ["train-0000.tar", "more/train-0001.tar"]
@@ -843,6 +845,7 @@ def download(output_folder, **options):
 """
 
 
+@pytest.mark.slow
 def test_an_img2dataset_that_writes_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a worker of its pool was killed or stopped, for which it waits for ever."""
     monkeypatch.setattr(shards, "STUCK", 0.5)

@@ -46,6 +46,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return saved(*TINY[request.param], tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_an_export_comes_back_as_it_was(tiny: tuple, tmp_path: Path) -> None:
     """Whole, and in shards with an index."""
     original, wanted, exported = tiny
@@ -96,6 +97,7 @@ def test_an_image_tower_alone_takes_the_text_tower_of_pretrained(tiny: tuple, tm
             imports.tensors(source, original, "all")
 
 
+@pytest.mark.slow
 def test_vision_models_of_transformers(tiny: tuple, tmp_path: Path) -> None:
     """What their own classes write: with a projection, and without one, which must be asked for."""
     original, wanted, exported = tiny
@@ -116,6 +118,7 @@ def test_vision_models_of_transformers(tiny: tuple, tmp_path: Path) -> None:
                 imports.tensors(tmp_path / "vision", original, parts)
 
 
+@pytest.mark.slow
 def test_older_files_have_positions_that_are_no_weights(tiny: tuple, tmp_path: Path) -> None:
     original, wanted, exported = tiny
     exported.save_pretrained(tmp_path)

@@ -126,6 +126,7 @@ def test_a_stage_whose_parent_is_killed_ends(tree: list[str], tmp_path: Path) ->
     assert family.first.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_stage_whose_parent_was_killed_before_it_started_says_so(tmp_path: Path) -> None:
     """Whoever adopted it, it neither works on nor waits."""
     family = Family(tmp_path, [sys.executable, "reaper.py"])

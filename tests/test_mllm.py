@@ -103,6 +103,7 @@ def test_the_likeliest_option_is_the_answer(
     ]  # -3 < -2; -2, -5, -1
 
 
+@pytest.mark.slow
 def test_the_tower_is_frozen_and_the_rest_learns(
     vision: nn.Module, model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, pixels: torch.Tensor
 ) -> None:

@@ -167,6 +167,7 @@ def stages() -> set[str]:
         return {stage.addressing for stage in repo.index.stages}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["repro", "status"])
 def test_stages_that_are_named_exist(command: str, stages: set[str]) -> None:
     found = of_program("dvc", command)

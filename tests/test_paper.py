@@ -83,6 +83,7 @@ def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) 
     assert found == pytest.approx(entry.published.parameters, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_the_published_ones(name: str, tmp_path: Path) -> None:
     """On towers of the true shape, which have names and shapes but no numbers."""
@@ -180,6 +181,7 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, P
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["OpenAI's archive", "MetaCLIP's .pt", "open_clip's .bin", "open_clip's .safetensors", "the authors' .pth"]
 )
@@ -218,6 +220,7 @@ def test_a_checkpoint_in_half_precision_comes_in_as_float32(dtype: torch.dtype, 
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in written.items())
 
 
+@pytest.mark.slow
 def test_a_denoiser_stored_in_half_precision_computes_in_float32(tmp_path: Path) -> None:
     checkpoints.stable_diffusion(tmp_path)
     for part in ("vae", "unet", "text_encoder"):
@@ -544,6 +547,7 @@ def test_the_shortest_way_fetches_weights_and_pairs_alone(
     }
 
 
+@pytest.mark.slow
 def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
     hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -587,6 +591,7 @@ def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
     assert read("data/paper/planned/un2clip-openai_224.json")["weights"] == {"sha256": sha256}
 
 
+@pytest.mark.slow
 def test_a_branch_keeps_the_bytes_of_its_first_fetch(
     hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -613,6 +618,7 @@ def test_a_branch_keeps_the_bytes_of_its_first_fetch(
     run(checkpoint, "openai_224", "genhancer")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_a_set_s_branch_keeps_its_bytes_too(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     content = smaller(committed(), hub.endpoint)
@@ -666,6 +672,7 @@ def test_the_readme_s_shortest_way_through_dvc(hub: Hub, compared: Path, tmp_pat
     assert {path.name for path in (clone.root / "data/paper/zeroshot/wds").iterdir()} == {"captions"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_another_set_fetches_no_set_again(hub: Hub) -> None:
     content = smaller(committed(), hub.endpoint)
@@ -723,6 +730,7 @@ def test_chosen_sets_alone_are_fetched_scored_and_named(hub: Hub, capsys: pytest
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -835,6 +843,7 @@ def test_the_authors_checkpoint_lies_where_git_and_dvc_do_not_look(
     assert len({frozenset(path.name for path in model.iterdir()) for model in models}) == 1
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_length_is_refused(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.save_tokenizer(folder / "short", 320)
     hub.add_repo("timm/short", folder / "short")

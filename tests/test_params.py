@@ -175,6 +175,7 @@ def test_the_gap_is_one_between_embeddings(file: Path, key: str) -> None:
     assert "need condition class_token" in message(file)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_what_differs_from_the_base(file: Path) -> None:
     base = yaml.safe_load(COMMITTED.read_text())["profiles"]["mini"]["base_recipe"]
     assert not {*base} - {*Recipe.model_fields}
@@ -259,6 +260,7 @@ def test_a_backbone_of_another_profile_is_refused(file: Path) -> None:
     assert "run.profile is 'mini'" in text
 
 
+@pytest.mark.slow
 def test_a_small_rate_as_dvc_writes_it_is_a_number(file: Path) -> None:
     """DVC's YAML writer leaves out the dot, and YAML 1.1 then reads a string."""
     with modify_yaml(str(file)) as content:

@@ -178,6 +178,7 @@ def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.M
         assert {str(path) for path, _ in plan.downloads_of(alone)} == ALWAYS - {folder}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("asked")
 def test_what_is_fetched_depends_on_its_pins_alone() -> None:
     """Stages that fetch depend on these files and on nothing else."""
@@ -226,6 +227,7 @@ FETCHED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_disk_counts_what_stays_and_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     p = write("openai_224 dfn_224", "pretrained diva")
     models = 4 * (0.4276 + 0.9861)
@@ -246,6 +248,7 @@ def test_disk_counts_twice_without_links(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.disk(write(), items(*FETCHED[:3])) / GB == pytest.approx(2 * (405 + 3 * 4 * 0.4276) + 0.9)
 
 
+@pytest.mark.slow
 def test_disk_does_not_count_what_stopped_fetches_left(monkeypatch: pytest.MonkeyPatch) -> None:
     left = Path("data/.downloads/0123/unet/weights.incomplete"), Path("data/paper/.images.scratch/shards/00000.tar")
     for size, path in zip((4 * 2**20, 2**20), left, strict=True):
@@ -338,6 +341,7 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
 KEY = "profiles.paper.recipes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes", "said"),
     [
@@ -418,6 +422,7 @@ def test_what_a_later_stage_would_refuse_is_told_before_anything_is_fetched(
     assert asked == []
 
 
+@pytest.mark.slow
 def test_a_list_of_links_is_not_asked_for_where_its_images_are_there(asked: list[Download]) -> None:
     write(weights="diva", **{"images.kind": "links", "train.precision": "float32"})
     Path("data/paper/images").mkdir(parents=True)

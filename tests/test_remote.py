@@ -99,6 +99,7 @@ def epoch(shards: Shards) -> list[tuple[str, bytes, str]]:
     return [(sample.tar, sample.image.tobytes(), sample.caption) for sample in samples]
 
 
+@pytest.mark.slow
 def test_the_same_images_in_the_same_order_from_anywhere(local: Path, address: str) -> None:
     wanted = epoch(Shards(local))
     assert epoch(Shards(indexed(local, address))) == wanted
@@ -110,6 +111,7 @@ def test_the_same_images_in_the_same_order_from_anywhere(local: Path, address: s
     assert len(Handler.asked) == 4
 
 
+@pytest.mark.slow
 def test_several_threads_fetch_a_shard_once(local: Path, address: str) -> None:
     shards = Shards(indexed(local, address))
     window, _ = shards.place(7, 0)
@@ -122,6 +124,7 @@ def test_several_threads_fetch_a_shard_once(local: Path, address: str) -> None:
     assert sorted(path.suffix for path in remote.CACHE.iterdir() if path.name != ".lock") == [".tar"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["busy", "cut", "slow"])
 def test_a_fault_that_passes_is_told_and_costs_nothing(
     local: Path, address: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,6 +137,7 @@ def test_a_fault_that_passes_is_told_and_costs_nothing(
     assert "try 3 of 5" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -151,6 +155,7 @@ def test_other_bytes_are_refused(local: Path, address: str, changes: dict[str, A
     assert not list(remote.CACHE.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_gone_is_refused_at_once(local: Path, address: str) -> None:
     folder = indexed(local, address)
     (local / "00002.tar").unlink()
@@ -165,6 +170,7 @@ def test_an_address_without_a_driver_is_refused(local: Path, at: str, said: str)
         epoch(Shards(indexed(local, at)))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told(local: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -175,6 +181,7 @@ def test_a_full_disk_is_told(local: Path, address: str, monkeypatch: pytest.Monk
     assert Handler.asked == []
 
 
+@pytest.mark.slow
 def test_a_system_without_fallocate_fetches_and_tells_of_a_full_disk(
     local: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +195,7 @@ def test_a_system_without_fallocate_fetches_and_tells_of_a_full_disk(
         epoch(Shards(indexed(local, address)))
 
 
+@pytest.mark.slow
 def test_the_cache_stays_bounded(local: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.shards.WINDOW", 1)
     monkeypatch.setattr("pipeline.data.remote.STREAMS", 1)
@@ -202,6 +210,7 @@ def test_the_cache_stays_bounded(local: Path, address: str, monkeypatch: pytest.
     assert len(Handler.asked) > 4  # some came twice
 
 
+@pytest.mark.slow
 def test_the_stage_keeps_the_index_alone_and_depends_on_its_bytes(local: Path) -> None:
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     content["run"] |= {"profile": "paper", "backbones": ["openai_224"]}

@@ -178,6 +178,7 @@ def evidence(published: tuple[float, float] | None, pooling: str = "published", 
     return results.evidence(scores, claims, known)
 
 
+@pytest.mark.slow
 def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
     found = evidence(published=(20.0, 26.0))
     diva, shuffled = found["weights"]["diva"], found["weights"]["diva-shuffled"]
@@ -194,6 +195,7 @@ def test_evidence_keeps_training_and_pooling_rule_apart() -> None:
     assert evidence(None)["weights"]["diva"]["verdict"]["pairs"] == "not distinguishable"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_judged_by_its_own_figure_and_pooling_rule() -> None:
     """GenHancer's are of the stock embedding: nothing of a change of pooling is in them."""
     found = evidence((40.0, 46.0), "stock")["weights"]["diva"]
@@ -204,6 +206,7 @@ def test_a_checkpoint_is_judged_by_its_own_figure_and_pooling_rule() -> None:
     assert "published pooling" not in said
 
 
+@pytest.mark.slow
 def test_every_two_weights_are_compared_and_p_corrected_for_their_number() -> None:
     found = evidence(None)["comparison"]
     assert list(found) == ["diva minus pretrained", "idle minus pretrained", "idle minus diva"]
@@ -214,6 +217,7 @@ def test_every_two_weights_are_compared_and_p_corrected_for_their_number() -> No
     assert all(len(row) == len(rows[0]) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairs", "away", "said"),
     [
@@ -235,6 +239,7 @@ def test_the_baseline_is_held_against_what_is_published(pairs: float, away: int,
     assert page.baseline({}, BEFORE) == ""
 
 
+@pytest.mark.slow
 def test_an_effect_is_a_recipe_s_gain_less_that_of_its_own_control() -> None:
     found = evidence(None)
     gain = {weights: result["gain"] for weights, result in found["weights"].items()}
@@ -249,6 +254,7 @@ def test_an_effect_is_a_recipe_s_gain_less_that_of_its_own_control() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_control_never_fails_the_check() -> None:
     found = evidence(None)
     assert results.failures({"mini": found}) == [
@@ -261,6 +267,7 @@ def test_a_control_never_fails_the_check() -> None:
     assert results.failures({"mini": found}) == []
 
 
+@pytest.mark.slow
 def test_a_gain_at_the_cost_of_zero_shot_ability_is_called_so() -> None:
     found = evidence(None)
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "lost"}
@@ -359,6 +366,7 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.strip().split("\n")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("both")
 def test_recipes_stand_side_by_side() -> None:
     written, found = (json.loads((METRICS / f"{name}.json").read_text())["mini"] for name in ("report", "evidence"))
@@ -438,6 +446,7 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
     assert "has seeds 43, 44 of other code" in html
 
 
+@pytest.mark.slow
 def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (METRICS / "report.html").read_bytes()
     with pytest.raises(SystemExit) as ended:

@@ -113,6 +113,7 @@ def test_the_transform_in_two_halves_is_open_clips(backbone: Backbone, mode: str
     assert not torch.equal(backbone.preprocess(images[1], "longest"), whole(images[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:WebDataset")
 @torch.no_grad()
 def test_threads_score_as_clip_benchmarks_functions_do(backbone: Backbone, tmp_path: Path) -> None:

@@ -259,6 +259,7 @@ def test_scores_are_those_of_scikit_learn(tmp_path: Path) -> None:
         assert list(summary["classes"]) == ["abc"[c] for c in classes]
 
 
+@pytest.mark.slow
 def test_the_interval_of_mean_iou_resamples_images_of_both_alike() -> None:
     draws = np.random.default_rng(3)
     labelled = draws.integers(1, 50, (40, 3))
@@ -389,6 +390,7 @@ def test_a_class_that_the_set_has_not_is_refused() -> None:
 # The stage
 
 
+@pytest.mark.slow
 def test_the_stage_scores_and_repeats_itself(made: Path) -> None:
     folder = METRICS / "scores/segmentation/mini-pretrained"
     run(segmentation, "mini", "pretrained")
@@ -406,6 +408,7 @@ def test_the_stage_scores_and_repeats_itself(made: Path) -> None:
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("made")
 def test_the_oracle_is_compared_with_the_pretrained_tower() -> None:
     run(oracle, "mini", "segmentation")
@@ -418,6 +421,7 @@ def test_the_oracle_is_compared_with_the_pretrained_tower() -> None:
         run(oracle, "mini", "retrieval")
 
 
+@pytest.mark.slow
 def test_a_residual_head_changes_no_patch_token_and_the_report_says_so(made: Path) -> None:
     """A recipe that trains a head behind the tower cannot gain: there is nothing to be measured, not a zero."""
     head = fresh_head(16, 2, 0)

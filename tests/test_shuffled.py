@@ -109,6 +109,7 @@ def test_what_the_tower_phase_started_from_lies_beside_the_weights() -> None:
     assert json.loads((MODELS / "two_stage-shuffled/mini/diva.json").read_text())["recipe"] == notes["recipe"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
@@ -119,6 +120,7 @@ def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixtu
 STEPS = [("tower", step) for step in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [3, 12])
 def test_the_tower_is_shown_another_image_of_the_whole_step(
     models: tuple[Backbone, Denoiser],  # noqa: F811
@@ -145,6 +147,7 @@ def test_every_derangement_is_as_likely() -> None:
     assert all(70 < count < 130 for count in counts.values())
 
 
+@pytest.mark.slow
 def test_a_view_is_of_the_image_that_is_shown(models: tuple[Backbone, Denoiser]) -> None:  # noqa: F811
     """Of InfoNCE: both crops that the tower is given are of one image."""
     losses = [InfoNCE(1.0, temperature=0.1, negatives=1, view=0.5)]

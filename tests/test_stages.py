@@ -169,6 +169,7 @@ def test_a_denoiser_comes_back_as_it_was_saved(here: Path, vae: Callable[[], nn.
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.slow
 def test_24_components_keep_an_image() -> None:
     pixels, _ = pretrain.images("denoiser", 300, "images")
     vae = pretrain.autoencoder(pixels[:240], latent_channels=24, patch_size=8)
@@ -180,6 +181,7 @@ def test_24_components_keep_an_image() -> None:
     assert latent.std((0, 2, 3)).sub(1).abs().max() < 0.2  # whitened: noise of one size drowns no component first
 
 
+@pytest.mark.slow
 def test_a_denoiser_of_another_text_length_than_declared_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -554,6 +556,7 @@ def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) 
         read_mmvp_vlm(benchmark, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["half", "ten thousand million pixels"])
 def test_a_damaged_image_is_refused_where_the_pairs_come_in(
     here: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -781,6 +784,7 @@ def members(tar_file: Path, extension: str) -> list[bytes]:
         return [tar.extractfile(m).read() for m in tar if m.name.endswith(extension)]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
@@ -970,6 +974,7 @@ def write_details(root: Path) -> None:
         write_split(root / "wds/details", split, "probe", samples(400))
 
 
+@pytest.mark.slow
 def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Path) -> None:
     write_details(tmp_path)
 
@@ -983,6 +988,7 @@ def test_the_probe_reads_what_the_embedding_holds_and_nothing_else(tmp_path: Pat
     assert scores["hidden"] == pytest.approx(100 / 3, abs=8)
 
 
+@pytest.mark.slow
 def test_the_probe_is_given_directions_alone(tmp_path: Path) -> None:
     """As similarities are: what only an embedding's length tells is no detail that it holds."""
     write_details(tmp_path)

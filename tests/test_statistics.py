@@ -131,6 +131,7 @@ def test_more_pairs_and_fewer_changes_show_smaller_gains() -> None:
     assert smallest_gain(135, 0) == pytest.approx(8 / 135, abs=0.02)  # six wins and no loss have p = 3 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pairs", "changed"), [(135, 27), (900, 150)])
 def test_the_smallest_gain_is_shown_in_80_of_100_experiments(pairs: int, changed: int) -> None:
     gain, share, draws = smallest_gain(pairs, changed), changed / pairs, np.random.default_rng(1)

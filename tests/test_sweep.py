@@ -67,6 +67,7 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("key", "value", "same"),
@@ -92,6 +93,7 @@ def test_rows_of_other_parameters_make_room_and_it_is_said(
     assert (said in capsys.readouterr().out) == (not same)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[str]) -> None:
     add(1, 1.0)
@@ -276,6 +278,7 @@ def test_side_by_side_gives_the_table_of_one_after_the_other(
     assert TABLE.read_bytes() == side_by_side
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_a_slurm_array_has_a_task_for_each_missing_seed() -> None:
     add(2, 1.0)
