@@ -130,6 +130,7 @@ def indexed(file: Path, folder: Path) -> dict[str, Any]:
 
 def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of a list of links. Returns img2dataset's counts, and which list it was."""
+    section.check_distributor()
     tsv = Path(section.tsv)
     table = read_links(tsv, section.rows)
     with tsv.open("rb") as file:

@@ -45,7 +45,7 @@ BY_HAND = Path("data/by_hand")  # a dependency of this stage
 ALIVE, IMAGE_BYTES = 0.6, 60e3  # of a list of links: the share that comes (40 to 70 %), and bytes of an image of 512 px
 MODEL = 4e9  # bytes of a converted model whose parameters were not published: as many as the largest that were
 NO_TRAINING = "skip training by -S 'run.recipes=[]' -S 'run.inputs=[]', which needs no images, no denoiser and no GPU"
-NOT_PINS = {"licence", "processes", "threads"}  # they change no byte of what is fetched
+NOT_PINS = {"licence", "processes", "threads", "distributor"}  # they change no byte of what is fetched
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ def check_values(p: params.Params) -> None:
             if images.kind == "index":
                 check_there(images.index.file, "index.file")
             if images.kind == "links" and not Path("data", p.run.profile, "images").exists():
+                images.links.check_distributor()
                 check_there(images.links.tsv, "links.tsv")
 
 

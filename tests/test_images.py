@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -822,6 +823,40 @@ def test_the_stage_follows_a_list_with_everything_that_the_web_returns(
     colors = {"jpeg": (0, 0, 255), "grey": (128,) * 3, "cmyk": (255, 0, 0), "rgba": (255,) * 3, "big": (0, 255, 0)}
     for name, color in colors.items():
         assert np.abs(np.asarray(found[name], float) - color).max() < 10, name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("distributor", ["pyspark", "ray"])
+def test_other_distributors_make_the_same_shards(server: Server, working: Path, distributor: str) -> None:
+    """On this machine; links that failed are tried again there, too."""
+    if not importlib.util.find_spec(distributor) or (distributor == "pyspark" and not shutil.which("java")):
+        pytest.skip(f"{distributor} is not installed here (pip install {distributor}; Spark needs a Java, too)")
+    paths = [f"held/{i}" for i in range(9)] + ["flaky", "missing"]
+    server.answers = {path: encode("RGB", (70, 64), (9 * i, 0, 0)) for i, path in enumerate(paths[:-1])}
+    server.release.set()
+    made = {}
+    for name in ("multiprocessing", distributor):
+        server.asked.clear()
+        write_list(working, server, {path: path for path in paths}, retries=1, processes=2, distributor=name)
+        run(images)
+        assert server.asked == {path: 2 if path in ("flaky", "missing") else 1 for path in paths}
+        report = json.loads(Path("metrics/paper/images.json").read_text())
+        assert report["rounds"] == [{"urls": 11, "downloaded": 9}, {"urls": 2, "downloaded": 1}]
+        made[name] = {path.name: path.read_bytes() for path in Path("data/paper/images").iterdir()}
+        shutil.rmtree("data/paper/images")
+    assert list(made[distributor]) != []
+    assert made[distributor] == made["multiprocessing"]
+
+
+def test_a_distributor_that_is_not_installed_is_refused(
+    server: Server, working: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """img2dataset's function for ray would fetch nothing and return."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    write_list(working, server, {"a fish": "jpeg"}, distributor="ray")
+    with pytest.raises(SystemExit):
+        run(images)
+    assert "images.links.distributor is 'ray', but this environment has no such package" in capsys.readouterr().err
 
 
 def start(folder: Path, *packages: Path) -> subprocess.Popen[str]:

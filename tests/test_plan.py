@@ -426,5 +426,5 @@ def test_what_a_later_stage_would_refuse_is_told_before_anything_is_fetched(
 def test_a_list_of_links_is_not_asked_for_where_its_images_are_there(asked: list[Download]) -> None:
     write(weights="diva", **{"images.kind": "links", "train.precision": "float32"})
     Path("data/paper/images").mkdir(parents=True)
-    plan.main()
+    run(plan)
     assert Path("data/paper/planned/images.json").is_file()

@@ -10,6 +10,7 @@ Tars that lie elsewhere are named by an index (data/remote.py).
 import bz2
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
@@ -19,7 +20,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zlib
@@ -84,6 +87,7 @@ def download(
     retries: int,
     processes: int,
     threads: int,
+    distributor: str = "multiprocessing",
 ) -> dict[str, Any]:
     """Fetch the images of a table of links (columns `url`, `caption`) into a folder of shards, `output`.
 
@@ -100,7 +104,7 @@ def download(
     """
     options = OPTIONS | {"image_size": size, "number_sample_per_shard": shard_size}
     _prepare(scratch, links, options)
-    options |= {"processes_count": processes, "thread_count": threads}
+    options |= {"processes_count": processes, "thread_count": threads, "distributor": distributor}
 
     left = links.append_column("row", pyarrow.array(range(links.num_rows)))
     rounds: list[dict[str, int]] = []
@@ -194,7 +198,11 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else every worker looks for updates on the network at import
+    os.environ.setdefault("RAY_TMPDIR", tempfile.gettempdir())  # its sockets need a short path
     os.environ["TMPDIR"] = str(log.parent)  # wandb, which it imports, leaves folders behind in every worker
+    if options["distributor"] == "pyspark":  # img2dataset's own session would use this machine alone
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        importlib.import_module("pyspark.sql").SparkSession.builder.getOrCreate()
     import img2dataset
 
     try:

@@ -1,5 +1,6 @@
 """Section `images`, of stage images."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,7 @@ class MiniImages(Section):
 
 
 class Links(Section):
-    """A list of captions and URLs, fetched by img2dataset."""
+    """A list of captions and URLs, fetched by img2dataset; distributor: who runs its workers, on one or many hosts."""
 
     tsv: str
     rows: Count
@@ -39,6 +40,15 @@ class Links(Section):
     retries: Annotated[int, Field(ge=0)]
     processes: Count
     threads: Count
+    distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"
+
+    def check_distributor(self) -> None:
+        """Raise UserError where it is not installed: img2dataset would do nothing, and say nothing."""
+        if not importlib.util.find_spec(self.distributor):
+            raise UserError(
+                f"images.links.distributor is '{self.distributor}', but this environment has no such package. "
+                f"Run `pip install {self.distributor}`, or choose multiprocessing."
+            )
 
 
 class Index(Section):
