@@ -1,29 +1,46 @@
 """Stage score@mllm-<backbone>-<weights>: questions on images, answered by a small LLaVA on the frozen image tower.
 
 metrics/<profile>/scores/mllm/<backbone>-<weights>/
-  scores.json    pairs and questions answered right in %, by training seed of the language model and by pattern;
-                 a hash of the tensors that it reads
-  pairs.parquet  whether both questions of a pair were answered right: one row a pair and seed
+  scores.json    by test what was answered right in %: samples (pairs, images, or questions) and questions, by
+                 training seed and by pattern; the F1 of yes, where all answers are yes or no; a hash of the tensors
+                 that it reads
+  right.parquet  how much of a sample was right, 0 to 1: one row a test, seed and sample
 
-Projector and language model are trained anew for every tower, in the same way, with several seeds (benchmarks/mllm.py).
+Projector and language model are trained anew for every tower, in the same way, with several seeds (benchmarks/mllm.py),
+by all GPUs of the machine. A training that was stopped goes on from its checkpoint.
 """
 
 import hashlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 
 from pipeline.benchmarks import mllm as benchmark
 from pipeline.benchmarks import questions as sets
+from pipeline.benchmarks.mllm import Fit, Llava, PatchTokens
+from pipeline.benchmarks.questions import Choice, Conversation
+from pipeline.benchmarks.sets import SetImage
 from pipeline.core import config
-from pipeline.core.compute import deterministic_device
-from pipeline.core.outputs import atomic, write_json
-from pipeline.core.stages import UserError, stage
+from pipeline.core.code import program
+from pipeline.core.compute import deterministic_device, generator, seeded
+from pipeline.core.outputs import atomic, remove, write_json
+from pipeline.core.processes import cpus, on_every_gpu
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.engine import checkpoints
 from pipeline.models.backbones import Backbone
 from pipeline.models.exports import OpenClipOnly, tokenizer, transformers_model
 from pipeline.models.residual_head import WithHead
 from pipeline.sections.mllm import Mllm
+
+LAST = 20  # steps whose mean loss is told
 
 
 def vision_tower(backbone: Backbone):
@@ -35,9 +52,13 @@ def vision_tower(backbone: Backbone):
     if isinstance(clip.visual, WithHead):
         clip.visual = clip.visual.visual
     try:
-        return transformers_model(clip, tokenizer(backbone)).vision_model
+        vision = transformers_model(clip, tokenizer(backbone)).vision_model
     except OpenClipOnly as error:
         raise UserError(f"mllm: {error}. Take 'mllm' out of run.benchmarks for this backbone.") from error
+    with seeded("mllm", "tower"):
+        made = type(vision)(vision.config)  # an export's has no buffers that are not saved, such as position_ids
+    made.load_state_dict(vision.state_dict())
+    return made
 
 
 def reads(vision) -> str:
@@ -50,51 +71,203 @@ def reads(vision) -> str:
     return digest.hexdigest()
 
 
-def score(backbone: Backbone, root: Path, p: Mllm, compute: torch.device) -> tuple[dict, pd.DataFrame]:
-    """(scores.json, the table of pairs)."""
-    vision, (images, asked), (tested, tests) = vision_tower(backbone), sets.read(root, "train"), sets.read(root, "test")
-    tok, tables, by_seed = benchmark.tokenizer(asked), [], {}
-    first = benchmark.new(vision, p.language, tok, 0)
-    tokens, test_tokens = (
-        benchmark.patch_tokens(first, torch.stack([backbone.preprocess(image) for image in part]), p.batch, compute)
-        for part in (images, tested)
-    )
-    for seed in range(p.seeds):
-        model = benchmark.new(vision, p.language, tok, seed).to(compute)
-        losses = benchmark.fit(model, tok, tokens, asked, p.steps, p.batch, p.lr, p.context, seed)
-        right = benchmark.answers(model, tok, test_tokens, tests, p.batch, p.context)
-        table = pd.DataFrame({"seed": seed, "pattern": [q.pattern for q in tests[::2]]})
-        table["pair"], table["right"] = (
-            range(len(table)),
-            [a and b for a, b in zip(right[::2], right[1::2], strict=True)],
-        )
-        tables.append(table)
-        by_seed[str(seed)] = {
-            "pairs": round(100 * float(table.right.mean()), 3),
-            "questions": round(100 * sum(right) / len(right), 3),
-            "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
-        }
-    pairs = pd.concat(tables, ignore_index=True)
-    patterns = 100 * pairs.groupby("pattern", sort=False).right.mean()
-    summary = {
-        "reads_sha256": reads(vision),
-        "pairs": round(100 * float(pairs.right.mean()), 3),
-        "patterns": {pattern: round(float(value), 3) for pattern, value in patterns.items()},
-        "seeds": by_seed,
+def score(
+    backbone: Backbone, root: Path, p: Mllm, compute: torch.device, checkpoint: Path | None = None
+) -> tuple[dict, pd.DataFrame]:
+    """(scores.json, the table of samples), the same in all processes."""
+    processes = PartialState(cpu=compute.type == "cpu")
+    if least := next((phase.batch for phase in p.phases if phase.batch < processes.num_processes), None):
+        raise UserError(f"mllm.phases has a batch of {least}, too few for {processes.num_processes} GPUs. Raise it.")
+    vision = vision_tower(backbone).to(processes.device)
+    learnt = {phase.split: sets.read(root, phase.split) for phase in p.phases}
+    tests = {name: (counted, *sets.read_test(root, name, counted)) for name, counted in sets.tests(root).items()}
+    if p.language == "fetched":
+        language, tok = benchmark.published(root / "language")
+    else:
+        tok = benchmark.tokenizer([each for _, conversations in learnt.values() for each in conversations])
+        language = benchmark.untrained(p.language, tok)
+
+    def llava(seed: int) -> Llava:
+        model = benchmark.new(vision, language, tok, seed).to(processes.device)
+        return Llava(model, tok, p.context, p.batch, processes, p.precision)
+
+    kept = Kept(checkpoint, _fingerprint(backbone, root, p, learnt, tests), p.checkpoint_minutes, processes)
+    prompt, seeds = p.phases[-1].prompt, range(len(kept.finished), p.seeds)
+    for number in seeds:
+        own = llava(number)
+        if number == seeds[0]:
+            for _, _, questions in tests.values():
+                own.check(questions, prompt)  # before hours of training
+            of_images = {name: images for name, (images, _) in learnt.items()} | {
+                n: test[1] for n, test in tests.items()
+            }
+            tokens = {name: _tokens(backbone, vision, images, p) for name, images in of_images.items()}
+        _train(own, number, p, {name: each for name, (_, each) in learnt.items()}, tokens, kept)
+        right = {name: own.answers(questions, tokens[name], prompt) for name, (_, _, questions) in tests.items()}
+        kept.finish(right)
+        del own
+    summary: dict[str, Any] = {"reads_sha256": reads(vision), "tests": {}, "loss": kept.last_losses()}
+    tables = []
+    for name, (counted, _, questions) in tests.items():
+        table = _table(questions, counted, [of_seed["right"][name] for of_seed in kept.finished])
+        tables.append(table.assign(test=name))
+        summary["tests"][name] = _summary(table, questions, counted, [each["right"][name] for each in kept.finished])
+    return summary, pd.concat(tables, ignore_index=True)
+
+
+def _tokens(backbone: Backbone, vision, images: list[SetImage], p: Mllm) -> PatchTokens:
+    def pixels(numbers: list[int]) -> torch.Tensor:
+        with ThreadPoolExecutor(cpus()) as pool:
+            return torch.stack([*pool.map(lambda n: backbone.preprocess(sets.decoded(images[n])), numbers)])
+
+    return PatchTokens(vision, pixels, len(images), p.batch, p.precision)
+
+
+class Kept:
+    """The checkpoint of a scoring. finished: of every seed that was trained, its losses by phase and its answers.
+
+    losses: of the seed at hand, by phase. With `minutes` 0 it is written after every step, without `path` never.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any], minutes: float, processes: PartialState) -> None:
+        self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
+        state = checkpoints.read_state(path) if path else None
+        if state and state["fingerprint"] != fingerprint:
+            print(f"{path} is of another scoring: training starts anew", flush=True)
+            state = None
+        self.finished: list[dict[str, Any]] = state["finished"] if state else []
+        self.losses: list[list[float]] = state["losses"] if state else []
+        self.resumed = bool(self.losses)
+        self.saved = time.monotonic()
+        if state and processes.is_main_process:
+            steps = sum(map(len, self.losses))
+            print(f"going on after step {steps} of seed {len(self.finished)}, from {path}", flush=True)
+
+    def save(self, tensors: dict[str, torch.Tensor]) -> None:
+        """If the disk is full, print a warning and keep the previous one."""
+        if self.processes.is_main_process and self.path:
+            state = {"fingerprint": self.fingerprint, "finished": self.finished, "losses": self.losses}
+            try:
+                checkpoints.save(self.path, tensors, state)
+            except (OSError, SafetensorError) as error:
+                print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
+
+    def finish(self, right: dict[str, list[bool]]) -> None:
+        """The seed at hand is trained and has answered."""
+        self.finished.append({"losses": self.losses, "right": right})
+        self.losses, self.resumed = [], False
+        self.save({})
+
+    def last_losses(self) -> dict[str, list[float]]:
+        """By seed, the mean loss of each phase's last steps."""
+        means = [[sum(each[-LAST:]) / len(each[-LAST:]) for each in of["losses"]] for of in self.finished]
+        return {str(seed): [round(mean, 4) for mean in of_phases] for seed, of_phases in enumerate(means)}
+
+
+def _train(
+    llava: Llava, seed: int, p: Mllm, learnt: dict[str, list[Conversation]], tokens: dict[str, PatchTokens], kept: Kept
+) -> None:
+    """All phases of a seed, from where its checkpoint stands. What is drawn is a function of the seed alone, so it is
+    the same for every tower.
+    """
+    draws, stands = generator("mllm", seed, "questions"), len(kept.losses) - 1
+    for number, phase in enumerate(p.phases):
+        if number > stands:
+            kept.losses.append([])
+        losses, conversations = kept.losses[number], learnt[phase.split]
+        drawn = [torch.randint(len(conversations), (phase.batch,), generator=draws) for _ in range(phase.steps)]
+        if number < stands:
+            continue
+        values = phase.model_dump(include={"trained", "steps", "lr", "warmup_ratio", "weight_decay"})
+        fit = Fit(llava, **values)
+        if number == stands and kept.resumed and kept.path:
+            fit.restore(checkpoints.tensors(kept.path), len(losses))
+        bar = {"initial": len(losses), "total": phase.steps, "disable": not llava.processes.is_main_process}
+        for chosen in progress(drawn[len(losses) :], f"{phase.trained}, seed {seed}", **bar):
+            losses.append(fit.step([conversations[i] for i in chosen.tolist()], tokens[phase.split], phase.prompt))
+            if kept.due():
+                kept.save(fit.tensors())
+
+
+def _fingerprint(backbone: Backbone, root: Path, p: Mllm, *asked: Any) -> dict[str, Any]:
+    """All that the answers depend on; the number of processes, which changes rounding alone, is left out."""
+    language = hashlib.sha256()
+    for file in sorted((root / "language").glob("*")):
+        language.update(file.read_bytes())
+    return {
+        "mllm": p.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "weights": backbone.sha256,
+        "language": language.hexdigest(),
+        "asked": hashlib.sha256(repr(asked).encode()).hexdigest(),
+        "code": program("mllm.py"),
+        "torch": torch.__version__,
     }
-    return summary, pairs
+
+
+def _table(questions: list[Choice], counted: sets.Counted, right: list[list[bool]]) -> pd.DataFrame:
+    """Rows (seed, pattern, sample, right); right: whether each question was answered right, by seed."""
+    rows, units = [], sets.units(questions, counted)
+    for seed, of_seed in enumerate(right):
+        for sample, unit in enumerate(units):
+            answers = [of_seed[i] for i in unit]
+            value = sum(answers) / len(answers) if counted == "question" else float(all(answers))
+            rows.append((seed, questions[unit[0]].pattern, sample, value))
+    return pd.DataFrame(rows, columns=["seed", "pattern", "sample", "right"])
+
+
+def _summary(
+    table: pd.DataFrame, questions: list[Choice], counted: sets.Counted, right: list[list[bool]]
+) -> dict[str, Any]:
+    """What scores.json says of a test."""
+    of_questions = [100 * sum(of_seed) / len(of_seed) for of_seed in right]
+    found = {
+        "counted": counted,
+        "right": _percent(table.right.mean()),
+        "questions": round(sum(of_questions) / len(of_questions), 3),
+        "patterns": {name: _percent(mean) for name, mean in table.groupby("pattern", sort=False).right.mean().items()},
+        "seeds": {
+            str(seed): {"right": _percent(mean), "questions": round(of_questions[seed], 3)}
+            for seed, mean in table.groupby("seed").right.mean().items()
+        },
+    }
+    if {option for q in questions for option in q.options} == {"Yes", "No"}:
+        found["yes_f1"] = round(sum(_yes_f1(questions, of_seed) for of_seed in right) / len(right), 3)
+    return found
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 3)
+
+
+def _yes_f1(questions: list[Choice], right: list[bool]) -> float:
+    """The F1 of answer yes in %, which POPE is reported by."""
+    yes = [q.options[q.answer] == "Yes" for q in questions]
+    hits = sum(a and b for a, b in zip(yes, right, strict=True))
+    said = sum(a == b for a, b in zip(yes, right, strict=True))  # yes and right, or no and wrong
+    return 200 * hits / max(1, said + sum(yes))
 
 
 @stage
 def main(backbone: str, weights: str) -> None:
+    on_every_gpu("pipeline.mllm")
     profile, compute = config.profile(), deterministic_device()
     section: Mllm = config.read(Mllm, f"profiles.{profile}.mllm")
-    with atomic(Path("metrics", profile, "scores", "mllm", f"{backbone}-{weights}")) as (folder,):
+    output = Path("metrics", profile, "scores", "mllm", f"{backbone}-{weights}")
+    checkpoint = output.with_name(f".{output.name}.checkpoint")
+    writes = PartialState(cpu=compute.type == "cpu").is_main_process
+    with atomic(output) if writes else nullcontext((output,)) as (folder,):
         clip = Backbone.load(Path("models", profile, weights, backbone))
-        summary, pairs = score(clip, Path("data", profile, "mllm"), section, compute)
-        folder.mkdir()
-        write_json(folder / "scores.json", summary)
-        pairs.to_parquet(folder / "pairs.parquet", index=False)
+        summary, table = score(clip, Path("data", profile, "mllm"), section, compute, checkpoint)
+        if writes:
+            folder.mkdir()
+            write_json(folder / "scores.json", summary)
+            table.to_parquet(folder / "right.parquet", index=False)
+    if writes:
+        remove(checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,55 @@
-"""Stage benchmark_sets@mllm: questions on images of the mini world, for benchmarks/questions.py.
+"""Stage benchmark_sets@mllm: questions on images, for benchmarks/questions.py, and a language model that learns them.
 
-data/<profile>/mllm/train/0.tar, test/0.tar
+data/<profile>/mllm/tests.json, <split>/0.tar    what is learnt, and the tests
+data/<profile>/mllm/language/                    a published language model
+metrics/<profile>/mllm_sets.json                 images and questions of each; addresses, commits, hashes
 
-As in MMVP the two images of a pair differ in a detail, the question is the same, and the options are the two values.
+The mini world's questions are drawn here: as in MMVP the two images of a pair differ in a detail, the question is the
+same, and the options are the two values. Of the published ones, conversations in LLaVA's format are fetched by hand
+(params.yaml says from where) and packed; MMVP, POPE and MME's yes/no questions come from the hub, worded as LLaVA-1.5
+is asked them.
 """
 
+import csv
+import hashlib
 import json
-from collections.abc import Iterator
+import re
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from pipeline.benchmarks.questions import Counted
 from pipeline.benchmarks.sets import png, write_split
 from pipeline.core import config
-from pipeline.core.outputs import atomic, write_json
-from pipeline.core.stages import progress, stage
+from pipeline.core.compute import generator
+from pipeline.core.outputs import atomic, remove, write_json
+from pipeline.core.stages import UserError, progress, stage
+from pipeline.data import downloads
+from pipeline.data.decoding import UndecodableError, decode
 from pipeline.mini import world
-from pipeline.sections.mllm_sets import MllmSets
+from pipeline.sections.mllm_sets import LlavaJson, MiniMllmSets, MllmSets, PublishedMllmSets
+
+Samples = Iterator[tuple[str, dict[str, bytes]]]
 
 GROUP = 5  # of the probe's images: no other benchmark has them
+LETTER = "Answer with the option's letter from the given choices directly."
+WORD = "Answer the question using a single word or phrase."
+COUNTED: dict[str, Counted] = {"mmvp": "pair", "pope": "question", "mme": "image"}
 
 
 def question(pattern: str) -> str:
     return f"what is the {pattern.lower()} ?"
 
 
-def _train(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+def draw(root: Path, section: MiniMllmSets) -> None:
+    """Draw the mini world's questions."""
+    write_split(root, "train", "questions", _train(section.train))
+    write_split(root, "test", "questions", _test(section.pairs_per_pattern))
+    write_json(root / "tests.json", {"test": "pair"})
+
+
+def _train(count: int) -> Samples:
     asked = {"Object": world.OBJECTS, **world.PATTERNS}
     for index in progress(range(count), "images with questions"):
         pixels, scene = world.image("probe", GROUP, index)
@@ -34,7 +60,7 @@ def _train(count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield f"{index:06d}", {"png": png(pixels), "json": json.dumps(questions).encode()}
 
 
-def _test(pairs_per_pattern: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _test(pairs_per_pattern: int) -> Samples:
     for number, (pattern, values) in enumerate(progress(list(world.PATTERNS.items()), "pairs of questions")):
         for index in range(pairs_per_pattern):
             images, scenes = world.pair(number, index)
@@ -45,15 +71,177 @@ def _test(pairs_per_pattern: int) -> Iterator[tuple[str, dict[str, bytes]]]:
                 yield key, {"png": png(pixels), "json": json.dumps([asked]).encode()}
 
 
+def pack(root: Path, section: PublishedMllmSets, earlier: Path) -> dict[str, Any]:
+    """Fetch language model and tests, pack them with the conversations; returns where all came from.
+
+    earlier: the folder of an earlier run, whose language model is not fetched again if it is the same. Raises UserError
+    for what is missing, of another format, or cannot be decoded.
+    """
+    folders = {name: root / ("language" if name == "language" else f"fetched/{name}") for name in section.downloads()}
+    found = downloads.fetch_all(
+        {folders[name]: download for name, download in section.downloads().items()},
+        {folders["language"]: earlier / "language"},
+    )
+    for name, test in section.tests.items():
+        write_split(root, name, "questions", _packed(name, READERS[test.format](folders[name], name)))
+    remove(root / "fetched")
+    for name, learnt in section.learnt.items():
+        write_split(root, name, "questions", _conversations(name, learnt))
+    write_json(root / "tests.json", {name: COUNTED[test.format] for name, test in section.tests.items()})
+    return {name: found[folder] for name, folder in folders.items()}
+
+
+# Tests
+
+
+def _packed(name: str, images: dict[str, tuple[bytes, list[dict[str, Any]]]]) -> Samples:
+    """The images of a test, each with its questions."""
+    for i, (where, (image, questions)) in enumerate(progress(images.items(), name, len(images))):
+        yield f"{i:06d}", {_ending(image, where): image, "json": json.dumps(questions).encode()}
+
+
+def _ending(image: bytes, where: str) -> str:
+    """Raises UserError for an image that cannot be decoded."""
+    try:
+        decode(image, upright=False)
+    except UndecodableError as error:
+        raise UserError(f"{where} cannot be decoded ({error}). Fetch it again, or take it out.") from None
+    return "png" if image.startswith(b"\x89PNG") else "jpg"
+
+
+def _mmvp(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]]]]:
+    """MMVP's questions: two neighbours in its order are a pair."""
+    (file,) = folder.rglob("Questions.csv")
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    found = {}
+    for row in rows:
+        where = f"{file}: row {row.get('Index')}"
+        try:
+            parts = re.split(r"\(([a-z])\)", row["Options"].strip())
+            letters, options = parts[1::2], [part.strip() for part in parts[2::2]]
+            image = next(iter(folder.rglob(f"{int(row['Index'])}.jpg")), None)
+            answer = letters.index(row["Correct Answer"].strip().strip("()"))
+        except (KeyError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{where} has no options (a), (b) ... with the right one ({error!r}). {_another(name)}"
+            ) from None
+        if image is None:
+            raise UserError(f"{where}: its image {row['Index']}.jpg is missing. {_another(name)}")
+        choices = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+        text = "\n".join([row["Question"].strip(), *choices, LETTER])
+        asked = {"question": text, "options": [each[0] for each in choices], "answer": answer, "pattern": name}
+        found[str(image)] = image.read_bytes(), [asked]
+    return found
+
+
+def _yes_no(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]]]]:
+    """Questions with the answers yes and no, by image; of MME by its category, of POPE by the test itself."""
+    import pandas as pd  # not above: it takes a second
+
+    found: dict[str, tuple[bytes, list[dict[str, Any]]]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        table = pd.read_parquet(file)
+        for number, row in enumerate(table.to_dict("records")):
+            where = f"{file}: row {number}"
+            try:
+                image, answer = row["image"]["bytes"], ["yes", "no"].index(row["answer"].strip().lower())
+                text = row["question"].replace("Please answer yes or no.", "").strip()
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{where} has no image, question and answer yes or no ({error!r}; columns: "
+                    f"{', '.join(table)}). {_another(name)}"
+                ) from None
+            asked = {"question": f"{text}\n{WORD}", "options": ["Yes", "No"], "answer": answer}
+            same = found.setdefault(hashlib.sha256(image).hexdigest(), (image, []))
+            same[1].append(asked | {"pattern": str(row.get("category") or name)})
+    return found
+
+
+READERS: dict[str, Callable[[Path, str], dict[str, tuple[bytes, list[dict[str, Any]]]]]] = {
+    "mmvp": _mmvp, "pope": _yes_no, "mme": _yes_no
+}  # fmt: skip
+
+
+def _another(name: str) -> str:
+    return f"Name another revision in params.yaml, mllm_sets.tests.{name}, or remove it there."
+
+
+# What is learnt
+
+
+def _conversations(name: str, learnt: LlavaJson) -> Samples:
+    """`most` conversations with an image, drawn by the split's name. Those without one are told and left out."""
+    key = f"mllm_sets.learnt.{name}"
+    file, hint = Path(learnt.conversations), f"Fetch the set by hand (params.yaml, {key}, says from where)."
+    if not file.is_file():
+        raise UserError(f"{file}: no such file. {hint}")
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+        chosen = [i for i, record in enumerate(records) if "image" in record]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no list of conversations in LLaVA's JSON format ({error}). {hint}") from None
+    if not chosen:
+        raise UserError(f"{file} has {len(records)} conversations, none with an image. {hint}")
+    print(f"{name}: {len(records) - len(chosen)} of {len(records)} conversations have no image and are left out")
+    if len(chosen) > learnt.most:
+        import torch  # not above: it takes seconds
+
+        order = torch.randperm(len(chosen), generator=generator("mllm_sets", name))[: learnt.most].sort().values
+        chosen = [chosen[i] for i in order.tolist()]
+    read = _images(Path(learnt.images), hint)
+    for number, i in enumerate(progress(chosen, f"conversations of {name}")):
+        where = f"{file}: conversation {i}"
+        turns, image = _turns(records[i], where), read(records[i]["image"], where)
+        contents = {_ending(image, f"{where}: {records[i]['image']}"): image}
+        yield f"{number:07d}", contents | {"json": json.dumps([{"turns": turns}]).encode()}
+
+
+def _turns(record: dict[str, Any], where: str) -> list[list[str]]:
+    """Questions and answers in turns. Raises UserError for anything else, and for a second image."""
+    try:
+        said = record["conversations"]
+        speakers, texts = [each["from"] for each in said], [each["value"].replace("<image>", "", 1) for each in said]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is not in LLaVA's JSON format ({error!r}).") from None
+    fits = speakers == ["human", "gpt"] * (len(said) // 2) and speakers and isinstance(record["image"], str)
+    if not fits or sum(each["value"].count("<image>") for each in said) != 1:
+        raise UserError(
+            f"{where} is by {', '.join(speakers) or 'nobody'}, wanted turns of human and gpt on one <image>. Take it "
+            "out."
+        )
+    return [[q.strip(), a.strip()] for q, a in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _images(path: Path, hint: str) -> Callable[[str, str], bytes]:
+    """A reader of images by their names, from a folder or a zip."""
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or zip. {hint}")
+    try:
+        archive = zipfile.ZipFile(path) if path.is_file() else None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is neither a folder nor a zip ({error}). {hint}") from None
+
+    def read(name: str, where: str) -> bytes:
+        try:
+            return archive.read(name) if archive else (path / name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{where}: its image {name} is not in {path} ({error}). {hint}") from None
+
+    return read
+
+
 @stage
 def main() -> None:
     profile = config.profile()
-    section: MllmSets = config.read(MllmSets, f"profiles.{profile}.mllm_sets")
+    section: MiniMllmSets | PublishedMllmSets = config.read(MllmSets, f"profiles.{profile}.mllm_sets")
     outputs = Path("data", profile, "mllm"), Path("metrics", profile, "mllm_sets.json")
     with atomic(*outputs) as (folder, report):
-        write_split(folder, "train", "questions", _train(section.train))
-        write_split(folder, "test", "questions", _test(section.pairs_per_pattern))
-        write_json(report, {"images": section.train, "pairs": section.pairs_per_pattern * len(world.PATTERNS)})
+        if isinstance(section, MiniMllmSets):
+            draw(folder, section)
+            write_json(report, {"images": section.train, "pairs": section.pairs_per_pattern * len(world.PATTERNS)})
+        else:
+            write_json(report, {"origin": pack(folder, section, outputs[0])})
 
 
 if __name__ == "__main__":

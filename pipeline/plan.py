@@ -36,6 +36,7 @@ from pipeline.sections.checkpoint import LocalFiles, TunedWeights
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
 from pipeline.sections.images import PublishedImages, check_there
+from pipeline.sections.mllm_sets import PublishedMllmSets
 from pipeline.sections.mmvp_vlm import PublishedMmvpVlm
 from pipeline.sections.segmentation_sets import LocalSegmentationSets
 from pipeline.sections.source import CheckpointSource, MiniSource
@@ -74,6 +75,8 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
         wanted.append((data / "mmvp", mmvp_vlm.download))  # every export is verified on images and statements of it
     if isinstance(sets, PublishedZeroshotSets) and "zeroshot" in p.run.benchmarks:
         wanted += [(data / "zeroshot" / "wds" / name, download) for name, download in sets.downloads().items()]
+    if isinstance(p.profile.mllm_sets, PublishedMllmSets) and "mllm" in p.run.benchmarks:
+        wanted += [(data / "mllm" / name, download) for name, download in p.profile.mllm_sets.downloads().items()]
     for backbone in p.run.backbones:
         source = complete(backbone, p.backbones[backbone].source)
         if isinstance(source, CheckpointSource):
@@ -230,6 +233,15 @@ def check_by_hand(p: params.Params) -> None:
                     f"{local.at}: no such folder. Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, "
                     "says from where), or take it out there."
                 )
+    questions = p.profile.mllm_sets
+    if "mllm" in p.run.benchmarks and isinstance(questions, PublishedMllmSets):
+        for name, learnt in questions.learnt.items():
+            for path in (learnt.conversations, learnt.images):
+                if not Path(path).exists():
+                    raise UserError(
+                        f"{path}: no such file or folder. Fetch it by hand (params.yaml, mllm_sets.learnt.{name}, says "
+                        "from where), or name another."
+                    )
 
 
 def _check_fit(source: MiniSource | CheckpointSource, checkpoint: TunedWeights) -> None:

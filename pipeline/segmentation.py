@@ -76,6 +76,18 @@ def _windows(backbone: Backbone, image, p: Segmentation) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
+def predictions(
+    backbone: Backbone, image, mask: np.ndarray, p: Segmentation, readings: dict[str, Grids], compute: torch.device
+) -> dict[str, np.ndarray]:
+    """The class of every pixel of the mask, by reading."""
+    pixels, places, working = _windows(backbone, image, p)
+    return {
+        reading: benchmark.predict(grids(pixels.to(compute)), places, backbone.image_size, working, mask)
+        for reading, grids in readings.items()
+    }
+
+
+@torch.no_grad()
 def _probe(backbone: Backbone, found: SegmentationSet, p: Segmentation, compute: torch.device) -> Grids:
     """A probe trained on the set's train split. The tokens are computed once and kept on disk meanwhile."""
     grid = math.isqrt(backbone.patches)
@@ -111,10 +123,10 @@ def _pixels(
 ) -> dict[str, pd.DataFrame]:  # fmt: skip
     """Tables of pixels by reading, one row an image and class."""
     rows: dict[str, list[pd.DataFrame]] = {reading: [] for reading in readings}
+    grids = {reading: of for reading, (of, _) in readings.items()}
     for number, (image, mask) in enumerate(progress(found.samples("test"), f"{found.folder.name}: segmentation")):
-        pixels, places, working = _windows(backbone, image, p)
-        for reading, (grids, classes) in readings.items():
-            predicted = benchmark.predict(grids(pixels.to(compute)), places, backbone.image_size, working, mask)
+        for reading, predicted in predictions(backbone, image, mask, p, grids, compute).items():
+            classes = readings[reading][1]
             table = pd.DataFrame(benchmark.confusion(predicted, mask, classes), columns=COLUMNS, dtype=np.int32)
             rows[reading].append(table.assign(image=np.int32(number), label=np.int16(classes)))
     return {reading: pd.concat(tables, ignore_index=True) for reading, tables in rows.items()}

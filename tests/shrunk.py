@@ -46,7 +46,13 @@ SHRUNK = {
     "profiles.mini.segmentation.probe": {"cells": 2, "steps": 4, "batch": 32, "lr": 0.01},
     "profiles.mini.mllm_sets": {"kind": "mini", "train": 6, "pairs_per_pattern": 2},
     "profiles.mini.mllm": {
-        "seeds": 2, "context": 40, "steps": 2, "batch": 8, "lr": 0.003,
+        "seeds": 2, "context": 40, "batch": 8, "precision": "float32", "checkpoint_minutes": 5,
+        "phases": [
+            {
+                "split": "train", "trained": "projector_and_language", "prompt": "{question}", "steps": 2, "batch": 8,
+                "lr": 0.003, "warmup_ratio": 0.1, "weight_decay": 0.01,
+            }
+        ],
         "language": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     },
     "profiles.mini.denoiser.images": 48,

@@ -32,6 +32,7 @@ BUILDERS = {  # who builds small models of these packages' classes, beside the a
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
     "pipeline/engine/trial.py": {"diffusers", "open_clip"},
+    "pipeline/tools/true_size.py": {"open_clip", "transformers"},
 }
 
 
@@ -105,7 +106,7 @@ def may_import(file: Path, name: str) -> bool:
         "engine": {"core", "sections", "data", "diva", "models", "engine"},
     }
     stage = {*rooms}
-    rooms["tools"] = {*stage, *(stage.stem for stage in STAGES)}
+    rooms["tools"] = {*stage, "tools", *(stage.stem for stage in STAGES)}
     return target in rooms.get(room, stage)
 
 

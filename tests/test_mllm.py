@@ -2,13 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from shrunk import METRICS, ROOT, run
 from test_segmentation import png
 from torch import nn
@@ -22,7 +26,8 @@ from transformers import (
 from pipeline import mllm, mllm_sets
 from pipeline.benchmarks import mllm as benchmark
 from pipeline.benchmarks import questions as sets
-from pipeline.benchmarks.questions import Choice
+from pipeline.benchmarks.mllm import Fit, Llava, PatchTokens
+from pipeline.benchmarks.questions import Choice, Conversation
 from pipeline.benchmarks.sets import write_split
 from pipeline.core.compute import generator
 from pipeline.core.stages import UserError
@@ -30,12 +35,14 @@ from pipeline.evidence import downstream, statistics
 from pipeline.sections import params
 
 CPU = torch.device("cpu")
+TURNS = (("what is it ?", "a cat"),), (("what is it ?", "a big dog"),)
+LEARNT = [Conversation(i % 2, TURNS[i % 2], ("a cat", "a big dog")) for i in range(8)]
 QUESTIONS = [Choice(i % 2, "what is it ?", ("a cat", "a big dog"), i % 2) for i in range(8)]
 LANGUAGE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+PROMPT = "{question}"
 
 
-@pytest.fixture
-def vision() -> CLIPVisionModel:
+def tiny_tower() -> CLIPVisionModel:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = CLIPVisionConfig(
@@ -50,13 +57,13 @@ def vision() -> CLIPVisionModel:
 
 
 @pytest.fixture
-def tok() -> PreTrainedTokenizerFast:
-    return benchmark.tokenizer(QUESTIONS)
+def vision() -> CLIPVisionModel:
+    return tiny_tower()
 
 
 @pytest.fixture
-def model(vision: nn.Module, tok: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    return benchmark.new(vision, LANGUAGE, tok, 0).eval()
+def tok() -> PreTrainedTokenizerFast:
+    return benchmark.tokenizer(LEARNT)
 
 
 @pytest.fixture
@@ -64,58 +71,88 @@ def pixels() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16, generator=generator("pixels"))
 
 
-def test_only_the_option_and_the_end_are_asked_for(tok: PreTrainedTokenizerFast) -> None:
-    ids, labels = benchmark.encode(tok, [("what is it ?", "a cat"), ("it ?", "a big dog")], 4, 20)
-    said = [tok.convert_ids_to_tokens(row) for row in ids.tolist()]
-    assert said[0] == ["<start>", *["<image>"] * 4, "what", "is", "it", "?", "a", "cat", "<end>"]
-    assert said[1] == ["<start>", *["<image>"] * 4, "it", "?", "a", "big", "dog", "<end>", "<pad>"]
-    assert [int((row != benchmark.NOT_ASKED).sum()) for row in labels] == [3, 4]
-    assert all(labels[labels != benchmark.NOT_ASKED] == ids[labels != benchmark.NOT_ASKED])
+def made(vision: nn.Module, tok: PreTrainedTokenizerFast, seed: int = 0, **settings: Any) -> Llava:
+    model = benchmark.new(vision, benchmark.untrained(LANGUAGE, tok), tok, seed).eval()
+    return Llava(model, tok, **{"context": 20, "rows": 8, "processes": PartialState(cpu=True), **settings})
+
+
+def read(llava: Llava, pixels: torch.Tensor, rows: int = 2) -> PatchTokens:
+    return PatchTokens(llava.model.model.vision_tower, lambda numbers: pixels[numbers], len(pixels), rows)
+
+
+def fitted(llava: Llava, tokens: PatchTokens, steps: int, seed: int = 0, batch: int = 8, **changes: Any) -> list[float]:
+    values = {"trained": "projector_and_language", "lr": 0.03, "warmup_ratio": 0.1, "weight_decay": 0.01} | changes
+    fit, draws = Fit(llava, steps=steps, **values), generator("mllm", seed, "questions")
+    drawn = [torch.randint(len(LEARNT), (batch,), generator=draws).tolist() for _ in range(steps)]
+    return [fit.step([LEARNT[i] for i in chosen], tokens, PROMPT) for chosen in drawn]
+
+
+def test_only_answers_and_their_ends_are_learnt(vision: nn.Module, tok: PreTrainedTokenizerFast) -> None:
+    turns = [TURNS[0], (("it ?", "a big dog"), ("is ?", "a cat"))]
+    e = made(vision, tok).encode(turns)
+    said = [tok.convert_ids_to_tokens(row) for row in e.ids.tolist()]
+    head = ["<start>", *["<image>"] * 4]
+    assert said[0] == [*head, "what", "is", "it", "?", "a", "cat", "<end>", *["<pad>"] * 4]
+    assert said[1] == [*head, "it", "?", "a", "big", "dog", "<end>", "is", "?", "a", "cat", "<end>"]
+    learnt = [[tok.decode([i]) for i in row[row != benchmark.NOT_ASKED]] for row in e.labels]
+    assert learnt == [["a", "cat", "<end>"], ["a", "big", "dog", "<end>", "a", "cat", "<end>"]]
+    assert e.there.sum(1).tolist() == [12, 16]
+    assert [tensor.shape for tensor in e.part([0])] == [(1, 12)] * 3
+    cut = made(vision, tok, context=14).encode(turns, cut=True)
+    assert cut.ids.equal(e.ids[:, :14])
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("at_once", [benchmark.LOGITS, 0])
 def test_likelihoods_are_those_of_a_row_by_itself(
-    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, pixels: torch.Tensor
+    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether all logits are computed or those of labels alone."""
+    monkeypatch.setattr(benchmark, "LOGITS", at_once)
+    llava = made(vision, tok)
     asked = [("what is it ?", "a big dog"), ("it ?", "a cat")]
-    ids, labels = benchmark.encode(tok, asked, 4, 20)
-    found = benchmark._likelihood(model, benchmark.patch_tokens(model, pixels, 1, CPU), ids, labels)
+    found = llava.likelihood(read(llava, pixels)[[0, 1]], llava.encode([[turn] for turn in asked]))
     for row, (question, option) in enumerate(asked):
         own = tok.convert_tokens_to_ids(["<start>", *["<image>"] * 4, *question.split(), *option.split(), "<end>"])
-        logits = model(input_ids=torch.tensor([own]), pixel_values=pixels[row : row + 1]).logits[0].log_softmax(-1)
-        first = len(own) - len(option.split()) - 1
+        logits = llava.model(input_ids=torch.tensor([own]), pixel_values=pixels[row : row + 1]).logits[0]
+        first, logits = len(own) - len(option.split()) - 1, logits.log_softmax(-1)
         expected = sum(float(logits[i - 1, own[i]]) for i in range(first, len(own)))
         assert float(found[row]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_likeliest_option_is_the_answer(
-    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, pixels: torch.Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    vision: nn.Module, tok: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = iter([[-1.0, -2.0, -3.0], [-2.0, -2.0, -5.0], [-1.0]])  # batches of 3 options and what is left
-    monkeypatch.setattr(benchmark, "_likelihood", lambda *_: torch.tensor(next(told)))
+    monkeypatch.setattr(Llava, "likelihood", lambda *_: torch.tensor(next(told)))
     asked = [Choice(0, "it ?", ("a cat", "a dog"), 0), Choice(1, "it ?", ("a cat", "a dog"), 0)]
+    asked = [replace(each, options=("a cat", "a big dog")) for each in asked]
     asked += [Choice(1, "it ?", ("a cat", "a dog", "a big dog"), 2)]
-    assert benchmark.answers(model, tok, torch.zeros(2, 4, 16), asked, 3, 20) == [
-        True,
-        False,
-        True,
-    ]  # -3 < -2; -2, -5, -1
+    asked[2] = replace(asked[2], options=("a cat", "a big cat", "a big dog"))
+    tokens: Any = torch.zeros(2, 4, 16)
+    assert made(vision, tok, rows=3).answers(asked, tokens, PROMPT) == [True, False, True]  # -3 < -2; -2, -5, -1
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["projector", "projector_and_language"])
 def test_the_tower_is_frozen_and_the_rest_learns(
-    vision: nn.Module, model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, pixels: torch.Tensor
+    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, trained: str
 ) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    llava = made(vision, tok)
+    before = {name: tensor.clone() for name, tensor in llava.model.state_dict().items()}
     for name, tensor in vision.state_dict().items():
         assert before[f"model.vision_tower.{name}"].equal(tensor)
-    tokens = benchmark.patch_tokens(model, pixels, 2, CPU)
-    losses = benchmark.fit(model, tok, tokens, QUESTIONS, 60, 8, 0.03, 20, 0)
-    assert losses[-1] < 0.1 < losses[0]
-    assert benchmark.answers(model, tok, tokens, QUESTIONS, 4, 20) == [True] * len(QUESTIONS)
-    for name, tensor in model.state_dict().items():
-        assert tensor.equal(before[name]) == name.startswith("model.vision_tower."), name
+    tokens = read(llava, pixels)
+    losses = fitted(llava, tokens, 60, trained=trained)
+    assert losses[-1] < losses[0]
+    if trained == "projector_and_language":
+        assert losses[-1] < 0.1
+        assert llava.answers(QUESTIONS, tokens, PROMPT) == [True] * len(QUESTIONS)
+    learns = (
+        "model.multi_modal_projector." if trained == "projector" else ("model.multi_modal", "model.lang", "lm_head")
+    )
+    for name, tensor in llava.model.state_dict().items():
+        assert tensor.equal(before[name]) != name.startswith(learns), name
 
 
 def test_a_seed_decides_everything_that_is_drawn(
@@ -124,39 +161,60 @@ def test_a_seed_decides_everything_that_is_drawn(
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(runs))  # which must not matter
-        model = benchmark.new(vision, LANGUAGE, tok, seed)
-        tokens = benchmark.patch_tokens(model, pixels, 2, CPU)
-        runs.append(benchmark.fit(model, tok, tokens, QUESTIONS, 3, 4, 0.01, 20, seed))
+        llava = made(vision, tok, seed)
+        runs.append(fitted(llava, read(llava, pixels), 3, seed, batch=4, lr=0.01))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_rows_at_once_and_kept_tokens_change_rounding_alone(
+    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for rows, kept in ((8, benchmark.KEPT), (3, benchmark.KEPT), (3, 0)):
+        monkeypatch.setattr(benchmark, "KEPT", kept)
+        llava = made(vision, tok, rows=rows)
+        tokens = read(llava, pixels)
+        assert (tokens.kept is None) == (kept == 0)
+        runs.append(fitted(llava, tokens, 4))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+    assert runs[0] == pytest.approx(runs[2], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops(vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor) -> None:
+    llava = made(vision, tok)
+    with pytest.raises(UserError, match=r"became nan\. Lower lr"):
+        fitted(llava, read(llava, pixels * float("nan")), 1)
 
 
 @torch.no_grad()
 def test_the_model_is_saved_and_loaded_as_transformers_has_it(
-    model: LlavaForConditionalGeneration, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, tmp_path: Path
+    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, tmp_path: Path
 ) -> None:
-    model.save_pretrained(tmp_path)
-    ids, _ = benchmark.encode(tok, [("what is it ?", "a cat")] * 2, 4, 20)
+    llava = made(vision, tok)
+    llava.model.save_pretrained(tmp_path)
+    ids = llava.encode([TURNS[0]] * 2).ids
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(*(m(input_ids=ids, pixel_values=pixels).logits for m in (model, again)))
+    torch.testing.assert_close(*(m(input_ids=ids, pixel_values=pixels).logits for m in (llava.model, again)))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("part", "read"), [("2", False), ("1", True), ("0", True)])
+@pytest.mark.parametrize(("part", "reaches"), [("2", False), ("1", True), ("0", True)])
 def test_what_the_last_block_does_is_not_read(
-    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, part: str, read: bool
+    vision: nn.Module, tok: PreTrainedTokenizerFast, pixels: torch.Tensor, part: str, reaches: bool
 ) -> None:
     """LLaVA reads the last layer but one; the hash of what it reads tells whether a recipe can change its answers."""
-    ids, _ = benchmark.encode(tok, [("what is it ?", "a cat")] * 2, 4, 20)
     results = []
     for _ in range(2):
-        model = benchmark.new(vision, LANGUAGE, tok, 0).eval()
-        results.append((model(input_ids=ids, pixel_values=pixels).logits, mllm.reads(vision)))
+        llava = made(vision, tok)
+        ids = llava.encode([TURNS[0]] * 2).ids
+        logits = llava.model(input_ids=ids, pixel_values=pixels).logits
+        results.append((logits, read(llava, pixels)[[0, 1]], mllm.reads(vision)))
         for name, parameter in vision.named_parameters():
             if name.startswith((f"encoder.layers.{part}.", "post_layernorm.")):
                 parameter.add_(0.1)
-    (first, hash_before), (second, hash_after) = results
-    assert first.equal(second) != read
-    assert (hash_before == hash_after) != read
+    (first, tokens, hash_before), (second, others, hash_after) = results
+    assert first.equal(second) == tokens.equal(others) != reaches
+    assert (hash_before == hash_after) != reaches
 
 
 # What is refused
@@ -164,21 +222,26 @@ def test_what_the_last_block_does_is_not_read(
 
 def test_a_tokenizer_that_does_not_fit_is_refused(vision: nn.Module, tok: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=rf"vocab_size is 5, but the tokenizer has {len(tok)}"):
-        benchmark.new(vision, {**LANGUAGE, "vocab_size": 5}, tok, 0)
+        benchmark.untrained({**LANGUAGE, "vocab_size": 5}, tok)
     without = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, unk_token="<pad>", pad_token="<pad>")
     with pytest.raises(UserError, match="lacks one of"):
-        benchmark.new(vision, LANGUAGE, without, 0)
+        benchmark.new(vision, benchmark.untrained(LANGUAGE, tok), without, 0)
 
 
 @pytest.mark.parametrize(
     ("question", "context", "said"),
-    [("what is that ?", 20, "that no question"), ("what is it ?", 10, "takes 12 tokens.*context is 10")],
+    [
+        ("what is that ?", 20, "that a cat' has <image>, or words that no question"),
+        ("what is <image> ?", 20, "<image> . a cat' has <image>, or words"),
+        ("what is it ?", 10, "takes 12 tokens.*context is 10"),
+    ],
 )
 def test_questions_that_do_not_fit_are_refused(
-    tok: PreTrainedTokenizerFast, question: str, context: int, said: str
+    vision: nn.Module, tok: PreTrainedTokenizerFast, question: str, context: int, said: str
 ) -> None:
+    said = said.replace("that a cat", r"that \? a cat").replace("<image> . a", r"<image> \? a")
     with pytest.raises(UserError, match=said):
-        benchmark.encode(tok, [(question, "a cat")], 4, context)
+        made(vision, tok, context=context).check([Choice(0, question, ("a cat", "a big dog"), 0)], PROMPT)
 
 
 GOOD = [{"question": "it ?", "options": ["a", "b"], "answer": 0, "pattern": "State"}]
@@ -188,11 +251,11 @@ GOOD = [{"question": "it ?", "options": ["a", "b"], "answer": 0, "pattern": "Sta
     ("samples", "said"),
     [
         ([], "0 images, but not a question on each"),
-        ([{"json": GOOD}], "1 questions|0 images"),
+        ([{"json": GOOD}], "0 images, but not a question on each"),
         ([{"png": True}], "1 images, but not a question on each"),
         ([{"png": True, "json": [{**GOOD[0], "answer": 2}]}], "answer 2 of 2 options"),
-        ([{"png": True, "json": [{"question": "it ?"}]}], "neither an image nor questions on one"),
-        ([{"png": b"P6 100000 100000 255\n", "json": GOOD}], "neither an image nor questions on one"),
+        ([{"png": True, "json": [{"question": "it ?"}]}], "neither a list of questions nor of turns"),
+        ([{"png": True, "json": [{"turns": [["it ?"]]}]}], "neither a list of questions nor of turns"),
         ([{"png": True, "json": GOOD}], "1 questions, wanted pairs"),
         ([{"png": True, "json": [{**GOOD[0], "pattern": ""}]}] * 2, "each with a pattern"),
     ],
@@ -200,41 +263,47 @@ GOOD = [{"question": "it ?", "options": ["a", "b"], "answer": 0, "pattern": "Sta
 def test_sets_that_are_no_pairs_of_questions_are_refused(samples: list[dict], said: str, tmp_path: Path) -> None:
     image = png(np.zeros((4, 4, 3), np.uint8))
     contents = [
-        {
-            kind: (image if value is True else value) if kind == "png" else json.dumps(value).encode()
-            for kind, value in sample.items()
-        }
+        {kind: image if kind == "png" else json.dumps(value).encode() for kind, value in sample.items()}
         for sample in samples
     ]
     write_split(tmp_path, "test", "questions", [(str(i), content) for i, content in enumerate(contents)])
     with pytest.raises(UserError, match=said):
-        sets.read(tmp_path, "test")
+        sets.read_test(tmp_path, "test", "pair")
+
+
+def test_an_image_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
+    content = {"png": b"P6 100000 100000 255\n", "json": json.dumps(GOOD).encode()}
+    write_split(tmp_path, "test", "questions", [("0", content)])
+    images, _ = sets.read(tmp_path, "test")
+    with pytest.raises(UserError, match="0 cannot be decoded"):
+        sets.decoded(images[0])
 
 
 def test_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         sets.read(tmp_path, "train")
+    with pytest.raises(UserError, match="does not name the tests"):
+        sets.tests(tmp_path)
 
 
-def test_a_profile_without_questions_cannot_be_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run.benchmarks": ["mmvp", "mllm"]}, r"Set run\.benchmark_sets=\[mllm\]"),
+        ({"profiles.mini.mllm.language": "fetched"}, "these mllm_sets need values of transformers' LlamaConfig"),
+        ({"profiles.paper.mllm.language": LANGUAGE}, "these mllm_sets need 'fetched'"),
+        ({"profiles.paper.mllm.phases.0.split": "train"}, "names the split 'train'; mllm_sets has pretrain, tune"),
+        ({"profiles.paper.mllm.phases.1.prompt": ""}, "tests need its {question}"),
+        ({"profiles.paper.mllm_sets.learnt.mme": {"conversations": "a", "images": "b", "most": 1}}, "the name 'mme'"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["run"] |= {
-        "profile": "paper",
-        "backbones": ["openai_224"],
-        "recipes": [],
-        "inputs": [],
-        "benchmarks": ["mllm"],
-    }
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        reduce(lambda found, part: found[int(part) if part.isdecimal() else part], parents, content)[last] = value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"'mllm', but profiles\.paper has no mllm and mllm_sets"):
-        params.load(tmp_path / "params.yaml")
-
-
-def test_a_benchmark_without_its_set_is_refused(tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["run"]["benchmarks"] = ["mmvp", "mllm"]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"Set run\.benchmark_sets=\[mllm\]"):
+    with pytest.raises(UserError, match=said):
         params.load(tmp_path / "params.yaml")
 
 
@@ -245,9 +314,10 @@ def test_a_benchmark_without_its_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_the_stages_ask_score_and_repeat_themselves() -> None:
     run(mllm_sets)
-    images, questions = sets.read(Path("data/mini/mllm"), "train")
-    assert len(questions) == 10 * len(images)
-    images, questions = sets.read(Path("data/mini/mllm"), "test")
+    images, conversations = sets.read(Path("data/mini/mllm"), "train")
+    assert len(conversations) == 10 * len(images)
+    assert sets.tests(Path("data/mini/mllm")) == {"test": "pair"}
+    images, questions = sets.read_test(Path("data/mini/mllm"), "test", "pair")
     assert len(images) == len(questions) == 2 * 9 * 2
     for first, second in zip(questions[::2], questions[1::2], strict=True):
         assert (first.text, first.options, first.pattern) == (second.text, second.options, second.pattern)
@@ -256,9 +326,9 @@ def test_the_stages_ask_score_and_repeat_themselves() -> None:
     run(mllm, "mini", "pretrained")
     folder = METRICS / "scores/mllm/mini-pretrained"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    scores, pairs = json.loads(before["scores.json"]), pd.read_parquet(folder / "pairs.parquet")
+    scores, pairs = json.loads(before["scores.json"])["tests"]["test"], pd.read_parquet(folder / "right.parquet")
     assert len(pairs) == 2 * 18
-    assert scores["pairs"] == pytest.approx(100 * pairs.right.mean(), abs=1e-3)
+    assert scores["right"] == pytest.approx(100 * pairs.right.mean(), abs=1e-3)
     assert scores["seeds"].keys() == {"0", "1"}
     run(mllm, "mini", "pretrained")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

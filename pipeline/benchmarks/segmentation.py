@@ -113,18 +113,18 @@ def text_classifier(backbone: Backbone, found: SegmentationSet) -> Callable[[tor
 
     A name's embedding is the mean over the templates. If a class has several names, the nearest one counts.
     """
-    owners = [i for i, names in enumerate(found.classes.values()) for _ in names]
+    counts = [len(names) for names in found.classes.values()]
     names = [name for names in found.classes.values() for name in names]
     texts = [template.replace("{c}", name) for name in names for template in found.templates]
     embedded = F.normalize(torch.cat([backbone.embed(texts[i : i + 256]) for i in range(0, len(texts), 256)]), dim=-1)
     names_ED = F.normalize(embedded.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-    owner_E = torch.tensor(owners, device=names_ED.device)
 
     def classify(tokens_BND: torch.Tensor) -> torch.Tensor:
         cosines_BEN = names_ED @ F.normalize(tokens_BND, dim=-1).transpose(1, 2)
-        logits_BCN = cosines_BEN.new_full((len(cosines_BEN), len(found.classes), cosines_BEN.shape[-1]), NOTHING)
-        logits_BCN.scatter_reduce_(1, owner_E[None, :, None].expand_as(cosines_BEN), cosines_BEN, "amax")
-        return _grid(logits_BCN)
+        nearest = [
+            of.amax(1) if of.shape[1] else NOTHING + 0 * cosines_BEN[:, 0] for of in cosines_BEN.split(counts, 1)
+        ]
+        return _grid(torch.stack(nearest, 1))  # not by scatter_reduce, which a GPU does in no fixed order
 
     return classify
 

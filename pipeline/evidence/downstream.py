@@ -21,7 +21,7 @@ from pipeline.evidence.statistics import Interval
 CANNOT_CHANGE = "cannot change: nothing that was trained is read"
 READINGS = {"probe": "linear probe", "training_free": "training-free"}
 PIXELS = ["right", "predicted", "labelled"]
-FILES = {"segmentation": "pixels.parquet", "mllm": "pairs.parquet"}
+FILES = {"segmentation": "pixels.parquet", "mllm": "right.parquet"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,17 @@ def of_segmentation(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
 
 
 def of_mllm(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
-    """The readings of what pipeline/mllm.py wrote; answers: whether pairs are right, in %, [seeds, pairs]."""
-    right = 100.0 * table.pivot(index="seed", columns="pair", values="right").to_numpy(dtype=float)
-    questions = float(np.mean([of_seed["questions"] for of_seed in scores["seeds"].values()]))
-    return {
-        "small LLaVA: pairs (questions)": Reading(
-            scores["reads_sha256"], (scores["pairs"], questions), right, _mean_change
+    """The readings of what pipeline/mllm.py wrote; answers: how much of a sample is right, in %, [seeds, samples]."""
+    found = {}
+    for name, result in scores["tests"].items():
+        own = "" if name == "test" else f", {name}"  # the mini world's only one
+        second, value = ("F1 of yes", "yes_f1") if result["counted"] == "question" else ("questions", "questions")
+        rows = table[table.test == name]
+        right = 100.0 * rows.pivot(index="seed", columns="sample", values="right").to_numpy(dtype=float)
+        found[f"small LLaVA{own}: {result['counted']}s ({second})"] = Reading(
+            scores["reads_sha256"], (result["right"], result[value]), right, _mean_change
         )
-    }
+    return found
 
 
 OF = {"segmentation": of_segmentation, "mllm": of_mllm}

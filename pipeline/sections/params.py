@@ -12,7 +12,7 @@ from pipeline.sections.denoiser import Denoiser
 from pipeline.sections.images import Images
 from pipeline.sections.launch import Launch
 from pipeline.sections.mllm import Mllm
-from pipeline.sections.mllm_sets import MllmSets
+from pipeline.sections.mllm_sets import MllmSets, PublishedMllmSets
 from pipeline.sections.mmvp import Mmvp
 from pipeline.sections.mmvp_vlm import MmvpVlm
 from pipeline.sections.recipe import Recipe
@@ -55,24 +55,33 @@ RENAMED = {  # keys of earlier versions, by the end of their full name, and what
 
 
 class Profile(Section):
-    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read.
-
-    mllm_sets, mllm: not of every profile.
-    """
+    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read."""
 
     threads: Count
     images: Images
     mmvp_vlm: MmvpVlm
     zeroshot_sets: ZeroshotSets
     segmentation_sets: SegmentationSets
-    mllm_sets: MllmSets | None = None
+    mllm_sets: MllmSets
     denoiser: Denoiser
     train: Train
     recipes: dict[Name, Recipe]
     mmvp: Mmvp
     zeroshot: Zeroshot
     segmentation: Segmentation
-    mllm: Mllm | None = None
+    mllm: Mllm
+
+    @model_validator(mode="after")
+    def _mllm_learns_what_is_there(self) -> "Profile":
+        fetched = isinstance(self.mllm_sets, PublishedMllmSets)
+        there = [*self.mllm_sets.learnt] if isinstance(self.mllm_sets, PublishedMllmSets) else ["train"]
+        for phase in self.mllm.phases:
+            if phase.split not in there:
+                raise ValueError(f"mllm.phases names the split '{phase.split}'; mllm_sets has {', '.join(there)}")
+        if fetched != (self.mllm.language == "fetched"):
+            wanted = "'fetched'" if fetched else "values of transformers' LlamaConfig"
+            raise ValueError(f"mllm.language is {self.mllm.language!r}, but these mllm_sets need {wanted}")
+        return self
 
 
 class Params(Reported):
@@ -112,10 +121,6 @@ class Params(Reported):
                     )
                 if name in {"pretrained", *self.profile.recipes}:
                     raise ValueError(f"backbones.{key}.checkpoints names '{name}', as other weights are. Rename it")
-        if "mllm" in self.run.benchmarks and not (self.profile.mllm and self.profile.mllm_sets):
-            raise ValueError(
-                f"run.benchmarks names 'mllm', but profiles.{self.run.profile} has no mllm and mllm_sets. Take it out"
-            )
         sets = [name for name in ("segmentation", "mllm") if name in self.run.benchmarks]
         if sorted(self.run.benchmark_sets) != sorted(sets):
             raise ValueError(

@@ -3,6 +3,7 @@
     python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
     python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
     python -m pipeline.tools.bench scoring --images N --rounds R    zero-shot scoring beside clip_benchmark's program
+    python -m pipeline.tools.bench mllm segmentation    these at true size; writes downstream.json
 
 Weights are random and of true shape, images are made here. Both schedules take turns, A B A B, step by step, in one
 process, fed by the same loader; the released one runs the tower once for each draw, one UNet batch a draw, under
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,6 @@ from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.benchmarks.clip_sets import classification
 from pipeline.benchmarks.encoder import CHUNK, Encoder
 from pipeline.benchmarks.sets import SetImage, read
 from pipeline.core.compute import deterministic_device, seeded
@@ -59,6 +60,7 @@ from pipeline.sections import params
 from pipeline.sections.params import Params
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.train import Train
+from pipeline.tools import true_size
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
@@ -382,6 +384,8 @@ def scoring(p: Params, images: int, rounds: int, compute: torch.device) -> dict[
     The program's are those of its own bar, its start left out; ours count from the look through the set to the answers.
     The ways that decode in one thread see an eighth of the images.
     """
+    from pipeline.benchmarks.clip_sets import classification  # not above: nothing else here needs clip_benchmark
+
     all_of_it, part, model, gpu = SCRATCH / "scoring", SCRATCH / "eighth", SCRATCH / "clip", compute.type == "cuda"
     few = images // SHARDS
     photo_set(all_of_it, images)
@@ -493,6 +497,16 @@ def main(*arguments: str) -> None:
                 else:
                     result = scoring(p, asked.images or 20_000, asked.rounds or 2, compute)
                 result = {"machine": machine, "torch": torch.__version__, **result}
+                write_json(file, result)
+            print(json.dumps(result, indent=2))
+            return
+        if asked.subjects and true_size.SUBJECTS.keys() >= {*asked.subjects}:
+            with atomic(OUTPUT / "downstream.json") as (file,):
+                rounds = asked.rounds or (8 if gpu else 1)
+                result = {"machine": machine, "torch": torch.__version__, "transformers": version("transformers")}
+                result |= {
+                    name: true_size.SUBJECTS[name](p, rounds, true_size.OF_PARAMS, compute) for name in asked.subjects
+                }
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return

@@ -8,9 +8,11 @@ The text tower stays frozen; the image tower gets twice the steps that it was ma
 the text tower itself would not distinguish details, and no feedback to the image tower could gain anything.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from pipeline import mllm, mmvp, segmentation, zeroshot
@@ -25,7 +27,7 @@ from pipeline.models.backbones import Backbone
 from pipeline.sections import params
 from pipeline.sections.source import MiniSource
 
-SCORE = {"segmentation": segmentation.score, "mllm": mllm.score}
+SCORE: dict[str, Callable[..., tuple[dict, pd.DataFrame]]] = {"segmentation": segmentation.score, "mllm": mllm.score}
 
 
 def trained(p: params.Params, name: str, compute: torch.device) -> Backbone:

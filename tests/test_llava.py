@@ -1,0 +1,377 @@
+"""The small LLaVA on published data in their own formats: from hub and files to answers; a killed run; bad inputs."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from hub import Hub
+from shrunk import METRICS, ROOT, run, write_params
+from test_mllm import tiny_tower
+from test_segmentation import png
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline import mllm, mllm_sets, plan
+from pipeline.benchmarks import mllm as benchmark
+from pipeline.benchmarks import questions as sets
+from pipeline.benchmarks.mllm import Fit
+from pipeline.core.stages import UserError
+from pipeline.evidence import downstream
+from pipeline.sections import params
+from pipeline.tools import bench, true_size
+
+END = "<|endoftext|>"
+SPLITS = ("random", "popular", "adversarial")
+PAPER = yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["paper"]
+SETS, DATA = "profiles.mini.mllm_sets", Path("data/mini/mllm")
+
+
+def image(number: int) -> bytes:
+    return png(np.full((20, 24, 3), 10 * number, np.uint8))
+
+
+def conversation(number: int, turns: int, first: str = "<image>\n", **changes: Any) -> dict[str, Any]:
+    said = [{"from": "human", "value": f"{first}What is {number}?"}, {"from": "gpt", "value": f"A {number}."}]
+    said += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}] * (turns - 1)
+    return {"id": str(number), "image": f"part/{number}.png", "conversations": said} | changes
+
+
+def tiny_qwen(folder: Path, more_entries: int = 3) -> None:
+    """A language model with Qwen2.5's files: a byte-level tokenizer, tied embeddings, bfloat16, no start token."""
+    folder.mkdir(parents=True)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END, "<|im_start|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Is there a cat in the image? Answer yes or no."] * 4, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    backend.model.save(str(folder))  # vocab.json, merges.txt
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END, "pad_token": END, "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    end = backend.token_to_id(END)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=backend.get_vocab_size() + more_entries, hidden_size=16, intermediate_size=32,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+            bos_token_id=end, eos_token_id=end,
+        )  # fmt: skip
+        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def mmvp() -> dict[str, bytes]:
+    rows = [
+        f'{i},"Is it {(i + 1) // 2}, or not?",(a) Open (b) Not quite,{"(a)" if i % 2 else "(b)"}' for i in (1, 2, 3, 4)
+    ]
+    table = "\n".join(["Index,Question,Options,Correct Answer", *rows]).encode()
+    return {"Questions.csv": table, "README.md": b"-"} | {f"MMVP Images/{i}.jpg": image(i) for i in (1, 2, 3, 4)}
+
+
+def yes_no(questions: list[tuple[int, str, str]], **columns: Any) -> bytes:
+    """A parquet as lmms-lab's: (number of the image, question, answer)."""
+    images = [{"bytes": image(number), "path": f"{number}.png"} for number, _, _ in questions]
+    rows = {"image": images, "question": [q for _, q, _ in questions], "answer": [a for _, _, a in questions]}
+    file = io.BytesIO()
+    pd.DataFrame(rows | columns).to_parquet(file)
+    return file.getvalue()
+
+
+POPE = [(i // 2, f"Is there a {i} in the image?", "yes" if i % 2 else "no") for i in range(6)]
+MME = [(i // 2, f"Is it {i}? Please answer yes or no.", "No" if i % 2 else "Yes") for i in range(4)]
+
+
+def serve(hub: Hub, language: Path, **changes: Any) -> None:
+    hub.add_repo("Qwen/Qwen2.5-0.5B", language, lfs=1000)
+    hub.add_repo("MMVP/MMVP", changes.get("mmvp", mmvp()), kind="dataset")
+    pope = {f"Full/{split}-00000-of-00001.parquet": yes_no(POPE) for split in SPLITS}
+    hub.add_repo("lmms-lab/POPE", changes.get("pope", pope), kind="dataset")
+    mme = {"data/test-0.parquet": yes_no(MME, category=["OCR", "OCR", "count", "count"])}
+    hub.add_repo("lmms-lab/MME", changes.get("mme", mme), kind="dataset")
+
+
+def by_hand(folder: Path, learnt: list[dict] | None = None) -> dict[str, Any]:
+    """The two splits in LLaVA's layouts, one zipped; returns their section."""
+    folder.mkdir(parents=True)
+    pretrain, tune = [conversation(i, 1) for i in range(5)], [conversation(i, 2, "<image>\n") for i in range(4)]
+    tune.append({"id": "text", "conversations": tune[0]["conversations"]})
+    (folder / "pretrain.json").write_text(json.dumps(pretrain), encoding="utf-8")
+    (folder / "tune.json").write_text(json.dumps(tune if learnt is None else learnt), encoding="utf-8")
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i in range(5):
+            archive.writestr(f"part/{i}.png", image(i))
+    (folder / "images/part").mkdir(parents=True)
+    for i in range(5):
+        (folder / f"images/part/{i}.png").write_bytes(image(i))
+    return {
+        "pretrain": {"conversations": str(folder / "pretrain.json"), "images": str(folder / "images.zip"), "most": 3},
+        "tune": {"conversations": str(folder / "tune.json"), "images": str(folder / "images"), "most": 10},
+    }
+
+
+def section(learnt: dict[str, Any]) -> dict[str, Any]:
+    """profile paper's, from the hub of these tests."""
+    own = json.loads(json.dumps(PAPER["mllm_sets"])) | {"learnt": learnt}
+    for download in (own["language"], *(test["download"] for test in own["tests"].values())):
+        download["at"] = [f"{download['at'][-1].partition('@')[0]}@main"]
+    own["language"]["files"] = dict.fromkeys(own["language"]["files"])
+    return own
+
+
+def small() -> dict[str, Any]:
+    """profile paper's phases, of a few steps."""
+    own = json.loads(json.dumps(PAPER["mllm"])) | {"seeds": 2, "context": 300, "batch": 3, "precision": "float32"}
+    for phase in own["phases"]:
+        phase |= {"steps": 3, "batch": 4}
+    return own | {"checkpoint_minutes": 0}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    tiny_qwen(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """In an empty folder with params.yaml for these tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with Hub() as served:
+        served.stand_in(monkeypatch)
+        serve(served, language)
+        write_params(**{SETS: section(by_hand(tmp_path / "hand")), "profiles.mini.mllm": small()})
+        yield served
+
+
+# From hub and files to questions
+
+
+def test_published_data_become_questions(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    run(mllm_sets)
+    assert "tune: 1 of 5 conversations have no image and are left out" in capsys.readouterr().out
+    assert sets.tests(DATA) == {
+        "mmvp": "pair", **{f"pope_{split}": "question" for split in SPLITS}, "mme": "image"
+    }  # fmt: skip
+    images, asked = sets.read_test(DATA, "mmvp", "pair")
+    assert [sets.decoded(each).getpixel((0, 0))[0] for each in images] == [10, 20, 30, 40]
+    letter = "Answer with the option's letter from the given choices directly."
+    assert asked[1].text == f"Is it 1, or not?\nA. Open\nB. Not quite\n{letter}"
+    assert [(each.options, each.answer) for each in asked] == [(("A", "B"), i) for i in (0, 1, 0, 1)]
+    assert sets.units(asked, "pair") == [[0, 1], [2, 3]]
+    images, asked = sets.read_test(DATA, "pope_popular", "question")
+    assert len(images) == 3
+    assert asked[3].text == "Is there a 3 in the image?\nAnswer the question using a single word or phrase."
+    assert [(each.image, each.options[each.answer], each.pattern) for each in asked] == [
+        (i // 2, "Yes" if i % 2 else "No", "pope_popular") for i in range(6)
+    ]
+    _, asked = sets.read_test(DATA, "mme", "image")
+    assert asked[0].text == "Is it 0?\nAnswer the question using a single word or phrase."
+    assert [each.pattern for each in asked] == ["OCR", "OCR", "count", "count"]
+    assert sets.units(asked, "image") == [[0, 1], [2, 3]]
+    images, learnt = sets.read(DATA, "tune")
+    assert len(images) == 4
+    assert learnt[2].turns == (("What is 2?", "A 2."), ("Sure?", "Yes."))
+    assert len(sets.read(DATA, "pretrain")[0]) == 3  # of 5, drawn
+    before = {file.relative_to(DATA): file.read_bytes() for file in DATA.rglob("*.tar")}
+    hub.requests.clear()
+    run(mllm_sets)
+    assert before == {file.relative_to(DATA): file.read_bytes() for file in DATA.rglob("*.tar")}
+    got = {path.rpartition("/")[2] for method, path, *_ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert "model.safetensors" not in got  # the language model is there already
+    origin = json.loads((METRICS / "mllm_sets.json").read_text())["origin"]
+    assert origin["language"]["files"]["model.safetensors"]["verified"] == "hub"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more_entries", [3, 0], ids=["room for <image>", "a row more"])
+def test_a_published_language_model_computes_as_it_does_alone(more_entries: int, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_qwen(folder, more_entries)
+    model, tok = benchmark.published(folder)
+    alone = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert tok.convert_tokens_to_ids("<image>") == len(tok) - 1
+    llava = benchmark.Llava(benchmark.new(tiny_tower(), model, tok, 0).eval(), tok, 100, 4, PartialState(cpu=True))
+    e = llava.encode([[("Is it?", "yes")]])
+    assert e.ids[0, :4].tolist() == [len(tok) - 1] * 4  # no start token
+    assert e.ids[0, -1] == tok.eos_token_id == tok.pad_token_id
+    assert e.there.all()
+    ids, own = e.ids[:, 4:], llava.model
+    logits = own.lm_head(own.model.language_model(ids).last_hidden_state)
+    torch.testing.assert_close(logits[..., : len(tok) - 1], alone(ids).logits[..., : len(tok) - 1])
+    assert own.lm_head.weight.data_ptr() == own.get_input_embeddings().weight.data_ptr()  # tied
+
+
+@pytest.mark.slow
+def test_both_phases_are_trained_and_a_killed_run_goes_on(
+    hub: Hub, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small()})
+    run(mllm_sets)
+    run(mllm, "mini", "pretrained")
+    folder = METRICS / "scores/mllm/mini-pretrained"
+    scores, table = json.loads((folder / "scores.json").read_text()), pd.read_parquet(folder / "right.parquet")
+    assert [len(of_seed) for of_seed in scores["loss"].values()] == [2, 2]  # phases
+    assert scores["tests"].keys() == {"mmvp", "mme", *(f"pope_{split}" for split in SPLITS)}
+    pope = table[table.test == "pope_random"].groupby("seed").right.mean()
+    assert scores["tests"]["pope_random"]["right"] == pytest.approx(100 * pope.mean(), abs=1e-3)
+    assert "yes_f1" in scores["tests"]["mme"]
+    columns = downstream.read("mini", "mini", "pretrained", ["mllm"])
+    assert columns.keys() == {
+        "small LLaVA, mmvp: pairs (questions)", "small LLaVA, mme: images (questions)",
+        *(f"small LLaVA, pope_{split}: questions (F1 of yes)" for split in SPLITS),
+    }  # fmt: skip
+    assert columns["small LLaVA, mme: images (questions)"].answers.shape == (2, 2)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    steps, real = iter(range(99)), Fit.step
+    for last in (2, 5, 8):  # in the first phase, in the second, and in the next seed: steps that end with the process
+
+        def step(*arguments: Any, last: int = last) -> float:
+            if next(steps) == last:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(Fit, "step", step)
+        with pytest.raises(SystemExit):
+            run(mllm, "mini", "pretrained")
+    monkeypatch.setattr(Fit, "step", real)
+    capsys.readouterr()
+    run(mllm, "mini", "pretrained")
+    assert "going on after step " in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not list(folder.parent.glob(".*.checkpoint"))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mmvp": {**mmvp(), "Questions.csv": b"Index,Question\n1,What?\n"}}, "row 1 has no options"),
+        ({"mmvp": {name: b for name, b in mmvp().items() if "3.jpg" not in name}}, "its image 3.jpg is missing"),
+        ({"mmvp": {**mmvp(), "Questions.csv": mmvp()["Questions.csv"].replace(b",(a)\n", b",(c)\n")}}, "the right one"),
+        ({"mmvp": {**mmvp(), "MMVP Images/2.jpg": b"no image"}}, "2.jpg cannot be decoded"),
+        ({"mme": {"data/test-0.parquet": yes_no([(0, "Is it?", "maybe")])}}, "row 0 has no image, question and answer"),
+        ({"mme": {"data/test-0.parquet": yes_no(MME).replace(b"question", b"requests")}}, "question"),
+    ],
+)
+def test_tests_of_another_format_are_refused(
+    changes: dict[str, Any], said: str, hub: Hub, language: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(hub, language, **changes)
+    with pytest.raises(SystemExit):
+        run(mllm_sets)
+    assert said in capsys.readouterr().err
+    assert not DATA.exists()
+
+
+@pytest.mark.parametrize(
+    ("learnt", "said"),
+    [
+        ({"conversations": []}, "is no list of conversations|none with an image"),
+        ([conversation(0, 1, image="part/9.png")], "conversation 0: its image part/9.png is not in"),
+        ([conversation(0, 1, image=["a.png", "b.png"])], "conversation 0 is by human, gpt, wanted turns"),
+        ([conversation(0, 1, first="")], "wanted turns of human and gpt on one <image>"),
+        ([conversation(0, 1, conversations=[{"from": "gpt", "value": "<image>"}])], "conversation 0 is by gpt, wanted"),
+        ([conversation(0, 1, conversations=["What?"])], "conversation 0 is not in LLaVA's JSON format"),
+        ([{"conversations": []}], "has 1 conversations, none with an image"),
+    ],
+)
+def test_conversations_of_another_format_are_refused(learnt: Any, said: str, tmp_path: Path) -> None:
+    from pipeline.sections.mllm_sets import LlavaJson
+
+    values = by_hand(tmp_path / "other", learnt)["tune"]
+    with pytest.raises(UserError) as refused:
+        list(mllm_sets._conversations("tune", LlavaJson(**values)))
+    assert any(each in str(refused.value) for each in said.split("|"))
+
+
+def test_what_is_to_be_fetched_by_hand_is_asked_for_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learnt = by_hand(tmp_path / "third")
+    learnt["tune"]["images"] = "data/nowhere"
+    axes = {"run.benchmarks": ["mllm"], "run.benchmark_sets": ["mllm"], "run.recipes": [], "run.inputs": []}
+    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), **axes})
+    with pytest.raises(SystemExit):
+        run(plan)
+    assert "data/nowhere: no such file or folder. Fetch it by hand" in capsys.readouterr().err
+    learnt["tune"]["images"] = "third/images"
+    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), **axes})
+    hub.fail("/api/datasets/MMVP/MMVP/revision/main", 403, X_Error_Code="GatedRepo")
+    with pytest.raises(SystemExit):
+        run(plan)
+    assert "MMVP/MMVP@main" in capsys.readouterr().err
+    folders = {folder.name for folder, _ in plan.downloads_of(params.load())}
+    assert folders >= {"language", "mmvp", *(f"pope_{split}" for split in SPLITS), "mme"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("model.safetensors", "is no language model"),
+        ("config.json", "is no language model"),
+        ("tensors", "the weights lack"),
+        ("entries", "They do not fit"),
+    ],
+)
+def test_a_language_model_that_does_not_fit_is_refused(broken: str, said: str, tmp_path: Path, language: Path) -> None:
+    folder = tmp_path / "broken"
+    tiny_qwen(folder, more_entries=-9 if broken == "entries" else 0)
+    if broken == "tensors":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    elif broken != "entries":
+        (folder / broken).unlink()
+    with pytest.raises(UserError, match=said):
+        benchmark.published(folder)
+
+
+# At true size
+
+
+SMALL = true_size.Sizes(
+    {"vision_cfg": {"layers": 2, "width": 32, "head_width": 16}, "text_cfg": {"layers": 1, "width": 32, "heads": 2}},
+    true_size.QWEN2_5_05B | {"hidden_size": 28, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 300},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [SMALL, pytest.param(true_size.OF_PARAMS, marks=pytest.mark.exhaustive)], ids=["small", "true"]
+)
+def test_true_size_is_timed_with_random_weights(
+    sizes: true_size.Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the sizes of params.yaml this takes minutes and 10 GB."""
+    monkeypatch.chdir(tmp_path)
+    write_params()
+    monkeypatch.setattr(true_size, "OF_PARAMS", sizes)
+    if sizes == SMALL:
+        monkeypatch.setattr(true_size, "CLASSES", 3)
+        monkeypatch.setattr(true_size, "IMAGES", 1)
+        monkeypatch.setattr(true_size, "PIXELS", 340)
+    run(bench, "mllm", "segmentation", "--rounds", "1")
+    found = json.loads(Path("metrics/bench/downstream.json").read_text())
+    phases = found["mllm"]["phases"]
+    assert [(name, of["batch"]) for name, of in phases.items()] == [("projector", 2), ("projector_and_language", 2)]
+    assert all(of["images_per_second"] == pytest.approx(2 / of["seconds"], rel=0.1) for of in phases.values())
+    assert found["mllm"]["image_tokens"] == 576
+    if sizes != SMALL:
+        assert 7.9e8 < found["mllm"]["parameters"] < 8.1e8
+        assert found["segmentation"]["image_px"] == [682, 512]
+    kinds = ("key_key", "value", "query_query_key_key", "probe", "probe_step")
+    assert all(found["segmentation"][kind]["seconds"] > 0 for kind in kinds)
