@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ def test_true_shapes(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["openai_336", "siglip_384"])
 def test_true_widths(name: str, tmp_path: Path) -> None:
-    """The three families' widths, heads and largest images, a single layer deep."""
+    """Both families' widths, heads and largest images, a single layer deep."""
     handed_over_whole(checkpoints.one_layer(str(checkpoints.SOURCES[name].architecture)), name, tmp_path)
 
 
@@ -435,6 +436,24 @@ def test_the_pages_snippets_run() -> None:
     assert len(SNIPPETS) == 4
     assert [value.shape[0] for value in found] == [1, 1, 1]
     assert all(torch.isfinite(value).all() for value in found)
+
+
+@pytest.mark.slow
+def test_the_container_file_of_san_reads_an_export(handed_over: Path) -> None:
+    """Its lines are a container file's and a shell's; what it turns the weights into has the same tensors."""
+    content = (ROOT / "pipeline/launch/san.Dockerfile").read_text()
+    lines = [line.split(" ", 1) for line in content.splitlines() if line and not line.startswith("#")]
+    assert [word for word, _ in lines] == ["FROM", "ENV", "RUN", "RUN", "WORKDIR", "RUN", "CMD"]
+    shell, option, script = json.loads(lines[-1][1])
+    for command in (script, *(rest for word, rest in lines if word == "RUN")):
+        subprocess.run([shell, "-n", "-c", command], check=True)
+    assert (shell, option) == ("bash", "-euc")
+    (convert,) = re.findall(r"python -c '(.*?)'", script)
+    exec(convert.replace("/clip/", f"{handed_over}/").replace("/tmp/", f"{handed_over}/"))
+    read = torch.load(handed_over / "clip.pt", weights_only=True)
+    stored = load_file(handed_over / "open_clip_model.safetensors")
+    assert read.keys() == stored.keys()
+    assert all(read[name].equal(tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.slow
