@@ -438,6 +438,8 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     assert "<td>genhancer, theirs (stock pooling)<td>19.3<td>31.9<td>+12.6" in page
     said = "stock embedding before, published pooling after, as in the paper&#39;s table; published +6.6; "
     assert f"{said}the published pooling alone" in page
+    assert re.search(r"<td>SAN, mean IoU\s*<td>ADE20K-150\s*<td[^>]*>29\.2\s*<td[^>]*>30\.2\s*<td[^>]*>\+1\.0", page)
+    assert "SAN" not in json.dumps(read("metrics/paper/evidence.json"))  # no verdict
 
     capsys.readouterr()
     for name, tuned in (("openai_224", "diva"), ("openai_224", "released"), ("siglip_224", "pretrained")):

@@ -58,6 +58,11 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
             if checkpoint.published
         ],
         "downstream": downstream.table(found.get("downstream", {})),
+        "published_downstream": [
+            [model, test, before, after, f"{after - before:+.1f}"]
+            for model, tests in p.published_downstream.get(backbone, {}).items()
+            for test, (before, after) in tests.items()
+        ],
         "four_cells": four_cells(scores),
         "matching": matching(scores) if scores["pretrained"].mmvp else [],
         "published": entry,

@@ -1,14 +1,17 @@
 """What the report reads of params.yaml."""
 
 from pipeline.core import config
-from pipeline.core.config import Name, Section, Seed
+from pipeline.core.config import Name, PositiveFloat, Section, Seed
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.run import Run
+
+Downstream = dict[str, dict[str, tuple[PositiveFloat, PositiveFloat]]]  # by model and test: original encoder, tuned
 
 
 class Reported(Section):
     seed: Seed
     run: Run
+    published_downstream: dict[Name, Downstream]
     backbones: dict[Name, BackboneEntry]
 
 
@@ -17,5 +20,6 @@ def load() -> Reported:
     return Reported(
         seed=config.read(Seed, "seed"),
         run=config.read(Run, "run"),
+        published_downstream=config.read(dict[Name, Downstream], "published_downstream"),
         backbones=config.read(dict[Name, BackboneEntry], "backbones"),
     )
