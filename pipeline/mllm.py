@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch import nn
 
 from pipeline.benchmarks import mllm as benchmark
 from pipeline.benchmarks import questions as sets
@@ -43,16 +44,16 @@ from pipeline.sections.mllm import Mllm
 LAST = 20  # steps whose mean loss is told
 
 
-def vision_tower(backbone: Backbone):
-    """The image tower as a model of transformers. Raises UserError if transformers has no class for it.
+def vision_tower(clip: nn.Module, tok: Any):
+    """The image tower as a model of transformers; tok: the CLIP's tokenizer. Raises UserError if transformers has no
+    class for it.
 
     A residual head is left out: it stands behind the tower, and the language model reads patch tokens.
     """
-    clip = backbone.clip
     if isinstance(clip.visual, WithHead):
         clip.visual = clip.visual.visual
     try:
-        vision = transformers_model(clip, tokenizer(backbone)).vision_model
+        vision = transformers_model(clip, tok).vision_model
     except OpenClipOnly as error:
         raise UserError(f"mllm: {error}. Take 'mllm' out of run.benchmarks for this backbone.") from error
     with seeded("mllm", "tower"):
@@ -78,7 +79,7 @@ def score(
     processes = PartialState(cpu=compute.type == "cpu")
     if least := next((phase.batch for phase in p.phases if phase.batch < processes.num_processes), None):
         raise UserError(f"mllm.phases has a batch of {least}, too few for {processes.num_processes} GPUs. Raise it.")
-    vision = vision_tower(backbone).to(processes.device)
+    vision = vision_tower(backbone.clip, tokenizer(backbone)).to(processes.device)
     learnt = {phase.split: sets.read(root, phase.split) for phase in p.phases}
     tests = {name: (counted, *sets.read_test(root, name, counted)) for name, counted in sets.tests(root).items()}
     if p.language == "fetched":

@@ -32,7 +32,7 @@ BUILDERS = {  # who builds small models of these packages' classes, beside the a
     "pipeline/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
     "pipeline/engine/trial.py": {"diffusers", "open_clip"},
-    "pipeline/tools/true_size.py": {"open_clip", "transformers"},
+    "pipeline/tools/true_size.py": {"transformers"},
 }
 
 

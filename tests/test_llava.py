@@ -24,6 +24,7 @@ from pipeline import mllm, mllm_sets, plan
 from pipeline.benchmarks import mllm as benchmark
 from pipeline.benchmarks import questions as sets
 from pipeline.benchmarks.mllm import Fit
+from pipeline.benchmarks.questions import Choice
 from pipeline.core.stages import UserError
 from pipeline.evidence import downstream
 from pipeline.sections import params
@@ -78,10 +79,11 @@ def mmvp() -> dict[str, bytes]:
     return {"Questions.csv": table, "README.md": b"-"} | {f"MMVP Images/{i}.jpg": image(i) for i in (1, 2, 3, 4)}
 
 
-def yes_no(questions: list[tuple[int, str, str]], **columns: Any) -> bytes:
+def yes_no(questions: list[tuple[int, str, str]], renamed: bool = False, **columns: Any) -> bytes:
     """A parquet as lmms-lab's: (number of the image, question, answer)."""
     images = [{"bytes": image(number), "path": f"{number}.png"} for number, _, _ in questions]
-    rows = {"image": images, "question": [q for _, q, _ in questions], "answer": [a for _, _, a in questions]}
+    asked = "asked" if renamed else "question"
+    rows = {"image": images, asked: [q for _, q, _ in questions], "answer": [a for _, _, a in questions]}
     file = io.BytesIO()
     pd.DataFrame(rows | columns).to_parquet(file)
     return file.getvalue()
@@ -91,13 +93,13 @@ POPE = [(i // 2, f"Is there a {i} in the image?", "yes" if i % 2 else "no") for 
 MME = [(i // 2, f"Is it {i}? Please answer yes or no.", "No" if i % 2 else "Yes") for i in range(4)]
 
 
-def serve(hub: Hub, language: Path, **changes: Any) -> None:
+def serve(hub: Hub, language: Path) -> None:
     hub.add_repo("Qwen/Qwen2.5-0.5B", language, lfs=1000)
-    hub.add_repo("MMVP/MMVP", changes.get("mmvp", mmvp()), kind="dataset")
+    hub.add_repo("MMVP/MMVP", mmvp(), kind="dataset")
     pope = {f"Full/{split}-00000-of-00001.parquet": yes_no(POPE) for split in SPLITS}
-    hub.add_repo("lmms-lab/POPE", changes.get("pope", pope), kind="dataset")
+    hub.add_repo("lmms-lab/POPE", pope, kind="dataset")
     mme = {"data/test-0.parquet": yes_no(MME, category=["OCR", "OCR", "count", "count"])}
-    hub.add_repo("lmms-lab/MME", changes.get("mme", mme), kind="dataset")
+    hub.add_repo("lmms-lab/MME", mme, kind="dataset")
 
 
 def by_hand(folder: Path, learnt: list[dict] | None = None) -> dict[str, Any]:
@@ -128,11 +130,11 @@ def section(learnt: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def small() -> dict[str, Any]:
+def small(steps: int = 1) -> dict[str, Any]:
     """profile paper's phases, of a few steps."""
     own = json.loads(json.dumps(PAPER["mllm"])) | {"seeds": 2, "context": 300, "batch": 3, "precision": "float32"}
     for phase in own["phases"]:
-        phase |= {"steps": 3, "batch": 4}
+        phase |= {"steps": steps, "batch": 4}
     return own | {"checkpoint_minutes": 0}
 
 
@@ -143,16 +145,22 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def served(language: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        serve(hub, language)
+        yield hub
+
+
 @pytest.fixture
-def hub(language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """In an empty folder with params.yaml for these tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with Hub() as served:
-        served.stand_in(monkeypatch)
-        serve(served, language)
-        write_params(**{SETS: section(by_hand(tmp_path / "hand")), "profiles.mini.mllm": small()})
-        yield served
+    served.stand_in(monkeypatch)
+    write_params(**{SETS: section(by_hand(tmp_path / "hand")), "profiles.mini.mllm": small()})
+    yield served
+    served.heal()
 
 
 # From hub and files to questions
@@ -213,28 +221,39 @@ def test_a_published_language_model_computes_as_it_does_alone(more_entries: int,
     assert own.lm_head.weight.data_ptr() == own.get_input_embeddings().weight.data_ptr()  # tied
 
 
-@pytest.mark.slow
-def test_both_phases_are_trained_and_a_killed_run_goes_on(
-    hub: Hub, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small()})
-    run(mllm_sets)
+def scored() -> dict[str, bytes]:
     run(mllm, "mini", "pretrained")
     folder = METRICS / "scores/mllm/mini-pretrained"
-    scores, table = json.loads((folder / "scores.json").read_text()), pd.read_parquet(folder / "right.parquet")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hub")
+def test_a_published_model_learns_both_phases_and_answers(here: Path) -> None:
+    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(1)})
+    run(mllm_sets)
+    files = scored()
+    scores, table = json.loads(files["scores.json"]), pd.read_parquet(io.BytesIO(files["right.parquet"]))
     assert [len(of_seed) for of_seed in scores["loss"].values()] == [2, 2]  # phases
     assert scores["tests"].keys() == {"mmvp", "mme", *(f"pope_{split}" for split in SPLITS)}
     pope = table[table.test == "pope_random"].groupby("seed").right.mean()
     assert scores["tests"]["pope_random"]["right"] == pytest.approx(100 * pope.mean(), abs=1e-3)
-    assert "yes_f1" in scores["tests"]["mme"]
-    columns = downstream.read("mini", "mini", "pretrained", ["mllm"])
-    assert columns.keys() == {
+    found = downstream.read("mini", "mini", "pretrained", ["mllm"])
+    assert found.keys() == {
         "small LLaVA, mmvp: pairs (questions)", "small LLaVA, mme: images (questions)",
         *(f"small LLaVA, pope_{split}: questions (F1 of yes)" for split in SPLITS),
     }  # fmt: skip
-    assert columns["small LLaVA, mme: images (questions)"].answers.shape == (2, 2)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert found["small LLaVA, pope_random: questions (F1 of yes)"].answers.shape == (2, 3)  # seeds, images
 
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("hub")
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(3)})
+    run(mllm_sets)
+    undisturbed = scored()
     steps, real = iter(range(99)), Fit.step
     for last in (2, 5, 8):  # in the first phase, in the second, and in the next seed: steps that end with the process
 
@@ -245,37 +264,59 @@ def test_both_phases_are_trained_and_a_killed_run_goes_on(
 
         monkeypatch.setattr(Fit, "step", step)
         with pytest.raises(SystemExit):
-            run(mllm, "mini", "pretrained")
+            scored()
     monkeypatch.setattr(Fit, "step", real)
     capsys.readouterr()
-    run(mllm, "mini", "pretrained")
+    assert scored() == undisturbed
     assert "going on after step " in capsys.readouterr().out
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert not list(folder.parent.glob(".*.checkpoint"))
+    assert not list((METRICS / "scores/mllm").glob(".*.checkpoint"))
+
+
+def test_gains_hold_seeds_and_samples_of_every_test() -> None:
+    """Two sets of weights at profile paper's names, tests with pairs and with images of several questions."""
+    asked = [Choice(i // 2, "?", ("Yes", "No"), i % 2, "x") for i in range(8)]
+
+    def of(reads: str, right: list[list[bool]]) -> dict[str, downstream.Reading]:
+        tables, tests = [], {}
+        for name, counted in (("mmvp", "pair"), ("pope_random", "question")):
+            table = mllm._table(asked, counted, right)
+            tables.append(table.assign(test=name))
+            tests[name] = mllm._summary(table, asked, counted, right)
+        return downstream.of_mllm({"reads_sha256": reads, "tests": tests}, pd.concat(tables))
+
+    before = of("a", [[True, False] * 4, [False] * 8])
+    after = of("b", [[True] * 4 + [False] * 4, [True, True, False, False] * 2])
+    found = downstream.evidence({"pretrained": before, "released": after, "genhancer": before})
+    pairs, pope = found.values()
+    assert pairs["score"] == {"pretrained": [0, 25], "released": [50, 50], "genhancer": [0, 25]}
+    assert pope["score"]["released"] == [50, pytest.approx(50)]
+    value, low, high = pairs["gain"]["released"]
+    assert low < value == 50 < high
+    assert pope["gain"]["released"][0] == 25
+    assert pope["gain"]["genhancer"] == downstream.CANNOT_CHANGE
 
 
 # What is refused
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("kind", "files", "said"),
     [
-        ({"mmvp": {**mmvp(), "Questions.csv": b"Index,Question\n1,What?\n"}}, "row 1 has no options"),
-        ({"mmvp": {name: b for name, b in mmvp().items() if "3.jpg" not in name}}, "its image 3.jpg is missing"),
-        ({"mmvp": {**mmvp(), "Questions.csv": mmvp()["Questions.csv"].replace(b",(a)\n", b",(c)\n")}}, "the right one"),
-        ({"mmvp": {**mmvp(), "MMVP Images/2.jpg": b"no image"}}, "2.jpg cannot be decoded"),
-        ({"mme": {"data/test-0.parquet": yes_no([(0, "Is it?", "maybe")])}}, "row 0 has no image, question and answer"),
-        ({"mme": {"data/test-0.parquet": yes_no(MME).replace(b"question", b"requests")}}, "question"),
+        ("mmvp", {"Questions.csv": b"Index,Question\n1,What?\n"}, "row 1 has no options"),
+        ("mmvp", {name: b for name, b in mmvp().items() if "3.jpg" not in name}, "its image 3.jpg is missing"),
+        ("mmvp", mmvp() | {"Questions.csv": mmvp()["Questions.csv"].replace(b",(a)\n", b",(c)\n")}, "the right one"),
+        ("mmvp", mmvp() | {"MMVP Images/2.jpg": b"no image"}, "2.jpg cannot be decoded"),
+        ("mme", {"data/test-0.parquet": yes_no([(0, "Is it?", "maybe")])}, "row 0 has no image, question and answer"),
+        ("pope", {"data/test-0.parquet": yes_no(POPE, renamed=True)}, "KeyError('question'); columns: image, asked"),
     ],
 )
-def test_tests_of_another_format_are_refused(
-    changes: dict[str, Any], said: str, hub: Hub, language: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    serve(hub, language, **changes)
-    with pytest.raises(SystemExit):
-        run(mllm_sets)
-    assert said in capsys.readouterr().err
-    assert not DATA.exists()
+def test_tests_of_another_format_are_refused(kind: str, files: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        list(mllm_sets._packed(kind, mllm_sets.READERS[kind](tmp_path, kind)))
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +397,7 @@ SMALL = true_size.Sizes(
 def test_true_size_is_timed_with_random_weights(
     sizes: true_size.Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the sizes of params.yaml this takes minutes and 10 GB."""
+    """With the sizes of params.yaml this takes a quarter of an hour and 14 GB."""
     monkeypatch.chdir(tmp_path)
     write_params()
     monkeypatch.setattr(true_size, "OF_PARAMS", sizes)
@@ -364,6 +405,7 @@ def test_true_size_is_timed_with_random_weights(
         monkeypatch.setattr(true_size, "CLASSES", 3)
         monkeypatch.setattr(true_size, "IMAGES", 1)
         monkeypatch.setattr(true_size, "PIXELS", 340)
+        monkeypatch.setattr(true_size, "STEPS", 1)
     run(bench, "mllm", "segmentation", "--rounds", "1")
     found = json.loads(Path("metrics/bench/downstream.json").read_text())
     phases = found["mllm"]["phases"]

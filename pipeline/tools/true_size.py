@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -53,15 +53,13 @@ class Sizes:
 
 
 def tower(p: Params, sizes: Sizes, compute: torch.device) -> Backbone:
-    """The CLIP of TOWER with random weights and its own tokenizer."""
+    """The CLIP of TOWER with random weights."""
     source = complete(TOWER, p.backbone(TOWER).source)
     config = model_config(source.architecture)
     for part, values in sizes.clip.items():
         config[part] |= values
     with seeded("bench", TOWER):
-        backbone = random_clip(config, source.preprocessing.model_dump())
-    backbone.tokenizer = open_clip.get_tokenizer("ViT-L-14-336")  # CLIP's own, a part of open_clip
-    return backbone.to(compute)
+        return random_clip(config, source.preprocessing.model_dump()).to(compute)
 
 
 def measured(work: Callable[[], Any], rounds: int, compute: torch.device) -> dict[str, float]:
@@ -87,7 +85,8 @@ def measured(work: Callable[[], Any], rounds: int, compute: torch.device) -> dic
 def small_llava(p: Params, rounds: int, sizes: Sizes, compute: torch.device) -> dict[str, Any]:
     """A step of each phase of the small LLaVA, from pixels to updated weights."""
     section, processes = p.profiles["paper"].mllm, PartialState(cpu=compute.type == "cpu")
-    vision = vision_tower(tower(p, sizes, compute)).to(compute)
+    ids = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # of texts that nobody writes
+    vision = vision_tower(tower(p, sizes, compute).clip, ids).to(compute)
     half = sizes.words // 2
     asked, told = (" ".join(f"word{i}" for i in range(first, first + half)) for first in (0, half))
     conversations = [Conversation(0, ((asked, told),))]
