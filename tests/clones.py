@@ -81,7 +81,7 @@ class Clone:
         self.commit("run")
         self.run("git", "clone", "--quiet", ".", str(folder / "fresh"))
         fresh = Clone(folder / "fresh", environment=self.environment)
-        for clone, verbs in ((self, ("push", "status")), (fresh, ("pull", *VERBS))):
+        for clone, verbs in ((self, ("push", "checkout", "status")), (fresh, ("pull", *VERBS))):
             clone.run("dvc", "remote", "add", "--default", "--local", "store", str(folder / "store"))
             for verb in verbs:
                 output = clone.run("dvc", *verb.split())
