@@ -81,7 +81,7 @@ class Clone:
         self.commit("run")
         self.run("git", "clone", "--quiet", ".", str(folder / "fresh"))
         fresh = Clone(folder / "fresh", environment=self.environment)
-        for clone, verbs in ((self, ("push", "checkout", "status")), (fresh, ("pull", *VERBS))):
+        for clone, verbs in ((self, ("push", "status")), (fresh, ("pull", *VERBS))):
             clone.run("dvc", "remote", "add", "--default", "--local", "store", str(folder / "store"))
             for verb in verbs:
                 output = clone.run("dvc", *verb.split())
@@ -89,7 +89,8 @@ class Clone:
                 assert not re.search(unasked, output, re.IGNORECASE), output
                 assert verb != "status" or output.strip() == "Data and pipelines are up to date."
             assert clone.run("git", "status", "--porcelain") == ""
-        assert fresh.contents("data", "models", "metrics") == self.contents("data", "models", "metrics")
+        came, own = (clone.contents("data", "models", "metrics") for clone in (fresh, self))
+        assert came.items() <= own.items()  # what runs before this one made lies in the folder that made it
         assert stages_run(fresh.run("dvc", "repro", "dvc.yaml")) == []
 
     def contents(self, *names: str) -> dict[str, bytes]:
