@@ -225,23 +225,18 @@ def check_by_hand(p: params.Params) -> None:
                     f"watches, or give its hash, backbones.{backbone}.checkpoints.{name}.weights.sha256: {found}"
                 )
             _check_fit(complete(backbone, p.backbones[backbone].source), p.backbones[backbone].checkpoints[name])
-    sets = p.profile.segmentation_sets
+    sets, questions, wanted = p.profile.segmentation_sets, p.profile.mllm_sets, list[tuple[str, str]]()
     if "segmentation" in p.run.benchmarks and isinstance(sets, LocalSegmentationSets):
-        for name, local in sets.sets.items():
-            if not Path(local.at).is_dir():
-                raise UserError(
-                    f"{local.at}: no such folder. Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, "
-                    "says from where), or take it out there."
-                )
-    questions = p.profile.mllm_sets
+        wanted += [(local.at, f"segmentation_sets.sets.{name}") for name, local in sets.sets.items()]
     if "mllm" in p.run.benchmarks and isinstance(questions, PublishedMllmSets):
         for name, learnt in questions.learnt.items():
-            for path in (learnt.conversations, learnt.images):
-                if not Path(path).exists():
-                    raise UserError(
-                        f"{path}: no such file or folder. Fetch it by hand (params.yaml, mllm_sets.learnt.{name}, says "
-                        "from where), or name another."
-                    )
+            wanted += [(path, f"mllm_sets.learnt.{name}") for path in (learnt.conversations, learnt.images)]
+    for path, key in wanted:
+        if not Path(path).exists():
+            raise UserError(
+                f"{path}: no such file or folder. Fetch it by hand (params.yaml, {key}, says from where), or take it "
+                "out there."
+            )
 
 
 def _check_fit(source: MiniSource | CheckpointSource, checkpoint: TunedWeights) -> None:

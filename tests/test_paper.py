@@ -586,7 +586,7 @@ def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
     run_section |= {"benchmarks": ["mmvp", "segmentation"], "benchmark_sets": ["segmentation"]}
     with pytest.raises(SystemExit):
         planned({}, {})
-    assert "data/ADEChallengeData2016: no such folder. Fetch the set by hand" in capsys.readouterr().err
+    assert "data/ADEChallengeData2016: no such file or folder. Fetch it by hand" in capsys.readouterr().err
     run_section |= {"benchmarks": ["mmvp"], "benchmark_sets": []}
     assert hub.requests == []
     planned({"path": "elsewhere.pth", "sha256": sha256}, {})

@@ -116,7 +116,7 @@ class Encoder:
             except MemoryError:  # says something of the machine, and nothing of the image
                 raise
             except Exception as error:  # Pillow's readers fail in a dozen ways where a file lies
-                undecodable.append(f"{sample.tar.name}: {sample.key} ({type(error).__name__}: {error})")
+                undecodable.append(f"{sample.file.tar.name}: {sample.key} ({type(error).__name__}: {error})")
         return undecodable
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ probe alone. Pixels of value UNLABELLED do not count.
 """
 
 import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.benchmarks.sets import contents
 from pipeline.core.stages import UserError
 from pipeline.data.decoding import UndecodableError, decode, stored
 
@@ -58,33 +58,20 @@ class SegmentationSet:
         class.
         """
         file = self.folder / split / "0.tar"
-        if not file.is_file():
-            raise UserError(f"{file}: no such file. {_again(self.folder)}")
-        with tarfile.open(file) as tar:
-            for key, parts in _grouped(tar):
-                where = f"{file}: {key}"
-                masks = [content for name, content in parts.items() if name == "mask.png"]
-                images = [content for name, content in parts.items() if name in ("jpg", "jpeg", "png")]
-                if len(masks) != 1 or len(images) != 1:
-                    raise UserError(f"{where} has {sorted(parts)}, wanted an image and mask.png. {_again(self.folder)}")
-                yield check_mask(images[0], masks[0], len(self.classes), where)
+        try:
+            found = contents(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: no such file, or no tar ({error}). {_again(self.folder)}") from error
+        for key, parts in found.items():
+            where = f"{file}: {key}"
+            images = [part for ending, part in parts.items() if ending in ("jpg", "jpeg", "png")]
+            if len(images) != 1 or "mask.png" not in parts:
+                raise UserError(f"{where} has {sorted(parts)}, wanted an image and mask.png. {_again(self.folder)}")
+            yield check_mask(images[0].read(), parts["mask.png"].read(), len(self.classes), where)
 
 
 def _again(folder: Path) -> str:
     return f"Make the set '{folder.name}' again: `dvc repro --force pipeline/dvc.yaml:benchmark_sets@segmentation`."
-
-
-def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The files of each key; a key's files are neighbours in the tar."""
-    key, parts = "", dict[str, bytes]()
-    for member in tar:
-        name, _, extension = member.name.partition(".")
-        if parts and name != key:
-            yield key, parts
-            parts = {}
-        key, parts[extension] = name, tar.extractfile(member).read()  # type: ignore[union-attr]
-    if parts:
-        yield key, parts
 
 
 def check_mask(image: bytes, mask: bytes, classes: int, where: str) -> tuple[Image.Image, np.ndarray]:

@@ -8,7 +8,6 @@ tests.json      {test: what is counted}: `pair`, two neighbours that must both b
 """
 
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from pipeline.benchmarks.sets import SetImage
+from pipeline.benchmarks.sets import SetImage, contents
 from pipeline.core.stages import UserError
 from pipeline.data.decoding import UndecodableError, decode
 
@@ -94,33 +93,32 @@ def decoded(image: SetImage) -> Image.Image:
     try:
         return decode(image.read(), upright=False)
     except UndecodableError as error:
-        raise UserError(f"{image.tar}: {image.key} cannot be decoded ({error}). {AGAIN}") from error
+        raise UserError(f"{image.file.tar}: {image.key} cannot be decoded ({error}). {AGAIN}") from error
 
 
 def _read(folder: Path, split: str) -> tuple[list[SetImage], list[tuple[int, dict]]]:
     """The images of a split, and what is asked about them with their numbers."""
     file = folder / split / "0.tar"
-    if not file.is_file():
-        raise UserError(f"{file}: no such file. {AGAIN}")
-    images, asked, numbers = dict[int, SetImage](), list[tuple[int, dict]](), dict[str, int]()
-    with tarfile.open(file) as tar:
-        for member in tar:
-            key, _, ending = member.name.partition(".")
-            number = numbers.setdefault(key, len(numbers))
-            if ending != "json":
-                images[number] = SetImage(file, key, (member.offset_data, member.size), None)
-                continue
-            try:
-                for each in json.loads(tar.extractfile(member).read()):  # type: ignore[union-attr]
-                    _check(each)
-                    asked.append((number, each))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file}: {member.name} is neither a list of questions nor of turns ({error!r}). {AGAIN}"
-                ) from error
-    if not asked or not {number for number, _ in asked} == images.keys() == {*numbers.values()}:
+    images, asked = list[SetImage](), list[tuple[int, dict]]()
+    try:
+        found = contents(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no such file, or no tar ({error}). {AGAIN}") from error
+    for number, (key, files) in enumerate(found.items()):
+        questions = files.pop("json", None)
+        if len(files) == 1:
+            images.append(SetImage(key, next(iter(files.values())), None))
+        try:
+            for each in json.loads(questions.read()) if questions else ():
+                _check(each)
+                asked.append((number, each))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: {key}.json is neither a list of questions nor of turns ({error!r}). {AGAIN}"
+            ) from error
+    if not asked or not len({number for number, _ in asked}) == len(images) == len(found):
         raise UserError(f"{file} has {len(images)} images, but not a question on each of them. {AGAIN}")
-    return [images[number] for number in sorted(images)], asked
+    return images, asked
 
 
 def _check(each: dict) -> None:

@@ -40,21 +40,28 @@ def png(pixels_HWC: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class SetImage(NamedTuple):
-    """An image of a set: its tar, its key, and its place in the tar (offset and length in bytes).
-
-    label: the number of its class; its captions; or the values of its attributes, by name.
-    """
+class Stored(NamedTuple):
+    """A file in a tar, and where it stands there: offset and length in bytes."""
 
     tar: Path
-    key: str
-    place: tuple[int, int]
-    label: Any
+    offset: int
+    size: int
 
     def read(self) -> bytes:
         with self.tar.open("rb") as file:
-            file.seek(self.place[0])
-            return file.read(self.place[1])
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class SetImage(NamedTuple):
+    """An image of a set. label: the number of its class; its captions; or the values of its attributes, by name."""
+
+    key: str
+    file: Stored
+    label: Any
+
+    def read(self) -> bytes:
+        return self.file.read()
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,23 @@ def _classes(folder: Path) -> tuple[list[str], list[str]]:
 
 def _samples(tar: Path, kind: str, classes: int) -> list[SetImage]:
     """A tar's samples in its order. Raises ValueError for one without an image or a label, or with an unknown class."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    samples = []
+    for key, files in contents(tar).items():
+        image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
+        label = files.get(LABELS[kind])
+        if (image is None) != (label is None):
+            raise ValueError(f"{tar.name}: {key} lacks an image ({', '.join(IMAGE_ENDINGS)}) or its .{LABELS[kind]}")
+        if image and label:
+            samples.append(SetImage(key, image, _label(f"{tar.name}: {key}", kind, label.read(), classes)))
+    return samples
+
+
+def contents(tar: Path) -> dict[str, dict[str, Stored]]:
+    """The files of a tar in its order, by their key and ending; files of one key differ in what follows the first dot.
+
+    Raises ValueError for a tar that cannot be read, and for a file that it holds twice.
+    """
+    found: dict[str, dict[str, Stored]] = {}
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:
@@ -135,23 +158,10 @@ def _samples(tar: Path, kind: str, classes: int) -> list[SetImage]:
                 if ending.lower() in files:
                     raise ValueError(f"{tar.name} holds {member.name} twice")
                 if member.isfile():
-                    files[ending.lower()] = member.offset_data, member.size
+                    files[ending.lower()] = Stored(tar, member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{tar.name} cannot be read ({str(error).splitlines()[0]})") from error
-    samples = []
-    with tar.open("rb") as content:
-        for key, files in found.items():
-            image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
-            label = files.get(LABELS[kind])
-            if (image is None) != (label is None):
-                raise ValueError(
-                    f"{tar.name}: {key} lacks an image ({', '.join(IMAGE_ENDINGS)}) or its .{LABELS[kind]}"
-                )
-            if image and label:
-                content.seek(label[0])
-                said = _label(f"{tar.name}: {key}", kind, content.read(label[1]), classes)
-                samples.append(SetImage(tar, key, image, said))
-    return samples
+    return found
 
 
 def _label(of: str, kind: str, content: bytes, classes: int) -> Any:

@@ -1,6 +1,5 @@
 """Outputs that are complete or absent (atomic), with one writer at a time."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from pipeline.core.stages import UserError
 
@@ -44,14 +45,12 @@ def _only_writer(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_descriptor(file.fileno(), blocking=False):
             file.seek(0)
             raise UserError(
                 f"{output} is being written by {file.read().strip() or 'another process'} (lock file {path}). "
                 "Wait for it, or stop it, then run again."
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)}")
         file.flush()

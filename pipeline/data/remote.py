@@ -6,7 +6,6 @@ cache, data/.shards, whose files are named by their sha256: what is there was ch
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import aiohttp
 import fsspec
+from filelock import lock_descriptor
 
 from pipeline.core.stages import UserError
 
@@ -72,7 +72,7 @@ class RemoteShards:
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT), "r+b") as target:
-            fcntl.flock(target, fcntl.LOCK_EX)
+            lock_descriptor(target.fileno())
             if path.exists():  # another process has fetched it meanwhile
                 if os.fstat(target.fileno()).st_size == 0:  # made by this one, after the other's had its name
                     partial.unlink(missing_ok=True)
@@ -143,7 +143,7 @@ class RemoteShards:
     def _make_room(self, size: int, own: BinaryIO) -> None:
         """Remove what was used longest ago, until `size` bytes more fit."""
         with (CACHE / ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_descriptor(lock.fileno())
             there = {}
             for path in CACHE.iterdir():
                 with suppress(FileNotFoundError):
@@ -168,9 +168,8 @@ def _reserve(target: BinaryIO, size: int) -> None:
 
 def _abandoned(partial: Path) -> bool:
     """Whether no process is fetching this file."""
-    with suppress(FileNotFoundError, BlockingIOError), partial.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+    with suppress(FileNotFoundError), partial.open("rb") as file:
+        return lock_descriptor(file.fileno(), blocking=False)
     return False
 
 

@@ -20,19 +20,17 @@ class Statistics:
     std: tuple[float, float, float]
 
     def apply(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        return (pixels_BCHW - self._column(self.mean, pixels_BCHW)) / self._column(self.std, pixels_BCHW)
+        mean_C11, std_C11 = _columns(self, pixels_BCHW.dtype, pixels_BCHW.device)
+        return (pixels_BCHW - mean_C11) / std_C11
 
     def undo(self, normalised_BCHW: torch.Tensor) -> torch.Tensor:
-        return normalised_BCHW * self._column(self.std, normalised_BCHW) + self._column(self.mean, normalised_BCHW)
-
-    @staticmethod
-    def _column(values: tuple[float, float, float], like: torch.Tensor) -> torch.Tensor:
-        return _column(values, like.dtype, like.device)
+        mean_C11, std_C11 = _columns(self, normalised_BCHW.dtype, normalised_BCHW.device)
+        return normalised_BCHW * std_C11 + mean_C11
 
 
 @lru_cache  # a copy to a GPU waits for all that is in its queue
-def _column(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+def _columns(statistics: Statistics, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor([statistics.mean, statistics.std], dtype=dtype, device=device)[..., None, None]
 
 
 OPENAI = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

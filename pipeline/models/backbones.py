@@ -125,10 +125,6 @@ class Backbone(nn.Module):
     def logit_scale(self) -> torch.Tensor:
         return self.clip.logit_scale.exp()
 
-    def save_like(self, original: Path, folder: Path) -> None:
-        """Write these weights into a copy of the folder they came from."""
-        save_like(original, self.clip.state_dict(), folder)
-
 
 def _entries(tokenizer) -> int:
     """The size of the vocabulary: open_clip wraps transformers' tokenizers, and has one of its own for CLIP."""

@@ -7,7 +7,6 @@ and their vision models, with a projection and without, in any precision.
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,8 @@ def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
             f"this backbone; known types: {', '.join(KINDS)}."
         )
     _same_architecture(folder, model)
-    inverse = _inverse(KINDS[kind], wanted)
-    return {name: tensor for name, make in inverse.items() if (tensor := make(stored)) is not None}
+    made = {name: _one(name, tensor.shape, stored, KINDS[kind]) for name, tensor in wanted.items()}
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
 def _stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,40 +146,24 @@ def _same_architecture(folder: Path, model: nn.Module) -> None:
             )
 
 
-def _inverse(
-    table: tuple[tuple[str, str], ...], wanted: Tensors
-) -> dict[str, Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]]:
-    """By open_clip's name, what makes its tensor of transformers' ones; it gives None where one of these is missing."""
-    return {name: _maker(name, table, tensor.shape) for name, tensor in wanted.items()}
-
-
-def _maker(
-    name: str, table: tuple[tuple[str, str], ...], shape: torch.Size
-) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]:
+def _one(name: str, shape: torch.Size, stored: Tensors, table: tuple[tuple[str, str], ...]) -> torch.Tensor | None:
+    """The tensor that open_clip calls `name`, of transformers' ones; None where one of these is missing."""
     if name.startswith(POOL) and (part := re.match(r"(q|kv)\.(weight|bias)$", name.removeprefix(POOL))):
-        joint = f"vision_model.head.attention.in_proj_{part[2]}"
-
-        def pool(stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-            if joint not in stored:
-                return None
-            width = len(stored[joint]) // 3
-            return stored[joint][:width] if part[1] == "q" else stored[joint][width:]
-
-        return pool
+        joint = stored.get(f"vision_model.head.attention.in_proj_{part[2]}")
+        if joint is None:
+            return None
+        width = len(joint) // 3
+        return joint[:width] if part[1] == "q" else joint[width:]
     new = name
     for pattern, text in table:
         new = re.sub(pattern, text, new)
     stem, joined, kind = new.partition(".self_attn.in_proj_")
-
-    def one(stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        names = [f"{stem}.self_attn.{part}_proj.{kind}" for part in "qkv"] if joined else [new]
-        if not all(each in stored for each in names):
-            return None
-        tensor = torch.cat([stored[each] for each in names]) if joined else stored[new]
-        if name in ("visual.proj", "text_projection"):
-            return tensor.T
-        if name == "visual.trunk.pos_embed":
-            return tensor[None]
-        return tensor.reshape(shape) if name in ("logit_scale", "logit_bias") else tensor
-
-    return one
+    names = [f"{stem}.self_attn.{part}_proj.{kind}" for part in "qkv"] if joined else [new]
+    if not all(each in stored for each in names):
+        return None
+    tensor = torch.cat([stored[each] for each in names]) if joined else stored[new]
+    if name in ("visual.proj", "text_projection"):
+        return tensor.T
+    if name == "visual.trunk.pos_embed":
+        return tensor[None]
+    return tensor.reshape(shape) if name in ("logit_scale", "logit_bias") else tensor

@@ -156,9 +156,7 @@ def measure(
 
 def figure(table: pd.DataFrame) -> Figure:
     """Share of images that the right condition restores better: patterns by timesteps, a panel for each condition."""
-    ways = [
-        way for way in ("captions", "caption_embeddings", "image_embeddings") if way in table.index.unique("condition")
-    ]
+    ways = [way for way in WAYS if way in table.index.unique("condition")]
     drawn = Figure(figsize=(6 * len(ways), 4.6), layout="constrained")
     for axis, way in zip(drawn.subplots(1, len(ways), sharey=True), ways, strict=True):
         shares = table.loc[way].right_is_better.unstack().reindex(table.index.unique("pattern"))
