@@ -35,6 +35,7 @@ from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.checkpoint import LocalFiles, TunedWeights
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
+from pipeline.sections.encoder import NO_ENCODER, PublishedEncoder
 from pipeline.sections.images import PublishedImages, check_there
 from pipeline.sections.mllm_sets import PublishedMllmSets
 from pipeline.sections.mmvp_vlm import PublishedMmvpVlm
@@ -91,7 +92,18 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
             wanted.append((data / "images", images.shards))
         if isinstance(denoiser, PublishedDenoiser):
             wanted.append((data / "denoiser", denoiser.download))
+        if isinstance(p.profile.encoder, PublishedEncoder):
+            wanted += [(data / "encoder" / name, p.profile.encoder.download) for name in _encode(p)]
     return wanted
+
+
+def _encode(p: params.Params) -> list[str]:
+    """The recipes of the run that read the frozen image encoder."""
+    if not p.run.recipes:
+        return []
+    from pipeline.engine.checks import recipes_that_encode  # not above: torch takes a second
+
+    return recipes_that_encode(p)
 
 
 def links_of(p: params.Params) -> list[Item]:
@@ -124,10 +136,10 @@ def _names_a_branch(address: str, download: Download) -> bool:
 def disk(p: params.Params, items: list[Item]) -> float:
     """Bytes that the run will add to the disk.
 
-    Data sets and the denoiser are kept as they come; a checkpoint makes way for a converted copy in float32, and every
-    backbone has as large a one after training. Each is exported in two formats of its size. DVC's cache shares its
-    bytes with the workspace wherever links work, for .dvc/config asks for them; elsewhere all is there twice. Less what
-    stopped fetches have left.
+    Data sets, the denoiser and the encoder are kept as they come; a checkpoint makes way for a converted copy in
+    float32, and every backbone has as large a one after training. Each is exported in two formats of its size. DVC's
+    cache shares its bytes with the workspace wherever links work, for .dvc/config asks for them; elsewhere all is there
+    twice. Less what stopped fetches have left.
     """
     models = _models(p)
     kept = sum(item.size for item in items if item.folder not in models)
@@ -199,9 +211,10 @@ def check_values(p: params.Params) -> None:
     for name in p.run.backbones:
         embedding_width(name, p.backbones[name].source)
     if p.run.recipes:
-        from pipeline.engine.checks import check_recipes  # not above: torch takes a second
+        from pipeline.engine.checks import check_encoder, check_recipes  # not above: torch takes a second
 
         check_recipes(p)
+        check_encoder(p)
         images = p.profile.images
         if isinstance(images, PublishedImages):
             if images.kind == "index":
@@ -281,6 +294,11 @@ def pins(p: params.Params) -> dict[str, dict]:
     if isinstance(sets := p.profile.zeroshot_sets, PublishedZeroshotSets):
         sections["zeroshot_sets"] = sets.model_copy(update={"sets": sets.chosen(), "run": "all"})
     found = {name: _pinned(section, name, p.profile.threads) for name, section in sections.items()}
+    encoder, encode = p.profile.encoder, _encode(p)
+    for name in p.run.recipes:
+        found[f"encoder-{name}"] = NO_ENCODER
+        if encoder and name in encode:
+            found[f"encoder-{name}"] = _pinned(encoder, "encoder", p.profile.threads)
     for name in p.run.backbones:
         backbone = p.backbones[name]
         found[f"pretrained-{name}"] = _pinned(complete(name, backbone.source), "backbone", p.profile.threads)
@@ -313,7 +331,7 @@ def _pinned(section: params.Section, maker: str, threads: int) -> dict:
             found[maker]["index"] = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else None
     if getattr(section, "kind", None) == "mini":
         found |= {"code": program(f"{maker}.py")}
-        if maker in ("denoiser", "backbone"):
+        if maker in ("denoiser", "encoder", "backbone"):
             found |= {"threads": threads}
     return found
 

@@ -21,6 +21,7 @@ DECLARED: dict[str, list[str]] = {
 FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on which alone it depends
     "images": "profiles.${run.profile}.images",
     "denoiser": "profiles.${run.profile}.denoiser",
+    "encoder": "profiles.${run.profile}.encoder",
     "mmvp_vlm": "profiles.${run.profile}.mmvp_vlm",
     "zeroshot_sets": "profiles.${run.profile}.zeroshot_sets",
     "segmentation_sets": "profiles.${run.profile}.segmentation_sets",

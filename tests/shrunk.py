@@ -19,6 +19,7 @@ from pipeline import (
     backbone,
     denoiser,
     drift,
+    encoder,
     images,
     mmvp,
     mmvp_vlm,
@@ -67,6 +68,12 @@ SHRUNK = {
     },
     "profiles.mini.denoiser.steps": 2,
     "profiles.mini.denoiser.batch": 8,
+    "profiles.mini.encoder": {
+        "kind": "mini", "architecture": "vit_tiny_patch16_224",
+        "arguments": {"patch_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        "images": 40, "probe_train": 80, "probe_test": 20, "target": {"latent_channels": 4, "patch_size": 8},
+        "decoder_width": 8, "steps": 3, "batch": 8, "lr": 0.01,
+    },
     "profiles.mini.recipes.diva.batch": 4,
     "profiles.mini.train.micro_batch": 2,
     "profiles.mini.train.validation": {"images": 3, "every": 2},
@@ -146,6 +153,8 @@ def run_every_stage(weights: Sequence[str] = SCORED) -> None:
     for stage in (plan, mmvp_vlm, zeroshot_sets, denoiser):
         run(stage)
     run(backbone, "mini")
+    for recipe in run_of(weights)["run.recipes"]:
+        run(encoder, recipe)
     trained = {"diva": train, "diva-shuffled": shuffled, "diva-drift": drift}
     for name in (name for name in weights if name in trained):
         run(trained[name], "mini", "diva")

@@ -56,7 +56,7 @@ EDITS = {
             run__recipes=["diva", "other"],
         ),
         {"plan", "report", "train@mini-other", "score-recipes@mmvp-mini-other", "score-recipes@zeroshot-mini-other"}
-        | {"export-recipes@mini-other"},
+        | {"encoder@other", "export-recipes@mini-other"},
     ),
     "a new backbone": (
         values(backbones__other=lambda content: content["backbones"]["mini"], run__backbones=["mini", "other"]),

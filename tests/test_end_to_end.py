@@ -104,8 +104,8 @@ def test_repro_from_nothing_makes_every_output_and_prints_the_table(
     clone = reproduced
     imported = clone.run("python", "-c", "import pipeline; print(pipeline.__file__)")
     assert Path(imported.strip()) == clone.root / "pipeline" / "__init__.py"
-    everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "backbone@mini", "report"}
-    everything |= trained(weights) | scored(*weights) | exported(*weights)
+    everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "encoder@diva"}
+    everything |= {"backbone@mini", "report"} | trained(weights) | scored(*weights) | exported(*weights)
     assert sorted(stages_run(clone.output)) == sorted(everything)
     assert all((clone.root / output).exists() for output in clone.md5())
     page, md5 = (clone.root / "metrics/mini/report.md").read_text(), clone.md5()

@@ -52,7 +52,7 @@ def defines_main(file: Path) -> bool:
 DOWNSTREAM = ["segmentation", "mllm"]  # which no default run scores
 RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
     **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets")},
-    **{stage: [stage] for stage in ("backbone", "train", "report")},
+    **{stage: [stage] for stage in ("encoder", "backbone", "train", "report")},
     **{f"score{of}": ["mmvp", "zeroshot", *DOWNSTREAM] for of in ("", "-checkpoints", "-recipes", "-controls")},
     **{f"export{of}": ["export"] for of in ("", "-checkpoints", "-recipes")},
     "input": ["images", "denoiser"],
@@ -60,7 +60,10 @@ RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
     "checkpoint": ["checkpoint"],
     "control": ["shuffled", "drift"],
 }
-FETCH = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets", "backbone", "checkpoint"}
+FETCH = {
+    "images", "denoiser", "encoder", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets", "backbone",
+    "checkpoint",
+}  # fmt: skip
 STAGES = [file for file in FILES if file.parent == Path("pipeline") and defines_main(file)]
 
 
@@ -144,7 +147,7 @@ def test_no_two_classes_share_a_name() -> None:
 @pytest.mark.slow
 def test_the_stages_that_fetch_or_draw_images_start_without_torch() -> None:
     """It takes a second, and what is built on it several."""
-    names = ("images", "mllm_sets", "mmvp_vlm", "plan", "segmentation_sets", "zeroshot_sets")
+    names = ("encoder", "images", "mllm_sets", "mmvp_vlm", "plan", "segmentation_sets", "zeroshot_sets")
     light = f"import {', '.join(f'pipeline.{name}' for name in names)}, sys"
     subprocess.run([sys.executable, "-c", f"{light}; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
 

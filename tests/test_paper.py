@@ -765,7 +765,7 @@ def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> N
         "dvc", "exp", "run", "dvc.yaml", "-S", "run.profile=paper", "-S", "run.backbones=[openai_224,dfn_378]",
         "-S", "run.checkpoints=[]", "-S", "run.recipes=[diva]", "-S", "run.controls=[]",
     )  # fmt: skip
-    everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "report"}
+    everything = {"plan", "input@images", "mmvp_vlm", "zeroshot_sets", "input@denoiser", "encoder@diva", "report"}
     for name in ("openai_224", "dfn_378"):
         everything |= {f"backbone@{name}", f"train@{name}-diva"}
         for which in ("score@mmvp-", "score@zeroshot-", "export@"):

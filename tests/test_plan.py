@@ -104,6 +104,7 @@ def test_mini_fetches_nothing_and_does_not_wait_for_large_packages() -> None:
     planned = {path.stem: json.loads(path.read_text()) for path in Path("data/mini/planned").iterdir()}
     inputs = {"images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets"}
     scorings = {f"{benchmark}-mini-{weights}" for benchmark in ("mmvp", "zeroshot") for weights in SCORED}
+    assert planned.pop("encoder-diva") == {"encoder": None}
     assert planned.keys() == inputs | {"pretrained-mini"} | scorings
     written = json.loads(Path("metrics/mini/scores/planned.json").read_text())
     assert written == {benchmark: planned[f"{benchmark}-mini-pretrained"]["code"] for benchmark in ("mmvp", "zeroshot")}
@@ -201,7 +202,8 @@ def test_what_is_fetched_depends_on_its_pins_alone() -> None:
     }  # fmt: skip
     after = planned("openai_224 siglip_224", "diva diva-drift released", **same)
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"pretrained-siglip_224", "released-siglip_224", "released-openai_224"}
+    more = {"pretrained-siglip_224", "released-siglip_224", "released-openai_224", "encoder-diva"}
+    assert after.keys() - before.keys() == more
     other = planned("openai_224", "pretrained", **{"zeroshot_sets.sets": {"imagenet1k": "abc124"}})
     assert {name for name in before if other[name] != before[name]} == {"zeroshot_sets"}
 

@@ -69,10 +69,13 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 @pytest.mark.slow
 def test_no_image_is_in_two_sets() -> None:
     sets = {
-        **{name: [world.image(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", images.SET)},
+        **{
+            name: [world.image(name, i)[0] for i in range(50)]
+            for name in ("image tower", "denoiser", images.SET, "encoder")
+        },
         "probe": [world.image("probe", 0, i)[0] for i in range(50)],
     }
-    for name in ("scorings", "dev", "test"):
+    for name in ("scorings", "dev", "test", "dev 3", "test 3"):
         sets[name] = [world.image(name, group, i)[0] for group in (1, 2, 3) for i in range(50)]
         pairs = [world.pair(pattern, i, name)[0] for pattern in range(9) for i in range(6)]
         sets[f"pairs of {name}"] = [image for pair in pairs for image in pair]

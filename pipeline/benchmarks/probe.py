@@ -3,11 +3,9 @@
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pipeline.benchmarks.encoder import Encoder
+from pipeline.benchmarks.linear import is_right
 from pipeline.benchmarks.sets import BenchmarkSet, answers
 from pipeline.core.stages import progress
 
@@ -15,11 +13,10 @@ from pipeline.core.stages import progress
 def probe(encoder: Encoder, found: BenchmarkSet) -> pd.DataFrame:
     """Is a linear classifier on the frozen image embedding right? One row per image and attribute."""
     (train_x, train_y), (test_x, test_y) = (_embedded(encoder, found, split) for split in ("train", "test"))
-    tables = []
-    for attribute in progress(train_y, "linear probe", disable=not encoder.processes.is_main_process):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
-        classifier.fit(train_x, train_y[attribute])
-        tables.append(answers(attribute, classifier.predict(test_x) == test_y[attribute]))
+    tables = [
+        answers(attribute, is_right(train_x, train_y[attribute], test_x, test_y[attribute]))
+        for attribute in progress(train_y, "linear probe", disable=not encoder.processes.is_main_process)
+    ]
     return pd.concat(tables)
 
 

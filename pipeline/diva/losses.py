@@ -51,6 +51,7 @@ class Loss:
 
     name: of its entry and curves. predicts: whether it needs `Made.predicted_KBChw`. second_view: the least share of
     the area that a second crop of an image keeps; 0: it needs no second crop. images: how many a micro-batch must have.
+    encodes: whether it reads the frozen image encoder.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown settings are refused
@@ -60,6 +61,7 @@ class Loss:
     predicts: ClassVar[bool] = False
     second_view: ClassVar[float] = 0.0
     images: ClassVar[int] = 1
+    encodes: ClassVar[bool] = False
 
     def prepare(self, tower: Tower, embed: Callable[[list[str]], torch.Tensor], logit_scale: float) -> None:
         """Called before training. embed: texts to embeddings [texts, D] of CLIP's text tower. logit_scale: CLIP's."""

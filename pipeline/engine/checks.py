@@ -6,8 +6,34 @@ from pipeline.core.stages import UserError
 from pipeline.engine.losses import check_micro_batches, losses_of
 from pipeline.models.registry import embedding_width
 from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.encoder import MiniEncoder
 from pipeline.sections.params import Params
 from pipeline.sections.recipe import Head
+
+
+def recipes_that_encode(p: Params) -> list[str]:
+    """The recipes of the run of which a loss reads the frozen image encoder."""
+    key, recipes = f"profiles.{p.run.profile}.recipes", p.profile.recipes
+    return [name for name in p.run.recipes if any(loss.encodes for loss in losses_of(f"{key}.{name}", recipes[name]))]
+
+
+def check_encoder(p: Params) -> None:
+    """Raises UserError where a recipe of the run needs an encoder, and params.yaml has none that timm can make."""
+    if not (needed := recipes_that_encode(p)):
+        return
+    from pipeline.models.frozen_encoder import new_model  # not above: it imports timm, for which few runs need to wait
+
+    key, section = f"profiles.{p.run.profile}.encoder", p.profile.encoder
+    if section is None:
+        raise UserError(
+            f"{key}: missing, but losses of {', '.join(needed)} read a frozen image encoder. Add it, as another "
+            "profile has it, or take these recipes out of run.recipes."
+        )
+    with torch.device("meta"):  # no weights are drawn
+        try:
+            new_model(section.architecture, section.arguments if isinstance(section, MiniEncoder) else {})
+        except UserError as error:
+            raise UserError(f"{key}: {error}. Correct it.") from None
 
 
 def check_recipes(p: Params) -> None:

@@ -16,9 +16,11 @@ from pipeline.diva.step import MicroBatch
 from pipeline.engine.assemble import Training, build_feedback, out_of_memory, phases
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.frozen_encoder import FrozenEncoder, new_model
 from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.encoder import EncoderSource, MiniEncoder
 from pipeline.sections.params import Params
 
 STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
@@ -60,6 +62,11 @@ def random_denoiser(section: Any, shape: dict[str, dict[str, Any]] = STABLE_DIFF
     return Denoiser(vae, unet, None, None, scheduler)
 
 
+def random_encoder(section: EncoderSource) -> FrozenEncoder:
+    """A frozen image encoder with random weights, of the architecture that section `encoder` names."""
+    return FrozenEncoder(new_model(section.architecture, section.arguments if isinstance(section, MiniEncoder) else {}))
+
+
 class WithoutText(Denoiser):
     """A denoiser that needs no text encoder: the embedding of a text is random."""
 
@@ -84,6 +91,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         with compute:  # a GPU draws its weights at once, a CPU takes half a minute
             backbone = random_clip(model_config(source.architecture), source.preprocessing.model_dump())
             denoiser = random_denoiser(p.profile.denoiser)
+            encodes = any(loss.encodes for loss in losses)
+            encoder = random_encoder(read) if (read := p.profile.encoder) and encodes else None
         denoiser.__class__, denoiser.text_tokens = WithoutText, p.profile.denoiser.text_tokens
         t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None)
         feedback = build_feedback(t, compute)
@@ -94,6 +103,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         diffusion.draw(shape, backbone.patches, feedback.tokens, (0, 1000), generators).to(compute)
         for generators in draws
     ]
+    if encoder:  # its weights stay on the device
+        encoder(images_BCHW)
     view = images_BCHW if any(loss.second_view for loss in losses) else None
     micro = MicroBatch(images_BCHW, drawn, view_BCHW=view)
     processes, precision = Accelerator(cpu=compute.type == "cpu"), getattr(torch, section.precision)

@@ -34,8 +34,8 @@ PROCESSOR = {"cpu family": "family", "model": "model", "stepping": "stepping"}
 
 # Whatever a gain depends on; tests/test_house.py holds that these are all stages but those that come after the scores.
 DECIDE = (
-    "images.py", "mmvp_vlm.py", "zeroshot_sets.py", "denoiser.py", "backbone.py", "train.py", "shuffled.py", "drift.py",
-    "mmvp.py", "zeroshot.py", "evidence/results.py",
+    "images.py", "mmvp_vlm.py", "zeroshot_sets.py", "denoiser.py", "encoder.py", "backbone.py", "train.py",
+    "shuffled.py", "drift.py", "mmvp.py", "zeroshot.py", "evidence/results.py",
 )  # fmt: skip
 
 

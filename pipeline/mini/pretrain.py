@@ -1,4 +1,5 @@
-"""The small models of the mini world: a CLIP whose image tower misses details, and a denoiser that renders them.
+"""The small models of the mini world: a CLIP whose image tower misses details, a denoiser that renders them, and a
+frozen encoder that sees them.
 
 DIVA's premise is that the text tower distinguishes details that the image embedding does not hold. Here it is true by
 construction: the text tower learns from an oracle that reads every scene's attributes, and is then frozen; the image
@@ -20,8 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import progress
 from pipeline.mini import world
+from pipeline.models.frozen_encoder import FrozenEncoder, new_model
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.encoder import MiniEncoder
 from pipeline.sections.source import MiniImageTower, MiniTextTower
 
 Details = Callable[[np.random.Generator], np.ndarray]
@@ -223,3 +226,34 @@ def denoiser(
 
     losses = fit(parameters, p.steps, p.lr, loss_of, "denoiser")
     return model.requires_grad_(False), losses
+
+
+def new_encoder(p: MiniEncoder) -> nn.Module:
+    """A fresh model of timm for `encoder`, which sees pixels of -1..1."""
+    with seeded("mini", "encoder"):
+        size = (3, world.SIZE, world.SIZE)
+        return new_model(p.architecture, p.arguments, input_size=size, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def encoder(pixels: torch.Tensor, p: MiniEncoder, compute: torch.device) -> tuple[FrozenEncoder, list[float]]:
+    """Train an image encoder by reconstruction: from its embedding alone, a decoder of two layers restores the image.
+
+    pixels: uint8 [N, 3, 64, 64], and there is nothing else to learn from. What is restored are the patches' whitened
+    components, in which a letter's stroke counts as much as the tint of the sky.
+    """
+    rng, model = choices("encoder"), new_encoder(p).to(compute)
+    vae = autoencoder(pixels, **p.target.model_dump())
+    with torch.no_grad():
+        wanted = torch.cat([vae.encode(unit_range(part)).latent_dist.mean for part in pixels.split(1000)]).flatten(1)
+    with seeded("mini", "encoder", "decoder"):
+        decoder = nn.Sequential(
+            nn.Linear(model.num_features, p.decoder_width), nn.GELU(), nn.Linear(p.decoder_width, wanted.shape[1])
+        ).to(compute)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = rng.integers(0, len(pixels), p.batch)
+        restored = decoder(model(unit_range(pixels[rows].to(compute))))
+        return F.mse_loss(restored, wanted[rows].to(compute))
+
+    losses = fit([*model.parameters(), *decoder.parameters()], p.steps, p.lr, loss_of, "encoder")
+    return FrozenEncoder(model), losses

@@ -9,6 +9,7 @@ from pipeline.core.config import Count, Name, Section
 from pipeline.core.stages import UserError
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.denoiser import Denoiser
+from pipeline.sections.encoder import EncoderSource
 from pipeline.sections.images import Images
 from pipeline.sections.launch import Launch
 from pipeline.sections.mllm import Mllm
@@ -55,7 +56,8 @@ RENAMED = {  # keys of earlier versions, by the end of their full name, and what
 
 
 class Profile(Section):
-    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read."""
+    """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read. encoder: needed where
+    a loss of the run's recipes reads it."""
 
     threads: Count
     images: Images
@@ -64,6 +66,7 @@ class Profile(Section):
     segmentation_sets: SegmentationSets
     mllm_sets: MllmSets
     denoiser: Denoiser
+    encoder: EncoderSource | None = None
     train: Train
     recipes: dict[Name, Recipe]
     mmvp: Mmvp
