@@ -1,19 +1,13 @@
 """Stage `images`: the images to post-train on, as shards.
 
 Four ways, by `kind`. links: a published list of links, fetched by img2dataset. shards: a mirror's shards, as they are.
-index: a file that names shards, which stay where they are. mini: images that a server on this machine renders while
-img2dataset fetches them, so that they take the path of links.
+index: a file that names shards, which stay where they are. mini: images that are drawn into files, which img2dataset
+fetches, so that they take the path of links.
 """
 
 import hashlib
-import io
 import math
-import os
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +16,7 @@ from PIL import Image
 
 from pipeline.core import config
 from pipeline.core.outputs import atomic, remove, write_json
-from pipeline.core.stages import UserError, stage
+from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads, shards
 from pipeline.mini import world
 from pipeline.sections.download import Download
@@ -32,44 +26,13 @@ SET = "post-training"
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # img2dataset's threads connect at once; the default queue of 5 makes them wait a second
-    count: int
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def do_GET(self) -> None:
-        index = self.path.removeprefix("/").removesuffix(".png")
-        if not index.isdecimal() or int(index) >= self.server.count:
-            self.send_error(404)
-            return
-        buffer = io.BytesIO()
-        Image.fromarray(world.image(SET, int(index))[0]).save(buffer, "PNG", compress_level=1)
-        self.send_response(200)
-        self.send_header("Content-Type", "image/png")
-        self.send_header("Content-Length", str(buffer.tell()))
-        self.end_headers()
-        self.wfile.write(buffer.getvalue())
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Be silent."""
-
-
-@contextmanager
-def serve(count: int) -> Iterator[str]:
-    """Serve images 0..count-1 of the post-training set as /I.png on a free port; yield the address."""
-    os.environ["no_proxy"] = "127.0.0.1"  # a proxy that the user's environment names does not see this machine
-    with _Server(("127.0.0.1", 0), _Handler) as server:
-        server.count = count
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+def draw(count: int, folder: Path) -> list[str]:
+    """Write images 0..count-1 of the post-training set into a new folder; returns their addresses."""
+    folder.mkdir(parents=True)
+    files = [folder / f"{index}.png" for index in range(count)]
+    for index, file in enumerate(progress(files, "images")):
+        Image.fromarray(world.image(SET, index)[0]).save(file, compress_level=1)
+    return [file.resolve().as_uri() for file in files]
 
 
 def caption(index: int, detail_share: float) -> str:
@@ -86,16 +49,12 @@ def links(captions: list[str], urls: list[str]) -> pyarrow.Table:
 
 def mini(images: MiniImages, folder: Path) -> dict[str, Any]:
     """Fill `folder` with the shards of the mini profile. Returns img2dataset's counts."""
-    scratch = folder / "scratch"  # the server's port differs from run to run, so no other run could go on from here
-    with serve(images.count) as address:
-        numbers = range(images.count)
-        report = shards.download(
-            links([caption(i, images.detail_share) for i in numbers], [f"{address}/{i}.png" for i in numbers]),
-            folder,
-            scratch,
-            retries=0,
-            **images.model_dump(exclude={"kind", "count", "detail_share"}),
-        )
+    drawn, scratch = folder / "drawn", folder / "scratch"
+    addresses = draw(images.count, drawn)
+    captions = [caption(i, images.detail_share) for i in range(images.count)]
+    options = images.model_dump(exclude={"kind", "count", "detail_share"})
+    report = shards.download(links(captions, addresses), folder, scratch, retries=0, **options)
+    remove(drawn)
     remove(scratch)
     return report
 

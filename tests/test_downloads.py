@@ -1,5 +1,6 @@
 """Downloads against a hub of our own: what is asked for, what is refused, what is left after every kind of failure."""
 
+import _thread
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -93,6 +95,42 @@ def refused(download: Download, *parts: str) -> str:
     for part in parts:
         assert part in str(error.value), str(error.value)
     return str(error.value)
+
+
+def test_eight_files_come_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, http_get = threading.Barrier(8, timeout=60), downloads.http_get
+
+    def get(*args: Any, **options: Any) -> None:
+        together.wait()
+        http_get(*args, **options)
+
+    monkeypatch.setattr(downloads, "http_get", get)
+    content = {f"{i}.bin": BODY[i:] for i in range(16)}
+    hub.add_repo("owner/many", content)
+    fetch(matching("*.bin", at="hf://owner/many@main"), Path("out"))
+    assert files(Path("out")) == content
+
+
+def test_after_a_failure_no_other_file_is_begun(hub: Hub) -> None:
+    hub.add_repo("owner/many", {f"{i}.bin": BODY for i in range(30)})
+    hub.missing(".bin")
+    refused(matching("*.bin", at="hf://owner/many@main"), "HTTP 404")
+    assert len([request for request in hub.requests if request.path.endswith(".bin")]) <= 8
+
+
+def test_ctrl_c_waits_for_no_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    noticed = threading.Event()
+
+    def get(*args: Any, **options: Any) -> None:
+        _thread.interrupt_main()
+        noticed.wait(60)
+        sys.exit()
+
+    monkeypatch.setattr(downloads, "http_get", get)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(wanted(WEIGHTS), Path("out"))
+    noticed.set()
+    assert not Path("out").exists()
 
 
 # What there is

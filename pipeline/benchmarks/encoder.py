@@ -109,9 +109,8 @@ class Encoder:
         for sample, pixels_HWC in zip(samples, pixels_BHWC.numpy(), strict=True):
             content = sample.read()
             try:
-                with Image.open(
-                    io.BytesIO(content)
-                ) as image:  # as clip_benchmark does: what is transparent stays black
+                with Image.open(io.BytesIO(content)) as image:
+                    # As clip_benchmark does: what is transparent stays black.
                     pixels_HWC[...] = self.backbone.resize(image.convert("RGB"))
             except MemoryError:  # says something of the machine, and nothing of the image
                 raise

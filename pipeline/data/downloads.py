@@ -1,8 +1,13 @@
 """Files from elsewhere: listed first, fetched with resume, checked before anything opens them.
 
-A download's files are gathered in a folder of scratch below `data/.downloads`, one at a time: under NAME.incomplete
-until its bytes were checked, under its name from then on. So a fetch that was stopped, by whatever means, goes on where
-it stopped. When all are there, they move to their place.
+A download's files are gathered in a folder of scratch below `data/.downloads`, eight at a time: each under
+NAME.incomplete until its bytes were checked, under its name from then on. So a fetch that was stopped, by whatever
+means, goes on where it stopped. When all are there, they move to their place.
+
+huggingface_hub lists a repository's files (`HfApi`) and fetches a part of a file (`http_get`). Its `snapshot_download`
+was tried: plain https servers need the code below all the same, and of a hub's files it asks twice for each (hubs count
+the questions), gives up at the first 500, 408 or reset connection, names a file before its bytes are checked, and
+leaves metadata beside it. A dry run states no hash; `verify_repo_checksums` lists anew and knows no pins.
 """
 
 import fnmatch
@@ -12,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +44,7 @@ from pipeline.sections.download import Download
 T = TypeVar("T")
 
 SCRATCH = Path("data/.downloads")
+AT_ONCE = 8  # files
 TRIES = 5  # in a row without a byte of progress
 WAIT = 0.5  # seconds before the second try; doubles from try to try
 PATIENCE = 900  # seconds that one question waits in all for a server that is busy; hubs count in windows of 300
@@ -48,6 +55,9 @@ SETTINGS = (  # what the client reads by itself
     *("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR"),
 )
+
+
+_FOLDERS = threading.Lock()  # while folders of scratch are made or removed
 
 
 class FinalError(UserError):
@@ -79,7 +89,6 @@ class Listing:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
         return sum(remote.size for remote in self.files)
 
 
@@ -189,7 +198,7 @@ def _gather(download: Download, earlier: Path | None = None) -> tuple[Listing, P
         desc="fetching", total=listing.size, initial=here, unit="B", unit_scale=True,
         mininterval=interval, maxinterval=interval, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        found = {remote.name: _fetch_one(remote, scratch / remote.name, headers, bar) for remote in listing.files}
+        found = _fetch_files(listing, scratch, headers, bar)
 
     record = {
         "address": listing.address,
@@ -209,7 +218,7 @@ def _reuse(remote: Remote, file: Path, path: Path) -> None:
         path.hardlink_to(file.resolve())
     except OSError:  # another file system, or one without links
         shutil.copyfile(file, path)
-    if _differences(remote, path):
+    if _difference(remote, path):
         path.unlink()
 
 
@@ -292,10 +301,8 @@ class _Client(httpx2.Client):
             if response.status_code < 400:
                 return response
             response.read()
-            wait, refused = (
-                _wait(response, tries),
-                f"HTTP {response.status_code} for {_url(response)}: {_words(response)}",
-            )
+            wait = _wait(response, tries)
+            refused = f"HTTP {response.status_code} for {_url(response)}: {_words(response)}"
             if wait is not None and waited + wait <= PATIENCE:
                 print(f"{refused}; asking again in {wait:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
@@ -360,7 +367,7 @@ def _ask(question: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     raise AssertionError("unreachable")
 
 
-def _try_again(error: httpx2.HTTPError, tries: int) -> bool:
+def _try_again(error: Exception, tries: int) -> bool:
     """Whether this failure, after so many tries in a row, may pass with another one; waits before it says yes."""
     status = error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else None
     passes = isinstance(error, httpx2.TransportError) or (status and (status >= 500 or status in (408, 425)))
@@ -387,19 +394,20 @@ def _why(error: Exception) -> str:
     """An error in one line, and what it means."""
     if isinstance(error, UserError):
         return str(error)
-    if not isinstance(error, httpx2.HTTPStatusError):
-        through = f" (with {_settings()})" if isinstance(error, httpx2.TransportError) and _settings() else ""
-        signed = (
-            ". If a proxy of yours signs what passes, SSL_CERT_FILE must name its certificate: no other setting is read"
-            if "CERTIFICATE_VERIFY_FAILED" in str(error)
-            else ""
-        )
-        return f"{type(error).__name__}: {error}{through}{signed}"
-    status, said = error.response.status_code, f"HTTP {error.response.status_code} for {_url(error.response)}: {error}"
-    if status in (401, 403):
+    if isinstance(error, httpx2.HTTPStatusError):
+        said = f"HTTP {error.response.status_code} for {_url(error.response)}: {error}"
+        if error.response.status_code in (401, 403):
+            said += (
+                ". The repository asks for consent or a token: on a hub, accept its terms on its page and set "
+                "HF_TOKEN; a repository that does not exist is refused in the same way"
+            )
+        return said
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, httpx2.TransportError) and _settings():
+        said += f" (with {_settings()})"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
         said += (
-            ". The repository asks for consent or a token: on a hub, accept its terms on its page and set HF_TOKEN; a "
-            "repository that does not exist is refused in the same way"
+            ". If a proxy of yours signs what passes, SSL_CERT_FILE must name its certificate: no other setting is read"
         )
     return said
 
@@ -416,14 +424,44 @@ def _held(path: Path) -> int:
     return next((p.stat().st_size for p in (path, _incomplete(path)) if p.exists()), 0)
 
 
+def _fetch_files(listing: Listing, scratch: Path, headers: dict[str, str], bar: tqdm) -> dict[str, str]:
+    """Fetch and check all files of scratch; returns their sha256 by name.
+
+    If one fails, those under way are finished and no other is begun. Ctrl-C waits for none.
+    """
+    ahead, found, failed = iter(listing.files), dict[str, str](), list[BaseException]()
+
+    def work() -> None:
+        try:
+            for remote in ahead:  # which all workers share
+                found[remote.name] = _fetch_one(remote, scratch / remote.name, headers, bar)
+        except BaseException as error:
+            failed.append(error)
+            tuple(ahead)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(AT_ONCE)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failed:
+        raise failed[0]
+    return found
+
+
 def _fetch_one(remote: Remote, path: Path, headers: dict[str, str], bar: tqdm) -> str:
     """Fetch and check a file of scratch, unless it is there already. Returns its sha256."""
     if not path.exists():
         partial = _incomplete(path)
         with _writing(partial, remote.size):
-            partial.parent.mkdir(parents=True, exist_ok=True)
             _get(remote, partial, headers, bar)
-            _check(remote, partial)
+            if other := _difference(remote, partial):
+                _clear(partial)
+                raise UserError(
+                    f"{remote.url} came with other bytes than stated: expected {other}. They were removed from "
+                    f"{partial}. Run again; if that does not help, correct the sha256 under `files` in params.yaml or "
+                    "give another address under `at`."
+                )
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
             partial.rename(path)
@@ -432,7 +470,9 @@ def _fetch_one(remote: Remote, path: Path, headers: dict[str, str], bar: tqdm) -
 
 def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> None:
     """Append to `partial` until it is as long as stated. Raises UserError where that cannot be had; what came stays."""
-    partial.touch()
+    with _FOLDERS:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
     tries, best = 0, partial.stat().st_size
     while (done := partial.stat().st_size) < remote.size:
         tries += 1
@@ -448,34 +488,22 @@ def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> N
             done = partial.stat().st_size
             if done > best:  # a bad connection that still makes progress gets all its tries again
                 tries, best = 0, done
-            if isinstance(error, FinalError) or not _try_again(error, tries):
+            if not _try_again(error, tries):
                 raise UserError(
                     f"{remote.name} could not be fetched: {_why(error)}. {done} of its {remote.size} bytes are kept in "
                     f"{partial}; run again to go on from there, or give another address under `at` in params.yaml."
                 ) from error
 
 
-def _check(remote: Remote, path: Path) -> None:
-    """Compare with all that is stated. Raises UserError where the bytes are others; the file is removed then."""
-    for fact, expected, found in _differences(remote, path)[:1]:
-        _clear(path)
-        raise UserError(
-            f"{remote.url} came with other bytes than stated: expected {fact} {expected}, found {found}. They were "
-            f"removed from {path}. Run again; if that does not help, correct the sha256 under `files` in "
-            "params.yaml or give another address under `at`."
-        )
-
-
-def _differences(remote: Remote, path: Path) -> list[tuple[str, str, str]]:
-    """What a file differs in from what is stated: (fact, expected, found)."""
-    size = path.stat().st_size
-    facts = [("size", str(remote.size), str(size))]
-    if remote.sha256:
-        facts.append(("sha256", remote.sha256, _digest(path, hashlib.sha256())))
-    elif remote.blob:
-        begun = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        facts.append(("git blob id", remote.blob, _digest(path, begun)))
-    return [fact for fact in facts if fact[1] != fact[2]]
+def _difference(remote: Remote, path: Path) -> str:
+    """How a file differs from what is stated, e.g. 'sha256 X, found Y'; empty if it does not."""
+    fact, stated, found = "size", str(remote.size), str(path.stat().st_size)
+    if stated == found and remote.sha256:
+        fact, stated, found = "sha256", remote.sha256, _digest(path, hashlib.sha256())
+    elif stated == found and remote.blob:
+        begun = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+        fact, stated, found = "git blob id", remote.blob, _digest(path, begun)
+    return f"{fact} {stated}, found {found}" if stated != found else ""
 
 
 def _digest(path: Path, begun: "hashlib._Hash") -> str:
@@ -502,9 +530,10 @@ def _writing(path: Path, size: int) -> Iterator[None]:
 
 def _clear(path: Path) -> None:
     """Remove a file or a folder, and the folders above it as far as they are empty."""
-    remove(path)
-    with suppress(OSError):
-        os.removedirs(path.parent)
+    with _FOLDERS:
+        remove(path)
+        with suppress(OSError):
+            os.removedirs(path.parent)
 
 
 def _free(path: Path) -> int:

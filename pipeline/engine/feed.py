@@ -142,10 +142,10 @@ class Feed:
         for i, sample in enumerate(samples):
             seen, crops = order[sample], list[Crop]()
             if shown_BCHW is not None:
-                crops.append((shown_BCHW[i].numpy(), (low, high), self._draws("crop", phase, step, seen)))
+                crops.append((shown_BCHW[i].numpy(), (low, high), generator(self.seed, "crop", phase, step, seen)))
             if view_BCHW is not None:
-                crops.append((view_BCHW[i].numpy(), (self.view, 1.0), self._draws("view", phase, step, seen)))
-            own: Crop = pixels_BCHW[i].numpy(), (low, high), self._draws("crop", phase, step, sample)
+                crops.append((view_BCHW[i].numpy(), (self.view, 1.0), generator(self.seed, "view", phase, step, seen)))
+            own: Crop = pixels_BCHW[i].numpy(), (low, high), generator(self.seed, "crop", phase, step, sample)
             filling.append(self._submit(phase, step, sample, [own] if self.mismatched else [own, *crops]))
             if self.mismatched:
                 others.append(self._submit(phase, step, seen, crops))
@@ -154,9 +154,6 @@ class Feed:
     def _room(self, samples: range) -> torch.Tensor:
         size = self.p.size
         return torch.empty(len(samples), 3, size, size, dtype=torch.uint8, pin_memory=self.gpu)
-
-    def _draws(self, purpose: str, *of_sample: str | int) -> torch.Generator:
-        return generator(self.seed, purpose, *of_sample)
 
     def _submit(self, phase: str, step: int, sample: int, crops: list[Crop]) -> Future[str]:
         number = (self.first.get(phase, 0) + step) * self.recipe.batch + sample

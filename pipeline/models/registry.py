@@ -5,9 +5,7 @@ from pipeline.sections.download import Download
 from pipeline.sections.source import CheckpointSource, MiniSource, Preprocessing, RegistrySource
 
 
-def complete(
-    name: str, source: MiniSource | CheckpointSource | RegistrySource
-) -> MiniSource | CheckpointSource:  # fmt: skip
+def complete(name: str, source: MiniSource | CheckpointSource | RegistrySource) -> MiniSource | CheckpointSource:
     """A source in full, of which params.yaml may name model, tag and pins alone; name: the backbone's. Asks no server.
 
     Raises UserError where the registry does not have the model, the tag or an address.
