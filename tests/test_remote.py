@@ -41,6 +41,8 @@ class Handler(SimpleHTTPRequestHandler):
             self.wfile.write(b"x" * 10)
             self.wfile.flush()
             time.sleep(1)
+        elif fault == "silent":
+            time.sleep(1)
         elif fault == "busy":
             self.send_error(503)
         elif fault == "cut":
@@ -51,6 +53,13 @@ class Handler(SimpleHTTPRequestHandler):
             self.close_connection = True
         else:
             super().do_GET()
+
+    def do_HEAD(self) -> None:
+        """A server that is busy or silent is so whatever it is asked."""
+        if self.faults:
+            self.do_GET()
+        else:
+            super().do_HEAD()
 
     def log_message(self, format: str, *args: object) -> None:
         """Be silent."""
@@ -111,6 +120,26 @@ def test_the_same_images_in_the_same_order_from_anywhere(local: Path, address: s
     assert len(Handler.asked) == 4
 
 
+def test_the_place_of_a_sample_is_found_without_a_look_at_every_shard(local: Path) -> None:
+    """400 million images are 80,000 shards."""
+    looks = []
+
+    class Shown(dict[str, int]):
+        def __iter__(self) -> Iterator[str]:
+            looks.append("names")
+            return super().__iter__()
+
+        def values(self) -> Any:
+            looks.append("values")
+            return super().values()
+
+    shards = Shards(local)
+    shards.trained = Shown(shards.trained)
+    for number in range(len(shards)):
+        shards.place(7, number)
+    assert looks == ["names"]  # for the order of the epoch
+
+
 @pytest.mark.slow
 def test_several_threads_fetch_a_shard_once(local: Path, address: str) -> None:
     shards = Shards(indexed(local, address))
@@ -125,7 +154,7 @@ def test_several_threads_fetch_a_shard_once(local: Path, address: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["busy", "cut", "slow"])
+@pytest.mark.parametrize("fault", ["busy", "cut", "slow", "silent"])
 def test_a_fault_that_passes_is_told_and_costs_nothing(
     local: Path, address: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

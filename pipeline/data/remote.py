@@ -31,6 +31,7 @@ SLOWEST = 100e3  # bytes a second; a server that is slower on average is asked a
 CHUNK = 1 << 22
 STREAMS = 8  # shards of a window that come at once
 FULL = (errno.ENOSPC, errno.EDQUOT)
+HTTP = ("http://", "https://")
 
 
 class RemoteShards:
@@ -123,7 +124,7 @@ class RemoteShards:
     def _copy(self, url: str, target: BinaryIO, stated: dict[str, Any]) -> None:
         """Copy a shard. Raises OSError for other bytes than the index states, and for a server that is too slow."""
         found, start, done = hashlib.sha256(), time.monotonic(), 0
-        with fsspec.open(url, "rb", **_options(url)) as source:
+        with _open(url, stated["bytes"]) as source:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
                 found.update(chunk)
@@ -177,11 +178,20 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _open(url: str, size: int) -> BinaryIO:
+    """Raises FileNotFoundError only for a file that is missing."""
+    files, path = fsspec.url_to_fs(url, **_options(url))
+    # Without a size, fsspec's https asks the server for it, and raises FileNotFoundError if that fails for any reason.
+    return files.open(path, "rb", **({"size": size} if url.startswith(HTTP) else {}))
+
+
 def _options(url: str) -> dict[str, Any]:
     """Timeouts for the driver of this kind of address."""
-    if url.startswith(("http://", "https://")):
+    if url.startswith(HTTP):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}, "block_size": 0}
     if url.startswith("s3://"):
-        return {"config_kwargs": {"connect_timeout": PATIENCE, "read_timeout": PATIENCE}}
+        # s3fs asks five times by itself; botocore would multiply that by five, and print nothing meanwhile.
+        once = {"total_max_attempts": 1}
+        return {"config_kwargs": {"connect_timeout": PATIENCE, "read_timeout": PATIENCE, "retries": once}}
     return {}

@@ -539,13 +539,14 @@ class Shards:
             )
         self.reserved = {last: validation}
         self.trained = {name: count - self.reserved.get(name, 0) for name, count in self.counts.items()}
+        self.samples = sum(self.trained.values())
         self.undecodable: dict[str, set[str]] = {}  # keys of what was found not to be decodable, by shard
         self.tables, self.reading = dict[str, list[_Member]](), threading.Lock()
         self.window = lru_cache(4)(self._window)
         self.layout = lru_cache(4)(self._layout)
 
     def __len__(self) -> int:
-        return sum(self.trained.values())
+        return self.samples
 
     def place(self, seed: int, number: int) -> tuple[Window, int]:
         """Where sample `number` of a seed, counted through all epochs, stands: a window, and a place in its order."""
@@ -600,7 +601,8 @@ class Shards:
 
     def _layout(self, seed: int, epoch: int) -> tuple[list[str], list[int]]:
         """The shards of an epoch in its order, and where each of its windows ends among its images."""
-        names = [list(self.trained)[i] for i in _permutation(len(self.trained), seed, "shards", epoch)]
+        shards = list(self.trained)
+        names = [shards[i] for i in _permutation(len(shards), seed, "shards", epoch)]
         windows = (names[first : first + WINDOW] for first in range(0, len(names), WINDOW))
         return names, list(itertools.accumulate(sum(self.trained[name] for name in window) for window in windows))
 
