@@ -22,6 +22,7 @@ from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.data.downloads import Listing, Remote
 from pipeline.diva import step
+from pipeline.diva.losses import Denoise
 from pipeline.diva.step import MicroBatch
 from pipeline.engine import trial
 from pipeline.models.registry import complete
@@ -124,6 +125,18 @@ def test_mini_fetches_nothing_and_does_not_wait_for_large_packages() -> None:
 )
 def test_what_is_needed_follows_from_the_weights(weights: str, more: set[str]) -> None:
     assert {str(folder) for folder, _ in plan.downloads_of(write(weights=weights))} == ALWAYS | more
+
+
+def test_an_encoder_is_needed_and_counted_once_a_recipe_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recipe has a folder of its own."""
+    p = write(weights="diva contrastive two_stage")
+    before = {folder for folder, _ in plan.downloads_of(p)}
+    monkeypatch.setattr(Denoise, "encodes", True)  # a loss of diva and of two_stage
+    more = [(str(folder), download) for folder, download in plan.downloads_of(p) if folder not in before]
+    folders = ["data/paper/encoder/diva", "data/paper/encoder/two_stage"]
+    assert more == [(folder, p.profile.encoder.download) for folder in folders]  # type: ignore[union-attr]
+    fetched = items(*((folder, 1.2) for folder in folders))
+    assert (plan.disk(p, fetched) - plan.disk(p, [])) / GB == pytest.approx(2.4)
 
 
 def test_every_backbone_and_its_tokenizer_are_needed() -> None:
