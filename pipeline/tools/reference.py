@@ -36,13 +36,7 @@ METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
 LEVEL = 0.99
 OTHER = {"stock": "published", "published": "stock"}
-HEADLINES = (
-    "pairs_stock",
-    "pairs_published",
-    "zeroshot",
-    "retrieval",
-    "probe",
-)  # of pretrained and of each recipe's gain
+HEADLINES = ("pairs_stock", "pairs_published", "zeroshot", "retrieval", "probe")  # of pretrained; each recipe's gain
 OF_CONTROLS = ("pairs_stock", "zeroshot")  # of each control's gain
 ROUNDINGS: dict[int, dict[str, str]] = {  # of the reference runs, by training seed
     1: {"OMP_NUM_THREADS": "1"},
@@ -177,18 +171,13 @@ def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> 
     return table, wrong
 
 
-def equal_to_committed() -> bool:
-    """Are the locks, which hash every output, those of the last commit? False if git cannot tell."""
-    done = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *LOCKS], capture_output=True)
-    return done.returncode == 0
-
-
 def check(folder: Path) -> None:
     """Print what differs. Raises UserError if chance does not explain it."""
     file = OUTPUT / "mini.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist. Restore it with git, or make the reference runs: --make.")
-    if folder == METRICS and equal_to_committed():
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *LOCKS], capture_output=True)
+    if folder == METRICS and same.returncode == 0:
         print("equal byte for byte: dvc.lock and pipeline/dvc.lock, which hash every output, are the committed ones")
     pairs = pd.read_csv(OUTPUT / "pairs.csv", keep_default_na=False).set_index(["pair", "pattern"])
     table, wrong = faults(MeasuredRun.read(folder), json.loads(file.read_text(encoding="utf-8")), pairs)
@@ -198,10 +187,6 @@ def check(folder: Path) -> None:
         raise UserError(f"{folder} differs from the reference runs by more than chance:\n  " + "\n  ".join(wrong))
     chance = "lies in its band" if table.row_count else "is the committed one"
     print(f"{folder}: every figure {chance}")
-
-
-def environment(rounding: dict[str, str]) -> dict[str, str]:
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | rounding
 
 
 def reference_run(seed: int, rounding: dict[str, str]) -> Path:
@@ -218,7 +203,8 @@ def reference_run(seed: int, rounding: dict[str, str]) -> Path:
             shutil.rmtree(new / METRICS)
     with (clone / "log").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", "dvc", "repro", "report"]
-        done = subprocess.run(command, cwd=clone, env=environment(rounding), stdout=log, stderr=log)
+        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(command, cwd=clone, env=os.environ | path | rounding, stdout=log, stderr=log)
     if done.returncode:
         raise UserError(
             f"the reference run of seed {seed} ended with status {done.returncode}. {clone / 'log'} says why; correct "

@@ -122,9 +122,8 @@ def measure(
 ) -> pd.DataFrame:
     """One row for each condition, pattern and timestep: wrong_minus_right, right_is_better (%), images."""
     denoiser.to(compute)
-    captions = [
-        denoiser.text([PROMPT + question.statement]).cpu() for question in questions
-    ]  # before training drops it
+    # Before training drops the text encoder.
+    captions = [denoiser.text([PROMPT + question.statement]).cpu() for question in questions]
     feedback = fitted(backbone, denoiser, p, name, recipe_name, compute)
     on_captions = p.profile.recipes[recipe_name].warms_up_on_captions
     steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
