@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from itertools import combinations
+from functools import reduce
+from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -20,6 +24,7 @@ from shrunk import ROOT, run, write_params
 from test_recipes import SMALL
 
 from pipeline.core.stages import UserError
+from pipeline.evidence.statistics import over_groups
 from pipeline.sections import params
 from pipeline.tools import experiment
 from pipeline.tools.experiment import MEASURES, Trial
@@ -32,78 +37,114 @@ def test_the_cells_are_a_latin_square() -> None:
         assert set(Counter((cell[a], cell[b]) for cell in cells).values()) == {1}
 
 
+BEST = {(recipe, study): "x" for recipe in experiment.SPACE for study in experiment.STUDIES}
+
+
 def test_the_test_has_every_recipe_and_control_of_the_plan_and_no_seed_of_the_tuning() -> None:
-    runs = list(experiment.testing(dict.fromkeys(experiment.RATES, 0.1)))
+    runs = list(experiment.testing(BEST))
     assert Counter((run.recipe, run.weights) for run in runs) == {
         ("none", "pretrained"): 3,
-        **{(recipe, "trained"): 9 for recipe in experiment.RATES},
-        **{(recipe, "drift"): 9 for recipe in experiment.RATES},
-        **{(recipe, "shuffled"): 3 for recipe in experiment.RATES},
+        **{(recipe, "trained"): 9 for recipe in experiment.SPACE},
+        **{(recipe, control): 3 for recipe in experiment.SPACE for control in ("drift", "shuffled")},
     }
-    assert {run.benchmark for run in runs} == {"test"}
+    assert {run.benchmark for run in runs} == {"test 3"}
     tuning = list(experiment.tuning())
     assert {run.benchmark for run in tuning} == {"dev"}
-    assert Counter(run.recipe for run in tuning) == {"none": 1, **dict.fromkeys(experiment.RATES, 5)}
+    assert Counter((run.recipe, run.seed) for run in tuning) == {
+        ("none", 0): 1, **{(recipe, study): 4 for recipe in experiment.SPACE for study in experiment.STUDIES}
+    }  # fmt: skip
     assert {run.seed for run in tuning}.isdisjoint(run.seed for run in runs if run.weights == "trained")
 
 
+def test_every_space_has_as_many_settings_and_its_recipe_takes_each() -> None:
+    recipes = params.load(ROOT / "params.yaml").profile.recipes
+    assert experiment.SPACE.keys() == recipes.keys()
+    for recipe, space in experiment.SPACE.items():
+        assert [len(values) for values in space.values()] == [5, 3]
+        tried = {study: experiment.choices(recipe, study) for study in experiment.STUDIES}
+        assert len({tuple(each) for each in tried.values()}) == 3  # the studies are independent
+        for choice in chain.from_iterable(tried.values()):
+            found = experiment.chosen(recipes[recipe], choice).model_dump()
+            for key, _, value in (each.partition("=") for each in choice.split()):
+                assert reduce(dict.__getitem__, key.split("."), found) == float(value)
+    assert experiment.chosen(recipes["two_stage"], "trained.rank=4").trained.rank == 4
+
+
 def rows(values: dict[Trial, dict[str, float]]) -> pd.DataFrame:
-    return pd.DataFrame([asdict(run) | found for run, found in values.items()])
+    return pd.DataFrame([asdict(run) | {"right": ""} | found for run, found in values.items()])
 
 
-def test_a_recipe_keeps_the_rate_with_the_most_development_pairs_that_keeps_zero_shot_ability() -> None:
-    found = {run: {"pairs_stock": 50.0, "zeroshot": 90.0} for run in experiment.tuning()}
-    for recipe, rates in experiment.RATES.items():
-        of = {rate: Trial("dev", recipe, "trained", *experiment.TUNED_IN, rate) for rate in rates}
-        found[of[rates[1]]] = {"pairs_stock": 60.0, "zeroshot": 89.0}  # all that is allowed
-        found[of[rates[2]]] = {"pairs_stock": 70.0, "zeroshot": 88.9}
-        test = Trial("test", recipe, "trained", *experiment.TUNED_IN, rates[3])
-        found[test] = {"pairs_stock": 99.0, "zeroshot": 90.0}  # is not looked at
-    assert experiment.best_rates(rows(found)) == {recipe: rates[1] for recipe, rates in experiment.RATES.items()}
-    equal = {run: {"pairs_stock": 50.0, "zeroshot": 90.0} for run in experiment.tuning()}
-    assert experiment.best_rates(rows(equal)) == {recipe: rates[0] for recipe, rates in experiment.RATES.items()}
-    lost = {run: {"pairs_stock": 50.0 + run.rate, "zeroshot": 90.0 - 5 * (run.recipe != "none")} for run in equal}
-    for recipe, rates in experiment.RATES.items():
-        lost[Trial("dev", recipe, "trained", *experiment.TUNED_IN, rates[1])]["zeroshot"] = 86.0
-    assert experiment.best_rates(rows(lost)) == {recipe: rates[1] for recipe, rates in experiment.RATES.items()}
+def test_a_study_keeps_the_setting_with_the_most_dev_pairs_that_keeps_zero_shot_ability() -> None:
+    def best(of: Callable[[int], tuple[float, float]]) -> set[int]:
+        """The places of what is chosen, where the setting at place i has (pairs, zero-shot) `of(i)`."""
+        places = {
+            (recipe, study, choice): i
+            for recipe in experiment.SPACE
+            for study in experiment.STUDIES
+            for i, choice in enumerate(experiment.choices(recipe, study))
+        }
+        found = {}
+        for one in experiment.tuning():
+            pairs, zeroshot = (50.0, 90.0) if one.recipe == "none" else of(places[one.recipe, one.seed, one.choice])
+            found[one] = {"pairs_stock": pairs, "zeroshot": zeroshot}
+            test = Trial("test 3", *list(asdict(one).values())[1:])
+            found[test] = {"pairs_stock": 50.0 + (one.seed == 12), "zeroshot": 90.0}  # is not looked at
+        return {places[(*key, choice)] for key, choice in experiment.best_choices(rows(found)).items()}
+
+    assert best(lambda i: [(50, 90), (60, 89.5), (70, 89.4), (55, 90)][i]) == {1}  # 0.5 points are allowed
+    assert best(lambda i: (50, 90)) == {0}
+    assert best(lambda i: (50 + i, [80, 86, 82, 85][i])) == {1}
+
+
+def right(*pairs: int) -> str:
+    return np.packbits(np.array(pairs, bool)).tobytes().hex()
 
 
 def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -> None:
-    found: dict[Trial, dict[str, float]] = {}
-    for one in experiment.testing({"diva": 0.1}):
-        base = {1.0: 40.0, 0.6: 30.0, 0.3: 20.0}[one.detail_share]
-        gain = {"pretrained": 0, "trained": one.denoiser_steps / 1000 + 5, "shuffled": 2, "drift": -1}[one.weights]
-        found[one] = dict.fromkeys(MEASURES, base + gain)
+    found: dict[Trial, dict[str, Any]] = {}
+    for one in experiment.testing(BEST):
+        if one.recipe in ("none", "diva"):
+            base = {1.0: 40.0, 0.6: 30.0, 0.3: 20.0}[one.detail_share]
+            gain = {"pretrained": 0, "trained": one.denoiser_steps / 1000 + 5, "shuffled": 2, "drift": -1}[one.weights]
+            pairs = (0, 0, 1, 1, 0, 0, 0, 0) if one.weights == "pretrained" else (1, 1, 1, 0, 0, 0, 0, one.seed == 2)
+            found[one] = {**dict.fromkeys(MEASURES, base + gain), "right": right(*pairs)}
     gained = experiment.gains(rows(found))
     table = experiment.results(gained).set_index(["weights", "measure"])
     row = table.loc[("trained", "probe")]  # 5.5, 6 and 7 for each text tower
     assert row[["cells", "gain"]].tolist() == [9, pytest.approx(6.17, abs=0.005)]
-    assert row[["new_low", "new_high"]].tolist() == pytest.approx([6.17, 6.17])  # the text towers do not differ
-    half = stats.t.ppf(0.975, 6) * stats.sem([5.5, 6.0, 7.0]) / 3**0.5
-    assert row[["these_low", "these_high"]].tolist() == pytest.approx([6.1667 - half, 6.1667 + half], abs=0.005)
-    assert table.loc[("drift", "probe"), ["cells", "gain"]].tolist() == [9, -1]
-    row = table.loc[("effect", "probe")]  # a cell a text tower: 3.5, 4 and 5, so of these towers nothing is known
-    wanted = stats.t.interval(0.95, 2, loc=12.5 / 3, scale=stats.sem([3.5, 4, 5]))
-    assert row[["new_low", "new_high"]].tolist() == pytest.approx(wanted, abs=0.005)
-    assert row[["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
-    assert row[["these_low", "these_high"]].isna().all()
+    towers = [[5.5, 6, 7]] * 3
+    assert row[["new_low", "new_high", "these_low", "these_high"]].tolist() == [
+        pytest.approx(value, abs=0.005) for found in over_groups(np.array(towers)) for value in found[1:]
+    ]
+    assert np.isnan(row.corrected_low)
+    effect = table.loc[("effect", "zeroshot")]
+    assert effect[["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
+    assert np.isnan(effect.these_low)
+    pairs = table.loc[("trained", "pairs_stock")]
+    assert pairs.gain == pytest.approx(100 * (2 - 1 + 1 / 3) / 8, abs=0.005)  # of pairs, not of their average
+    answers = np.array([[100, 100, 0, -100, 0, 0, 0, 100 * (cell[2] == 2)] for cell in experiment.cells()])
+    new, these = over_groups(answers.reshape(3, 3, 8))
+    wider, _ = over_groups(answers.reshape(3, 3, 8), 1 - 0.05 / 13)
+    assert pairs[["new_low", "these_low", "corrected_low"]].tolist() == [
+        pytest.approx(found.low, abs=0.005) for found in (new, these, wider)
+    ]
+    assert wider.low < new.low
     text = experiment.markdown(table.reset_index(), gained)
-    assert "| diva | effect | 3 | +4.2 [+2.3, +6.1] |" in text
-    assert "| diva | trained | 9 | +6.2 [+6.2, +6.2] [+5.5, +6.8] |" in text
-    assert "| diva | +6.2 | +6.2 | +6.2 |" in text
+    assert "| diva | trained | 9 |" in text
+    assert "nan" not in text
 
 
 def ahead(share: float, steps: int, seed: int) -> float:
     return 2 * seed + steps / 1000 + 3 * share**2
 
 
-def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
-    found: dict[Trial, dict[str, float]] = {}
-    for one in experiment.testing({"diva": 0.1, "text_anchored": 0.1}):
-        gain = {"none": 0, "diva": one.seed, "text_anchored": ahead(one.detail_share, one.denoiser_steps, one.seed)}[
-            one.recipe
-        ]
-        found[one] = dict.fromkeys(MEASURES, 50.0 + gain * (one.weights == "trained"))
+def test_every_recipe_is_compared_with_ours_cell_by_cell() -> None:
+    found: dict[Trial, dict[str, Any]] = {}
+    for one in experiment.testing(BEST):
+        if one.recipe in ("none", "diva", experiment.OURS):
+            own = {"none": 0, "diva": one.seed, experiment.OURS: ahead(one.detail_share, one.denoiser_steps, one.seed)}
+            gain = own[one.recipe] * (one.weights == "trained")
+            found[one] = {**dict.fromkeys(MEASURES, 50.0 + gain), "right": right(1, 0, 1, 0, 0, 0, 0, 0)}
     found = dict(reversed(found.items()))  # rows are matched by cell, not by where they stand
     table = experiment.results(experiment.gains(rows(found))).set_index(["recipe", "weights", "measure"])
     less = [ahead(*cell) - cell[2] for cell in experiment.cells()]
@@ -112,7 +153,7 @@ def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
     assert table.loc[("diva", "difference", "zeroshot"), ["cells", "gain", "new_low", "new_high"]].tolist() == [
         9, pytest.approx(sum(less) / 9, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
     ]  # fmt: skip
-    assert ("text_anchored", "difference") not in set(table.index.droplevel("measure"))
+    assert (experiment.OURS, "difference") not in set(table.index.droplevel("measure"))
     panels = experiment.figure(table.reset_index()).axes
     assert [panel.get_title() for panel in panels] == ["pairs_stock", "zeroshot", "probe"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
@@ -125,9 +166,12 @@ def test_every_recipe_is_compared_with_text_anchored_cell_by_cell() -> None:
 def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "DETAIL_SHARES", (1.0, 0.6))
     monkeypatch.setattr(experiment, "DENOISER_STEPS", (2,))
-    monkeypatch.setattr(experiment, "TUNED_IN", (0.6, 2, 0))
-    monkeypatch.setattr(experiment, "SEEDS", (1, 1, 1))  # both cells have the shuffled control
-    monkeypatch.setattr(experiment, "RATES", {"text_anchored": (0.01,), "contrastive": (0.01,)})
+    monkeypatch.setattr(experiment, "TUNED_IN", (0.6, 2))
+    monkeypatch.setattr(experiment, "STUDIES", (11,))
+    monkeypatch.setattr(experiment, "SEEDS", (1, 1, 1))  # both cells have the controls
+    monkeypatch.setattr(
+        experiment, "SPACE", {"text_anchored": {"optimizer.lr": (0.01,)}, "reranked": {"optimizer.lr": (0.01,)}}
+    )
     small = {
         f"profiles.mini.recipes.{recipe}.{key}": value
         for recipe, own in SMALL.items()
@@ -154,7 +198,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
     first = [file.read_bytes() for file in files]
     found = experiment.read()
     assert not found.duplicated(list(Trial.__dataclass_fields__)).any()
-    assert found[found.benchmark == "test"][list(MEASURES)].notna().all().all()
+    assert found[found.benchmark == "test 3"][list(MEASURES)].notna().all().all()
     run(experiment)  # nothing is left to do
     assert [file.read_bytes() for file in files] == first
     experiment.remove(experiment.SCRATCH)

@@ -222,16 +222,14 @@ def test_a_loss_as_the_page_has_it() -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", TEXTS[Path("pipeline/README.md")], re.DOTALL)
     names: dict = {}
     exec(snippet, names)
-    assert losses.known()["stay_close"] is names["StayClose"]
-    loss, pixels = losses.known()["stay_close"](weight=0.1), torch.rand(2, 3, 4, 4)
-    loss.prepare(lambda shown: (shown.flatten(1), None), lambda texts: torch.zeros(len(texts), 48), 1.0)
+    assert losses.known()["unit_length"] is names["UnitLength"]
+    loss, pooled_BD = losses.known()["unit_length"](weight=0.1), torch.tensor([[3.0, 4.0], [0.6, 0.8]])
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(losses.Made))
-    made = losses.Made(**nothing | {"shown_BCHW": pixels, "pooled_BD": pixels.flatten(1) + 0.5})
-    assert float(loss(made)) == pytest.approx(48 * 0.25)
+    assert float(loss(losses.Made(**nothing | {"pooled_BD": pooled_BD}))) == pytest.approx(8.0)
     names.clear()
     del loss
     gc.collect()  # the class is gone for other tests
-    assert "stay_close" not in losses.known()
+    assert "unit_length" not in losses.known()
 
 
 def test_the_recipes_are_those_of_params() -> None:

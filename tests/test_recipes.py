@@ -5,7 +5,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +18,26 @@ from test_training import PIXELS, RULES, both, build, changed, micro_batches, mo
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import drift, export, mmvp
+from pipeline import drift, export, mmvp, plan
+from pipeline import encoder as stage_encoder
 from pipeline import train as stage_train
 from pipeline.core.compute import generator, seeded
 from pipeline.diva import adapters
 from pipeline.diva.diffusion import draw
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
-from pipeline.diva.losses import Denoise, InfoNCE, Loss, SelfDistillation, info_nce
+from pipeline.diva.losses import (
+    CaptionContrast,
+    Denoise,
+    Given,
+    InfoNCE,
+    KeepEmbedding,
+    Kernel,
+    Loss,
+    Reranking,
+    SelfDistillation,
+    info_nce,
+)
 from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
 from pipeline.engine.assemble import phases
@@ -131,8 +145,27 @@ def test_low_rank_adaptation_from_nothing_to_merged() -> None:
 
 def distillation(tower: nn.Module, prompts: torch.Tensor, weight: float = 1.0) -> SelfDistillation:
     loss = SelfDistillation(weight, prompts=["one", "two", "three", "four"])
-    loss.prepare(tower, lambda texts: prompts[: len(texts)], 7.0)
+    loss.prepare(given(tower, prompts))
     return loss
+
+
+def given(tower: nn.Module, texts: torch.Tensor, **more: Any) -> Given:
+    """texts: embeddings [N, D] of the captions 0, 1, ..., and of as many prompts."""
+    captions, conditions = [str(i) for i in range(len(texts))], random(len(texts), 4, 5, what="conditions")
+
+    def first(of: torch.Tensor) -> Callable[[list[str]], torch.Tensor]:
+        return lambda asked: of[: len(asked)]
+
+    return Given(tower, first(texts), 7.0, first(conditions), captions, **more)
+
+
+def unit_rows(x: torch.Tensor) -> np.ndarray:
+    return F.normalize(x.detach().double(), dim=-1).numpy()
+
+
+def move(feedback: Feedback) -> None:
+    """Train the tower, as it were."""
+    nn.init.normal_(feedback.tower.pool.weight, generator=generator("test", "moved"))
 
 
 def test_self_distillation_is_the_divergence_from_the_original_and_zero_at_first() -> None:
@@ -175,6 +208,83 @@ def test_a_term_has_its_weight_and_no_draws_weight() -> None:
     torch.testing.assert_close(gradient, feedback.tower.pool.weight.grad)
     assert list(record.terms.values()) == pytest.approx(np.mean(means, 0).tolist())
     assert record.loss == pytest.approx(np.mean(means, 0) @ [1, 3])
+
+
+# ---------------------------------------------------------------------- losses without the image's own condition
+
+
+def test_reranking_is_the_divergence_from_prior_times_likelihood_of_the_likeliest_captions() -> None:
+    feedback, texts, micro = build(TokenRule("none")), random(6, 6, what="texts"), micro_batches(0)[0]
+    loss = Reranking(1.0, captions=5, candidates=3, evidence=4.0)
+    assert (loss.bank, loss.denoises, loss.conditions) == (5, True, False)
+    loss.prepare(given(feedback.tower, texts))
+    before, _ = feedback.tower(PIXELS.tower(micro.images_BCHW))
+    move(feedback)
+    now, _ = feedback.tower(PIXELS.tower(micro.images_BCHW))
+    conditions, alphas = random(6, 4, 5, what="conditions"), feedback.denoiser.alphas_cumprod
+    latent, expected = feedback.denoiser.latent(PIXELS.generator(micro.images_BCHW)), []
+    for i in range(4):
+        own, prior = (7 * unit_rows(pooled)[i] @ unit_rows(texts)[:5].T for pooled in (now, before))
+        likely = np.argsort(-own)[:3]
+        errors = []
+        for caption in likely:
+            squared = []
+            for one in micro.draws:
+                alpha = alphas[one.timestep_B[i]]
+                noised = alpha.sqrt() * latent[i : i + 1] + (1 - alpha).sqrt() * one.noise_BChw[i : i + 1]
+                predicted = feedback.denoiser(noised, one.timestep_B[i : i + 1], conditions[caption][None])
+                squared.append((predicted - one.noise_BChw[i]).square().mean().item())
+            errors.append(np.mean(squared))
+        posterior = log_softmax(prior[likely] - 4 * np.array(errors))
+        expected.append(rel_entr(np.exp(posterior), np.exp(log_softmax(own[likely]))).sum())
+    got = found(feedback, [loss], micro)["reranking"]
+    assert got.item() == pytest.approx(np.mean(expected), rel=1e-4)
+    got.backward()
+    assert feedback.tower.pool.weight.grad.any()
+    assert feedback.projection.weight.grad is None
+
+
+def test_where_the_denoiser_tells_no_difference_reranking_keeps_the_original() -> None:
+    feedback, micro = build(TokenRule("none")), micro_batches(0)[0]
+    nn.init.zeros_(feedback.denoiser.unet.weight)  # which reads the condition
+    loss = Reranking(1.0, captions=6, candidates=4, evidence=100.0)
+    loss.prepare(given(feedback.tower, random(6, 6)))
+    assert found(feedback, [loss], micro)["reranking"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_caption_contrast_is_info_nce_without_the_captions_that_say_the_same() -> None:
+    feedback, texts, plain = build(TokenRule("none")), random(5, 6, what="texts"), micro_batches(0)[0]
+    loss = CaptionContrast(1.0, captions=5, temperature=0.2)
+    assert (loss.bank, loss.captioned, loss.denoises) == (5, True, False)
+    loss.prepare(given(feedback.tower, texts))
+    own = torch.cat([3 * texts[:1], random(3, 6, what="own")])  # the first image's caption is in the bank
+    pooled, _ = feedback.tower(PIXELS.tower(plain.images_BCHW))
+    similar, bank = (unit_rows(pooled) * unit_rows(own)).sum(1) / 0.2, unit_rows(pooled) @ unit_rows(texts).T / 0.2
+    expected = [logsumexp([similar[i], *bank[i, i == 0 :]]) - similar[i] for i in range(4)]
+    got = found(feedback, [loss], dataclasses.replace(plain, caption_BD=own))["caption_contrast"]
+    assert got.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_keep_embedding_is_the_distance_of_unit_embeddings() -> None:
+    feedback, micro, loss = build(TokenRule("none")), micro_batches(0)[0], KeepEmbedding(1.0)
+    loss.prepare(given(feedback.tower, random(1, 6)))
+    before, _ = feedback.tower(PIXELS.tower(micro.images_BCHW))
+    move(feedback)
+    now, _ = feedback.tower(PIXELS.tower(micro.images_BCHW))
+    expected = ((unit_rows(now) - unit_rows(before)) ** 2).sum(1).mean()
+    assert found(feedback, [loss], micro)["keep_embedding"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_kernel_is_the_difference_of_the_two_kernel_matrices_beside_their_diagonals() -> None:
+    feedback, micro, sharp = build(TokenRule("none")), micro_batches(0)[0], random(4, 3, what="sharp")
+    seen: list[torch.Tensor] = []
+    loss = Kernel(1.0, degree=3, offset=0.5)
+    loss.prepare(given(feedback.tower, random(1, 6), encoder=lambda images: [seen.append(images), sharp][1]))
+    pooled, _ = feedback.tower(PIXELS.tower(micro.images_BCHW))
+    own, wanted = (((unit_rows(x) @ unit_rows(x).T + 0.5) / 1.5) ** 3 for x in (pooled, sharp))
+    expected = ((own - wanted) ** 2)[~np.eye(4, dtype=bool)].mean()
+    assert found(feedback, [loss], micro)["kernel"].item() == pytest.approx(expected, rel=1e-5)
+    assert seen[0] is micro.images_BCHW  # in the control, those that the tower is not shown
 
 
 # ---------------------------------------------------------------------- the objective
@@ -243,7 +353,7 @@ def test_conditioned_on_captions_the_denoiser_knows_nothing_of_the_image(gap: bo
     if gap:
         feedback.gap_correction = GapCorrection(random(20, 6, what="images"), random(20, 6, what="texts"), 4)
     plain, caption = micro_batches(0, TokenRule("none"))[0], random(4, 6, what="captions")
-    micro, calls = dataclasses.replace(plain, caption_BD=caption), []
+    micro, calls = dataclasses.replace(plain, caption_BD=caption, on_captions=True), []
     feedback.tower.register_forward_pre_hook(lambda module, given: calls.append(1))
     got = found(feedback, [Denoise(1.0)], micro)["denoise"]
     assert not calls
@@ -296,6 +406,9 @@ SMALL = {
     "text_anchored": {"warmup.steps": 2, "gap_correction": {"components": 4, "images": 10}, "trained.heads": 2},
     "two_stage": {"warmup.steps": 2, "trained.rank": 2},
     "contrastive": {"warmup.steps": 2, "trained.rank": 2, "losses.info_nce.negatives": 1},
+    "reranked": {"trained.heads": 2, "losses.reranking.captions": 4, "losses.reranking.candidates": 2},
+    "captions": {"trained.heads": 2, "losses.caption_contrast.captions": 4},
+    "kernel": {"trained.rank": 2},
 }
 
 
@@ -305,6 +418,8 @@ def shrink(recipe: str) -> None:
         **{f"profiles.mini.recipes.{recipe}.{key}": value for key, value in own.items()},
         **{"run.recipes": [recipe]},
     )
+    run(plan)
+    run(stage_encoder, recipe)
 
 
 @pytest.mark.slow
@@ -319,7 +434,7 @@ def test_every_recipe_trains_what_it_names_and_repeats_itself(recipe: str) -> No
     assert made[0] == made[1]
     before, after = stored_tensors(MODELS / "pretrained/mini"), stored_tensors(MODELS / recipe / "mini")
     changed = {name for name, tensor in after.items() if name not in before or not tensor.equal(before[name])}
-    if recipe == "text_anchored":
+    if recipe in ("text_anchored", "reranked", "captions"):
         assert {name for name in after if name.startswith(PREFIX)} == changed
         fresh = fresh_head(16, 2, 42).state_dict()
         assert not after[f"{PREFIX}mlp.2.weight"].equal(fresh["mlp.2.weight"])

@@ -75,7 +75,7 @@ def test_no_image_is_in_two_sets() -> None:
         },
         "probe": [world.image("probe", 0, i)[0] for i in range(50)],
     }
-    for name in ("scorings", "dev", "test", "dev 3", "test 3"):
+    for name in ("scorings", "dev", "test", "dev 3", "test 3", "ladder"):
         sets[name] = [world.image(name, group, i)[0] for group in (1, 2, 3) for i in range(50)]
         pairs = [world.pair(pattern, i, name)[0] for pattern in range(9) for i in range(6)]
         sets[f"pairs of {name}"] = [image for pair in pairs for image in pair]

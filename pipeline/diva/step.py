@@ -21,7 +21,8 @@ class MicroBatch:
     """Images as uint8 [B, 3, H, W], and the draws of their noise.
 
     shown: the other images that the tower sees in the mismatched-image control; else None. view: a second crop.
-    caption: embeddings [B, D] of the captions; if given, the denoiser is conditioned on them instead of image tokens.
+    caption: embeddings [B, D] of the captions. on_captions: whether the denoiser is conditioned on them instead of
+    image tokens.
     """
 
     images_BCHW: torch.Tensor
@@ -29,6 +30,20 @@ class MicroBatch:
     shown_BCHW: torch.Tensor | None = None
     view_BCHW: torch.Tensor | None = None
     caption_BD: torch.Tensor | None = None
+    on_captions: bool = False
+
+
+def stand_in(
+    images_BCHW: torch.Tensor, draws: list[Draw], losses: list[Loss], width: int, on_captions: bool = False
+) -> MicroBatch:
+    """A micro-batch that has whatever the losses need; captions, of this width, are zero."""
+    caption_BD = images_BCHW.new_zeros(len(images_BCHW), width, dtype=torch.float32)
+    return MicroBatch(
+        images_BCHW, draws,
+        view_BCHW=images_BCHW if any(loss.second_view for loss in losses) else None,
+        caption_BD=caption_BD if on_captions or any(loss.captioned for loss in losses) else None,
+        on_captions=on_captions,
+    )  # fmt: skip
 
 
 class Processes(Protocol):
@@ -45,22 +60,29 @@ class Processes(Protocol):
 def terms(feedback: Feedback, losses: list[Loss], micro: MicroBatch, precision: torch.dtype) -> dict[str, torch.Tensor]:
     """Each loss by its name. The tower runs once for all draws, which the denoiser sees as one batch."""
     denoiser, pixels, draws = feedback.denoiser, feedback.pixels, micro.draws
-    latent_KBChw = denoiser.latent(pixels.generator(micro.images_BCHW)).repeat(len(draws), 1, 1, 1)
-    noise, t = torch.cat([draw.noise_BChw for draw in draws]), torch.cat([draw.timestep_B for draw in draws])
-    noised = add_noise(latent_KBChw, noise, t, denoiser.alphas_cumprod)
-    wanted = target(latent_KBChw, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)
+    t, noised, wanted, predicted = torch.cat([draw.timestep_B for draw in draws]), None, None, None
+    if any(loss.denoises for loss in losses):
+        latent_KBChw = denoiser.latent(pixels.generator(micro.images_BCHW)).repeat(len(draws), 1, 1, 1)
+        noise = torch.cat([draw.noise_BChw for draw in draws])
+        noised = add_noise(latent_KBChw, noise, t, denoiser.alphas_cumprod)
+        wanted = target(latent_KBChw, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)
     shown = pixels.tower(micro.images_BCHW if micro.shown_BCHW is None else micro.shown_BCHW)
     view = None if micro.view_BCHW is None else pixels.tower(micro.view_BCHW)
     with autocast(t.device, precision):
-        positions, pooled = [draw.positions_BK for draw in draws], None
-        if micro.caption_BD is None:
-            pooled, patches = feedback.tower(shown)
-            conditions = [feedback.condition(pooled, patches, drawn) for drawn in positions]
-        else:
+        positions, pooled, conditions = [draw.positions_BK for draw in draws], None, list[torch.Tensor]()
+        if micro.on_captions:
+            assert micro.caption_BD is not None
             conditions = [feedback.condition_on_text(micro.caption_BD)] * len(draws)
-        predicts = any(loss.predicts for loss in losses)
-        predicted = denoiser(noised, t, torch.cat(conditions)).float() if predicts else None
-        made = Made(feedback, shown, view, pooled, positions, conditions, noised, t, wanted, predicted)
+        else:
+            pooled, patches = feedback.tower(shown)
+            if any(loss.conditions for loss in losses):
+                conditions = [feedback.condition(pooled, patches, drawn) for drawn in positions]
+        if any(loss.predicts for loss in losses):
+            predicted = denoiser(noised, t, torch.cat(conditions)).float()
+        made = Made(
+            feedback, micro.images_BCHW, shown, view, micro.caption_BD, pooled, positions, conditions,
+            noised, t, wanted, predicted,
+        )  # fmt: skip
         return {loss.name: loss(made) for loss in losses}
 
 

@@ -30,7 +30,7 @@ from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import adapters, pixels, step
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.gap_correction import GapCorrection
-from pipeline.diva.losses import Denoise, Loss
+from pipeline.diva.losses import Denoise, Given, Loss
 from pipeline.diva.rules import CLASS_TOKEN, Condition, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import checkpoints, hosts
@@ -38,6 +38,7 @@ from pipeline.engine.feed import Feed
 from pipeline.engine.losses import losses_of
 from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
+from pipeline.models.frozen_encoder import FrozenEncoder
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import recipe as recipes
@@ -58,6 +59,7 @@ class Training:
 
     own: the backbone's condition. losses: the recipe's. shards: its images; None where only memory is measured.
     fitted: for a control, which is the tower phase alone: what `save_fitted` wrote of the run that it is compared with.
+    encoder: the frozen image encoder, where a loss needs it.
     """
 
     section: Train
@@ -69,6 +71,7 @@ class Training:
     denoiser: Denoiser
     shards: Shards | None
     fitted: Path | None = None
+    encoder: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def phased(self) -> Recipe:
@@ -125,6 +128,23 @@ def measure_gap(t: Training, compute: torch.device) -> GapCorrection:
         raise UserError(f"the recipe: {error}") from None
 
 
+def first_captions(t: Training) -> list[str]:
+    """Those of the first images, as many as a loss needs, each once. Raises UserError if there are fewer."""
+    wanted, captions = max(loss.bank for loss in t.losses), dict[str, None]()
+    if not t.shards:
+        return ["a photo"] * wanted
+    for number in range(len(t.shards) if wanted else 0):
+        captions[t.shards.read(*t.shards.place(t.seed, number)).caption] = None
+        if len(captions) == wanted:
+            return list(captions)
+    if len(captions) < wanted:
+        raise UserError(
+            f"the {len(t.shards)} images have {len(captions)} different captions, but a loss of the recipe needs "
+            f"{wanted} (captions). Lower it, or train on more images."
+        )
+    return []
+
+
 @torch.no_grad()
 def build_feedback(t: Training, compute: torch.device) -> Feedback:
     """The frozen parts, the tower with what the recipe adds to it, and a fresh projection initialised from the seed.
@@ -136,11 +156,14 @@ def build_feedback(t: Training, compute: torch.device) -> Feedback:
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
     fits_denoiser = warmup is not None and warmup.denoiser
-    denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser).to(compute)
     backbone.to(compute).clip.requires_grad_(False)
-    gap = measure_gap(t, compute) if t.recipe.gap_correction and t.shards else None
+    denoiser.to(compute)
+    scale = float(backbone.logit_scale)
+    given = Given(backbone.tower, backbone.embed, scale, denoiser.text, first_captions(t), t.encoder)
     for loss in t.losses:
-        loss.prepare(backbone.tower, backbone.embed, float(backbone.logit_scale))
+        loss.prepare(given)
+    denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser)
+    gap = measure_gap(t, compute) if t.recipe.gap_correction and t.shards else None
     if isinstance(trained, Head):
         backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, t.seed))
     elif isinstance(trained, Lora):
@@ -277,7 +300,7 @@ def put_fitted(feedback: Feedback, path: Path, processes: Accelerator) -> None:
         own[name].copy_(tensor)
 
 
-def fingerprint(t: Training, denoiser: Path, images: Path) -> dict[str, Any]:
+def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dict[str, Any]:
     """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out.
 
     The first process alone has what a control starts from, and the checkpoint.
@@ -291,6 +314,7 @@ def fingerprint(t: Training, denoiser: Path, images: Path) -> dict[str, Any]:
         "backbone": t.backbone.sha256,
         "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest([images / INDEX]),
+        "encoder": digest(sorted(encoder.iterdir())) if t.encoder else None,
         "code": program("engine/assemble.py"),
         "torch": torch.__version__,
     }
@@ -322,9 +346,9 @@ def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator,
     )  # fmt: skip
     validation = feed.validation()
 
-    def measure(steps: int) -> Callable[[int], float | None]:
+    def measure(phase: Phase) -> Callable[[int], float | None]:
         def validation_loss(number: int) -> float | None:
-            if number % every and number != steps - 1:
+            if not any(loss.conditions for loss in phase.losses) or (number % every and number != phase.steps - 1):
                 return None
             return step.denoising_loss(feedback, *validation, precision, processes)
 
@@ -343,7 +367,7 @@ def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator,
             t.denoiser.for_feedback(precision)  # now frozen, if it was fitted
         if phase.name == "tower" and not first:
             so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
-        steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase.steps), checkpoint.due)
+        steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase), checkpoint.due)
         bar = {"initial": first, "unit": " images", "unit_scale": t.recipe.batch, "disable": not main}
         speed = Speed(feedback, phase, validation[0], processes, precision)
         for record, at_rest in progress(steps, phase.name, phase.steps, **bar):
@@ -391,9 +415,10 @@ def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: 
         "terms_last_tenth": {
             name: round(sum(record.terms[name] for record in tower[-window:]) / window, 5) for name in tower[0].terms
         },
+    } | ({
         "validation_loss_first": round(validation[0], 5),
         "validation_loss_last": round(validation[-1], 5),
-    }
+    } if validation else {})  # fmt: skip
 
 
 def post_train(name: str, recipe_name: str, control: str = "") -> None:
@@ -406,15 +431,16 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
     weights = f"{recipe_name}-{control}" if control else recipe_name
     fitted = Path("models", profile, recipe_name, name, FITTED) if control else None
     key = f"profiles.{profile}.recipes.{recipe_name}"
+    losses = losses_of(key, recipe)
+    captioned = recipe.reads_captions or any(loss.captioned or loss.bank for loss in losses)
     processes = hosts.join()
     original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
-    models = Path("data", profile, "denoiser")
+    models, teacher = Path("data", profile, "denoiser"), Path("data", profile, "encoder", recipe_name)
     outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
     scratch = outputs[0].with_name(f".{name}.checkpoint")
 
     def load() -> tuple[tuple[Training, dict[str, Any]], dict[str, Any]]:
         """What is read, and what of it must be the same on all hosts."""
-        losses = losses_of(key, recipe)
         backbone, denoiser = Backbone.load(original), Denoiser.load(models)
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
@@ -422,15 +448,16 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                 f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
             )
         shards = Shards(
-            images, section.max_undecodable, section.validation.images, recipe.reads_captions,
+            images, section.max_undecodable, section.validation.images, captioned,
             config.read(Launch, "launch").cache_gb,
         )  # fmt: skip
+        encoder = FrozenEncoder.load(teacher).to(processes.device) if any(loss.encodes for loss in losses) else None
         if fitted and processes.is_main_process and not fitted.is_file():
             raise UserError(
                 f"{fitted} does not exist, but the control starts from it. Run stage train of {name} first."
             )
-        t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, fitted)
-        mark = fingerprint(t, models, images)
+        t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, fitted, encoder)
+        mark = fingerprint(t, models, images, teacher)
         return (t, mark), {**mark, "fitted": bool(fitted), "packages": hosts.packages()}
 
     with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
@@ -471,7 +498,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                     "seed": seed,
                     "train": section.model_dump(),
                     "recipe": recipe.model_dump(exclude_none=True),
-                    "captions": recipe.reads_captions,
+                    "captions": captioned,
                     "condition": dataclasses.asdict(t.condition),
                     "code": mark["code"],
                     "result": result,

@@ -81,7 +81,8 @@ class Feed:
             shards, backbone, denoiser, rule, p, recipe
         )  # fmt: skip
         self.seed, self.compute, self.steps, self.mismatched = seed, compute, steps, mismatched
-        self.captioned = {"gap"} | ({"projection"} if recipe.warms_up_on_captions else set())
+        self.on_captions = {"projection"} if recipe.warms_up_on_captions else set[str]()
+        self.captioned = {"gap"} | self.on_captions | ({"tower"} if any(loss.captioned for loss in losses) else set())
         self.first = {"tower": recipe.warmup.steps if recipe.warmup else 0}  # steps before the first of a phase
         self.view = max(loss.second_view for loss in losses)
         self.latent_shape, self.waited = denoiser.latent_shape(p.size), 0.0
@@ -110,13 +111,13 @@ class Feed:
                 self.draw([generator(self.seed, "draw", coming.phase, step, i, k) for i in coming.samples])
                 for k in range(len(self.recipe.draw_weights))
             ]
-            captioned = coming.phase in self.captioned
             yield MicroBatch(
                 self._there(coming.pixels_BCHW),
                 self._on_device(draws),
                 None if coming.shown_BCHW is None else self._there(coming.shown_BCHW),
                 None if coming.view_BCHW is None else self._there(coming.view_BCHW),
-                self.backbone.embed(captions) if captioned else None,
+                self.backbone.embed(captions) if coming.phase in self.captioned else None,
+                coming.phase in self.on_captions,
             )
 
     def _coming(self) -> Iterator[Coming]:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.core.stages import note_timing
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.schedule import Phase
-from pipeline.diva.step import MicroBatch, choose, terms, weighted_sum
+from pipeline.diva.step import MicroBatch, choose, stand_in, terms, weighted_sum
 
 PEAKS = {  # dense TFLOP/s in bfloat16 and in float32, by a part of the GPU's name; the first that fits
     "H200": (989.0, 67.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0), "A100": (312.0, 19.5),
@@ -65,10 +65,10 @@ def flops(feedback: Feedback, phase: Phase, example: MicroBatch, precision: torc
     count = max(loss.images for loss in phase.losses)
     images_BCHW = example.images_BCHW[:1].repeat(count, 1, 1, 1)
     draws = [example.draws[0].of_one(count)] * len(phase.draw_weights)
-    view_BCHW = images_BCHW if any(loss.second_view for loss in phase.losses) else None
     choose(feedback, phase)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        found = terms(feedback, phase.losses, MicroBatch(images_BCHW, draws, view_BCHW=view_BCHW), precision)
+        micro = stand_in(images_BCHW, draws, phase.losses, feedback.projection.in_features)
+        found = terms(feedback, phase.losses, micro, precision)
         weighted_sum(phase, found).backward()
     phase.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / count

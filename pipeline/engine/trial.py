@@ -1,6 +1,5 @@
 """Does a training fit this GPU's memory? Two steps of it, on models of the same sizes with random weights."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError
 from pipeline.diva import diffusion, step
-from pipeline.diva.step import MicroBatch
 from pipeline.engine.assemble import Training, build_feedback, out_of_memory, phases
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone, model_config
@@ -71,7 +69,8 @@ class WithoutText(Denoiser):
     """A denoiser that needs no text encoder: the embedding of a text is random."""
 
     def text(self, prompts: list[str]) -> torch.Tensor:
-        return torch.randn(len(prompts), self.text_tokens, self.unet.config.cross_attention_dim)
+        device = self.alphas_cumprod.device
+        return torch.randn(len(prompts), self.text_tokens, self.unet.config.cross_attention_dim, device=device)
 
 
 def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: torch.device) -> Iterator[step.Record]:
@@ -94,7 +93,7 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
             encodes = any(loss.encodes for loss in losses)
             encoder = random_encoder(read) if (read := p.profile.encoder) and encodes else None
         denoiser.__class__, denoiser.text_tokens = WithoutText, p.profile.denoiser.text_tokens
-        t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None)
+        t = Training(section, recipe, entry.condition, losses, p.seed, backbone, denoiser, shards=None, encoder=encoder)
         feedback = build_feedback(t, compute)
     images_BCHW = torch.zeros(micro_batch, 3, section.size, section.size, dtype=torch.uint8, device=compute)
     shape = denoiser.latent_shape(section.size)
@@ -103,15 +102,10 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
         diffusion.draw(shape, backbone.patches, feedback.tokens, (0, 1000), generators).to(compute)
         for generators in draws
     ]
-    if encoder:  # its weights stay on the device
-        encoder(images_BCHW)
-    view = images_BCHW if any(loss.second_view for loss in losses) else None
-    micro = MicroBatch(images_BCHW, drawn, view_BCHW=view)
     processes, precision = Accelerator(cpu=compute.type == "cpu"), getattr(torch, section.precision)
     for phase in phases(feedback, recipe, losses):
         on_captions = phase.name == "projection" and recipe.warms_up_on_captions
-        captions = backbone.embed([""] * micro_batch) if on_captions else None
-        batch = [dataclasses.replace(micro, caption_BD=captions)]
+        batch = [step.stand_in(images_BCHW, drawn, phase.losses, backbone.width, on_captions)]
         for record, _ in step.run(feedback, phase, lambda number, batch=batch: batch, precision, processes):  # type: ignore[misc]
             yield record
         phase.optimizer.state.clear()

@@ -85,13 +85,8 @@ def over_seeds_and_answers(changes: np.ndarray) -> Interval:
     """
     if min(changes.shape) < 2:
         raise ValueError(f"found {changes.shape[0]} seeds and {changes.shape[1]} answers, wanted two at least of each")
-    value = float(changes.mean())
-    parts = [np.var(changes.mean(axis), ddof=1) / changes.shape[1 - axis] for axis in (1, 0)]
-    freedom = sum(parts) ** 2 / max(
-        sum(part**2 / (n - 1) for part, n in zip(parts, changes.shape, strict=True)), 1e-300
-    )
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)) * math.sqrt(sum(parts)))
-    return Interval(value, value - half, value + half)
+    means = [changes.mean(axis) for axis in (1, 0)]
+    return interval(float(changes.mean()), [(float(np.var(each, ddof=1)) / len(each), len(each) - 1) for each in means])
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
@@ -103,20 +98,36 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def over_groups(groups: Sequence[Sequence[float]]) -> tuple[Interval, Interval]:
-    """The mean of groups of equal size, with t intervals that answer two questions: (of new groups, of these groups).
+def over_groups(changes: np.ndarray, level: float = CONFIDENCE) -> tuple[Interval, Interval]:
+    """The mean of changes [groups, cells] or [groups, cells, answers], with t intervals that answer two questions:
+    (of new groups, of these groups with new cells).
 
     New groups differ from each other as these do, so what counts is the spread of the groups' means; of these groups
-    it is the spread within them, NaN where each has a single value. Raises ValueError for fewer than two groups.
+    it is the spread within them, NaN where each has a single cell. Where answers are given, both are of new answers,
+    too: the variance of the answers' means is added, with Satterthwaite's degrees of freedom. Raises ValueError for
+    fewer than two groups.
     """
-    values = np.array(groups, dtype=float)
-    new, (number, size) = over_seeds(values.mean(1).tolist()), values.shape
-    freedom = number * (size - 1)
+    values = np.asarray(changes, dtype=float)
+    cells = values.mean(2) if values.ndim == 3 else values
+    number, size = cells.shape
+    if number < 2:
+        raise ValueError(f"found {number} groups, wanted two at least")
+    answers = values.mean((0, 1)) if values.ndim == 3 else np.zeros(2)
+    of_answers = float(np.var(answers, ddof=1)) / len(answers), len(answers) - 1
+    value, freedom = float(values.mean()), number * (size - 1)
+    new = interval(value, [(float(np.var(cells.mean(1), ddof=1)) / number, number - 1), of_answers], level)
     if not freedom:
-        return new, Interval(new.value, math.nan, math.nan)
-    error = math.sqrt(((values - values.mean(1, keepdims=True)) ** 2).sum() / freedom / values.size)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return new, Interval(new.value, new.value - half, new.value + half)
+        return new, Interval(value, math.nan, math.nan)
+    within = float(((cells - cells.mean(1, keepdims=True)) ** 2).sum()) / freedom / cells.size
+    return new, interval(value, [(within, freedom), of_answers], level)
+
+
+def interval(value: float, parts: Sequence[tuple[float, int]], level: float = CONFIDENCE) -> Interval:
+    """The t interval around a mean whose variance is the sum of parts (variance, degrees of freedom)."""
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / max(sum(part**2 / n for part, n in parts), 1e-300)
+    half = float(stats.t.ppf((1 + level) / 2, max(freedom, 1)) * math.sqrt(variance))
+    return Interval(value, value - half, value + half)
 
 
 def mcnemar(won: int, lost: int) -> float:

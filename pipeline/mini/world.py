@@ -5,7 +5,7 @@ Ten objects; every image shows one of them together with one value of each of th
 independent. Place, scale, background and pixel noise are nuisance: no caption names them.
 
 A scene is an integer row `[object, orientation, ..., camera]` (10 entries). Image `i` of a set is a pure function of
-`(WORLD_SEED, set, i)`, so the ten sets can be made again anywhere, in any order, and never share an image.
+`(WORLD_SEED, set, i)`, so the eleven sets can be made again anywhere, in any order, and never share an image.
 """
 
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ CANVAS = 2 * SIZE  # images are drawn at twice the size and averaged down: that 
 # The generators take a name's place in this list, so a new name goes to its end.
 SETS = (
     "image tower", "denoiser", "post-training", "probe", "scorings", "dev", "test", "encoder", "dev 3", "test 3",
+    "ladder",
 )  # fmt: skip
 
 OBJECTS = ("fish", "car", "boat", "bird", "house", "cup", "key", "tree", "snail", "plane")

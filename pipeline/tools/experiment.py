@@ -1,15 +1,17 @@
 """Do the recipes help, and is it feedback that helps? The experiment of metrics/recipes/plan.md.
 
-    python -m pipeline.tools.experiment         goes on where it was interrupted; 75 min on two cores
+    python -m pipeline.tools.experiment         goes on where it was interrupted; two and a half hours on two cores
 
-Makes three backbones and three denoisers of the mini world, chooses every recipe's rate on the dev split, then trains
-and scores each cell of the plan. Each run uses one thread; as many run at once as there are cores. Every finished run
-is a row of metrics/recipes/runs.csv and is not made again. To start anew, delete that file and the folder
-data/.experiment.scratch, which holds models and logs. At the end it writes metrics/recipes/results.{csv,md,png}.
+Makes three backbones and three denoisers of the mini world, lets three studies choose every recipe's settings on the
+dev split, then trains and scores each cell of the plan. Each run uses one thread; as many run at once as there are
+cores. Every finished run is a row of metrics/recipes/runs.csv and is not made again. To start anew, delete that file
+and the folder data/.experiment.scratch, which holds models and logs. At the end it writes
+metrics/recipes/results.{csv,md,png}.
 """
 
 import gc
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -19,8 +21,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -30,24 +34,28 @@ from threadpoolctl import threadpool_limits
 from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
 from pipeline import drift as drift_stage
+from pipeline import encoder as encoder_stage
 from pipeline import images as images_stage
 from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
 from pipeline.benchmarks.pairs import read_mmvp_vlm
-from pipeline.core.compute import deterministic_device
+from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, remove
 from pipeline.core.processes import cpus, end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
-from pipeline.engine.assemble import FITTED, Checkpoint, Training, build_feedback, save_fitted, train, tuned
+from pipeline.engine.assemble import FITTED, Checkpoint, Training, build_feedback, save_fitted, train
+from pipeline.engine.assemble import tuned as tuned_weights
 from pipeline.engine.losses import losses_of
 from pipeline.evidence.results import headline
-from pipeline.evidence.statistics import Interval, over_groups
+from pipeline.evidence.statistics import CONFIDENCE, Interval, over_groups
 from pipeline.mini import world
 from pipeline.models.backbones import Backbone, save_like
+from pipeline.models.frozen_encoder import FrozenEncoder
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
 from pipeline.sections.denoiser import MiniDenoiser
+from pipeline.sections.encoder import MiniEncoder
 from pipeline.sections.images import MiniImages
 from pipeline.sections.mmvp_vlm import MiniMmvpVlm
 from pipeline.sections.recipe import Recipe
@@ -59,33 +67,47 @@ NAME = "mini"
 DETAIL_SHARES = (1.0, 0.6, 0.3)  # of the captions that text tower and projection learn from
 DENOISER_STEPS = (500, 1000, 2000)
 SEEDS = (1, 2, 3)
-TUNED_IN = (0.6, 1000, 0)  # detail share, denoiser steps, seed: no cell of the test has this seed
-RATES = {
-    "diva": (0.0001, 0.0003, 0.001, 0.003, 0.01),
-    "text_anchored": (0.00003, 0.0001, 0.0003, 0.001, 0.003),
-    "two_stage": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
-    "contrastive": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
+TUNED_IN = (0.6, 1000)  # detail share, denoiser steps
+STUDIES = (11, 12, 13)  # training seeds of the tuning, one for each study; study i chooses for the cells of SEEDS[i]
+TRIALS = 4  # settings that a study tries for each recipe, of the 15 of its space
+RATE, WEIGHT = "optimizer.lr", "losses.keep_embedding.weight"
+SPACE: dict[str, dict[str, tuple[float, ...]]] = {  # five rates, and three values of what matters most beside it
+    "diva": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), "warmup.steps": (50, 150, 450)},
+    "text_anchored": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), "losses.self_distillation.weight": (0.3, 1, 3)},
+    "two_stage": {RATE: (0.00001, 0.00003, 0.0001, 0.0003, 0.001), "trained.rank": (4, 16, 64)},
+    "contrastive": {
+        RATE: (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
+        "losses.info_nce.temperature": (0.03, 0.1, 0.3),
+    },
+    "captions": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), WEIGHT: (1, 10, 100)},
+    "kernel": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), WEIGHT: (0.1, 1, 10)},
+    "reranked": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), "losses.reranking.evidence": (50, 100, 200)},
 }
-ALLOWED = 1.0  # points of zero-shot accuracy that a rate may cost on the dev split
-OURS = "text_anchored"
-BENCHMARKS = ("dev", "test")  # splits, each drawn from the set of that name of pipeline/mini/world.py
-MEASURES = ("pairs_stock", "image_to_statement_stock", "zeroshot", "zeroshot_outside_bank", "probe")
+ALLOWED = 0.5  # points of zero-shot accuracy that a setting may cost on the dev split
+OURS = "reranked"
+BENCHMARKS = ("dev", "test 3")  # splits, each drawn from the set of that name of pipeline/mini/world.py
+MEASURES = (
+    "pairs_stock", "matching", "image_to_statement_stock", "zeroshot", "zeroshot_outside_bank", "retrieval", "probe"
+)  # fmt: skip
+RIGHT = "right"
+COMPARISONS = 2 * len(SPACE) - 1  # of pairs: each recipe with nothing, and ours with each other
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One row: a recipe or a control of it, in one cell, at one rate, on one benchmark."""
+    """One row: a recipe or a control of it, in one cell, with one choice of settings, on one benchmark."""
 
-    benchmark: str  # dev | test
+    benchmark: str  # dev | test 3
     recipe: str  # `none`: the backbone before training
     weights: str  # pretrained | trained | shuffled | drift
     detail_share: float
     denoiser_steps: int
     seed: int
-    rate: float
+    choice: str  # KEY=VALUE, with a space between them; `none` before training
 
 
 KEYS = list(Trial.__dataclass_fields__)
+COLUMNS = [*KEYS, *MEASURES, RIGHT]
 
 
 def cells() -> list[tuple[float, int, int]]:
@@ -96,38 +118,60 @@ def cells() -> list[tuple[float, int, int]]:
     ]
 
 
+def choices(recipe: str, study: int) -> list[str]:
+    """What a study tries: settings drawn from the recipe's space, none of them twice."""
+    space = SPACE[recipe]
+    every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    order = torch.randperm(len(every), generator=generator(study, "study", recipe))[:TRIALS]
+    return [" ".join(f"{key}={value:g}" for key, value in every[i].items()) for i in sorted(order.tolist())]
+
+
+def chosen(recipe: Recipe, choice: str) -> Recipe:
+    """The recipe with these settings."""
+    changed = recipe.model_dump(mode="json")
+    for key, _, value in (each.partition("=") for each in choice.split()):
+        *sections, last = key.split(".")
+        section = reduce(dict.__getitem__, sections, changed)
+        section[last] = type(section[last])(float(value))
+    return Recipe.model_validate(changed)
+
+
 def tuning() -> Iterator[Trial]:
-    share, steps, seed = TUNED_IN
-    yield Trial("dev", "none", "pretrained", share, 0, 0, 0.0)
-    for recipe, rates in RATES.items():
-        yield from (Trial("dev", recipe, "trained", share, steps, seed, rate) for rate in rates)
+    share, steps = TUNED_IN
+    yield Trial("dev", "none", "pretrained", share, 0, 0, "none")
+    for study, recipe in itertools.product(STUDIES, SPACE):
+        for choice in choices(recipe, study):
+            yield Trial("dev", recipe, "trained", share, steps, study, choice)
 
 
-def testing(best: dict[str, float]) -> Iterator[Trial]:
-    """Untrained backbones first; then every cell. Only cells of the first seed have the control `shuffled`."""
-    yield from (Trial("test", "none", "pretrained", share, 0, 0, 0.0) for share in DETAIL_SHARES)
-    for cell, (recipe, rate) in itertools.product(cells(), best.items()):
-        for weights in ("trained", "drift", *(["shuffled"] if cell[2] == SEEDS[0] else [])):
-            yield Trial("test", recipe, weights, *cell, rate)
+def testing(best: dict[tuple[str, int], str]) -> Iterator[Trial]:
+    """Untrained backbones first; then every cell. Only cells of the first seed have controls."""
+    yield from (Trial(BENCHMARKS[1], "none", "pretrained", share, 0, 0, "none") for share in DETAIL_SHARES)
+    for cell, recipe in itertools.product(cells(), SPACE):
+        choice = best[recipe, STUDIES[SEEDS.index(cell[2])]]
+        for weights in ("trained", *(["drift", "shuffled"] if cell[2] == SEEDS[0] else [])):
+            yield Trial(BENCHMARKS[1], recipe, weights, *cell, choice)
 
 
-def best_rates(rows: pd.DataFrame) -> dict[str, float]:
-    """Each recipe's rate on the dev split: the most pairs right among the rates that keep zero-shot ability.
+def best_choices(rows: pd.DataFrame) -> dict[tuple[str, int], str]:
+    """What each study chooses for each recipe: the most pairs right on the dev split where zero-shot ability is kept.
 
-    Of equal rates, the smaller. If no rate keeps it, the one that loses least.
+    Of equals, the first of `choices`. If nothing keeps it, what loses least.
     """
-    dev = rows[rows.benchmark == "dev"].sort_values("rate")
+    dev = rows[rows.benchmark == "dev"]
     (before,) = dev[dev.weights == "pretrained"].zeroshot
     best = {}
-    for recipe in RATES:
-        own = dev[dev.recipe == recipe].set_index("rate")
+    for recipe, study in itertools.product(SPACE, STUDIES):
+        own = dev[(dev.recipe == recipe) & (dev.seed == study)].set_index("choice").loc[choices(recipe, study)]
         kept = own[own.zeroshot >= before - ALLOWED]
-        best[recipe] = float(kept.pairs_stock.idxmax() if len(kept) else own.zeroshot.idxmax())
+        best[recipe, study] = str(kept.pairs_stock.idxmax() if len(kept) else own.zeroshot.idxmax())
     return best
 
 
 class Assets:
     """The backbones, denoisers and images that the runs share, each made when first asked for."""
+
+    scratch = SCRATCH
 
     def __init__(self, p: params.Params, compute: torch.device) -> None:
         self.p, self.compute, self.processes = p, compute, Accelerator(cpu=compute.type == "cpu")
@@ -138,13 +182,14 @@ class Assets:
             and isinstance(profile.images, MiniImages)
             and isinstance(profile.mmvp_vlm, MiniMmvpVlm)
             and isinstance(profile.zeroshot_sets, MiniZeroshotSets)
+            and isinstance(profile.encoder, MiniEncoder)
         ):
             raise UserError("the experiment is one of the mini world. Set run.profile to mini in params.yaml.")
         self.source, self.section, self.images = source, profile.denoiser, profile.images
-        self.pairs, self.sets = profile.mmvp_vlm, profile.zeroshot_sets
+        self.pairs, self.sets, self.sharper = profile.mmvp_vlm, profile.zeroshot_sets, profile.encoder
 
     def backbone(self, share: float) -> Path:
-        folder = SCRATCH / f"backbone-{share}"
+        folder = self.scratch / f"backbone-{share}"
         if not folder.exists():
             text_tower = self.source.text_tower.model_copy(update={"detail_share": share})
             with atomic(folder) as (new,):
@@ -152,22 +197,30 @@ class Assets:
         return folder
 
     def denoiser(self, steps: int) -> Path:
-        folder = SCRATCH / f"denoiser-{steps}"
+        folder = self.scratch / f"denoiser-{steps}"
         if not folder.exists():
             with atomic(folder) as (new,):
                 denoiser_stage.make(self.section.model_copy(update={"steps": steps}), new, self.compute)
         return folder
 
+    def encoder(self) -> Path:
+        folder = self.scratch / "encoder"
+        if not folder.exists():
+            with atomic(folder) as (new,):
+                encoder_stage.make(self.sharper, new)
+        return folder
+
     def post_training(self, share: float) -> Shards:
-        folder, section = SCRATCH / f"images-{share}", self.p.profile.train
+        """The images, all of which have captions."""
+        folder, section = self.scratch / f"images-{share}", self.p.profile.train
         if not folder.exists():
             with atomic(folder) as (new,):
                 images_stage.mini(self.images.model_copy(update={"detail_share": share}), new)
-        return Shards(folder, section.max_undecodable, section.validation.images)
+        return Shards(folder, section.max_undecodable, section.validation.images, captioned=True)
 
     def benchmark(self, name: str) -> tuple[Path, Path]:
         """The folders of the pairs and of the sets of zero-shot ability."""
-        folder = SCRATCH / name
+        folder = self.scratch / name
         if not folder.exists():
             with atomic(folder) as (new,):
                 mmvp_vlm.make(new / "mmvp_vlm", self.pairs.pairs_per_pattern, name)
@@ -179,8 +232,8 @@ class Assets:
         original = self.backbone(run.detail_share)
         if run.weights == "pretrained":
             return original
-        key = f"{run.recipe}-{run.detail_share}-{run.denoiser_steps}-{run.seed}-{run.rate:g}"
-        folder = SCRATCH / f"{run.weights}-{key}"
+        key = f"{run.recipe}-{run.detail_share}-{run.denoiser_steps}-{run.seed}-{run.choice.replace(' ', '-')}"
+        folder = self.scratch / f"{run.weights}-{key}"
         if folder.exists():
             return folder
         trained = None
@@ -191,47 +244,54 @@ class Assets:
             with atomic(folder) as (new,):
                 drift_stage.drift(original, trained, run.seed, new)
             return folder
-        chosen = self.p.profile.recipes[run.recipe]
-        recipe = chosen.model_copy(update={"optimizer": chosen.optimizer.model_copy(update={"lr": run.rate})})
         with atomic(folder) as (new,):
-            self.train(run, original, recipe, trained / FITTED if trained else None, new)
+            self.train(run, original, trained / FITTED if trained else None, new)
         return folder
 
-    def train(self, run: Trial, original: Path, recipe: Recipe, fitted: Path | None, folder: Path) -> None:
+    def recipe(self, run: Trial) -> Recipe:
+        return chosen(self.p.profile.recipes[run.recipe], run.choice)
+
+    def train(self, run: Trial, original: Path, fitted: Path | None, folder: Path) -> None:
         """Write the model's folder; fitted: where a control starts from."""
-        section, own = self.p.profile.train, self.p.backbones[NAME].condition
+        recipe, section, own = self.recipe(run), self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.post_training(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
         losses = losses_of(run.recipe, recipe)
-        t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted)
+        encoder = FrozenEncoder.load(self.encoder()) if any(loss.encodes for loss in losses) else None
+        t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted, encoder)
         feedback = build_feedback(t, self.compute)
         curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
         checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
         end = train(t, feedback, curves, self.processes, checkpoint)
         remove(curves)
-        save_like(original, tuned(backbone), folder)
+        save_like(original, tuned_weights(backbone), folder)
         if not fitted:
             assert end.start
             save_fitted(feedback, end.start, folder / FITTED)
 
-    def score(self, run: Trial) -> dict[str, float]:
-        """The measures in %, all NaN where training came to numbers that are not finite."""
+    def score(self, run: Trial) -> dict[str, float | str]:
+        """The measures in %, and which pairs are right, a bit each, in hexadecimal digits; all NaN, and no digits,
+        where training came to numbers that are not finite."""
         pairs_folder, sets_folder = self.benchmark(run.benchmark)
         try:
             backbone = Backbone.load(self.trained(run)).to(self.compute)
         except NotFiniteError as error:
             print(f"{run}: {error}")
-            return dict.fromkeys(MEASURES, float("nan"))
+            return {**dict.fromkeys(MEASURES, float("nan")), RIGHT: ""}
         p, pooling = self.p.profile, self.p.backbones[NAME].published_pooling
         questions = read_mmvp_vlm(pairs_folder, self.pairs.pairs_per_pattern)
-        pairs, _, _ = mmvp.score(backbone, questions, pooling, p.mmvp, self.compute)
+        pairs, table, _ = mmvp.score(backbone, questions, pooling, p.mmvp, self.compute)
         sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)
-        found = headline(pairs, sets) | {"zeroshot_outside_bank": self.outside_bank(answers, run.benchmark)}
-        return {key: found[key] for key in MEASURES}
+        found = headline(pairs, sets) | {
+            "matching": pairs["matching"]["stock"]["average"],
+            "zeroshot_outside_bank": self.outside_bank(answers, run.benchmark),
+        }
+        right = table[table.pooling == "stock"].statement_to_image.to_numpy() > 0.5
+        return {**{key: found[key] for key in MEASURES}, RIGHT: np.packbits(right).tobytes().hex()}
 
     def outside_bank(self, answers: pd.DataFrame, set_name: str) -> float:
         """Zero-shot accuracy on the images whose object no prompt of the bank names, %."""
-        anchored = " ".join(self.p.profile.recipes[OURS].losses["self_distillation"]["prompts"])
+        anchored = " ".join(self.p.profile.recipes["text_anchored"].losses["self_distillation"]["prompts"])
         asked = answers[answers.measure == "accuracy"]
         objects = [world.OBJECTS[world.image(set_name, 1, int(i))[1][0]] for i in asked.image]
         outside = [name not in anchored.split() for name in objects]
@@ -254,8 +314,8 @@ def _start_worker(p: params.Params) -> None:
     _assets = Assets(p, deterministic_device())
 
 
-def _make(what: str, value: float | str) -> None:
-    getattr(_assets, what)(value)
+def _make(what: str, *values: float | str) -> None:
+    getattr(_assets, what)(*values)
 
 
 def _score(runs: list[Trial]) -> list[dict]:
@@ -283,7 +343,11 @@ def workers(p: params.Params) -> Iterator[ProcessPoolExecutor]:
 
 def read() -> pd.DataFrame:
     file = OUTPUT / "runs.csv"
-    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, *MEASURES])
+    return (
+        pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(MEASURES, ""))
+        if file.is_file()
+        else pd.DataFrame(columns=COLUMNS)
+    )
 
 
 def write(rows: pd.DataFrame) -> None:
@@ -301,15 +365,18 @@ def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Trial]) -> None:
             together.setdefault(cell, []).append(run)
     working = [pool.submit(_score, group) for group in together.values()]
     for work in progress(as_completed(working), "runs", len(working)):
-        write(pd.DataFrame([*read().to_dict("records"), *work.result()])[[*KEYS, *MEASURES]])
+        write(pd.DataFrame([*read().to_dict("records"), *work.result()])[COLUMNS])
 
 
 def gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """The test runs minus the same backbone before training, in points."""
-    test = rows[rows.benchmark == "test"]
-    before = test[test.recipe == "none"].set_index("detail_share")[list(MEASURES)]
+    """The test runs minus the same backbone before training, in points; `right`: of each pair, an array."""
+    test = rows[rows.benchmark == BENCHMARKS[1]]
+    answers = [100.0 * np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8)) for digits in test[RIGHT]]
+    longest = max(map(len, answers))  # no digits: of a run without finite numbers
+    test = test.assign(**{RIGHT: [each if len(each) else np.full(longest, np.nan) for each in answers]})
+    before = test[test.recipe == "none"].set_index("detail_share")[[*MEASURES, RIGHT]]
     after = test[test.recipe != "none"].copy()
-    after[list(MEASURES)] = after[list(MEASURES)].to_numpy() - before.loc[after.detail_share].to_numpy()
+    after[[*MEASURES, RIGHT]] = after[[*MEASURES, RIGHT]].to_numpy() - before.loc[after.detail_share].to_numpy()
     return after
 
 
@@ -317,33 +384,55 @@ def results(gained: pd.DataFrame) -> pd.DataFrame:
     """Mean gain of the cells, by recipe, weights and measure, with 95 % t intervals that answer two questions.
 
     new_*: what would other text towers give? The spread of the text towers' means. these_*: what would these give with
-    other denoisers and seeds? The spread of the cells of a text tower; NaN with a cell each. Neither holds the error
-    of the questions that were asked: all cells answer the same, and runs.csv has no single answers.
+    other denoisers, seeds and choices of settings? The spread of the cells of a text tower; NaN with a cell each. Those
+    of pairs_stock are of other pairs, too, and corrected_* are theirs at 1 - 5 % / COMPARISONS (Bonferroni), so that
+    all of them together hold with 95 %.
 
     Two kinds of weights are differences, cell by cell: `effect`, the recipe minus its mismatched-image control, and
-    `difference`, text_anchored minus the recipe.
+    `difference`, ours minus the recipe.
     """
-    keys, found = ["detail_share", "denoiser_steps", "seed"], []
-    ours = gained[(gained.recipe == OURS) & (gained.weights == "trained")].set_index(keys)[list(MEASURES)]
+    keys, found, values = ["detail_share", "denoiser_steps", "seed"], [], [*MEASURES, RIGHT]
+    ours = gained[(gained.recipe == OURS) & (gained.weights == "trained")].set_index(keys)[values]
     for recipe, own in gained.groupby("recipe", sort=False):
-        parts = dict(list(own.set_index(keys).groupby("weights", sort=False)))
+        parts = {weights: part.set_index(keys)[values] for weights, part in own.groupby("weights", sort=False)}
         if {"trained", "shuffled"} <= parts.keys():
-            shared = parts["shuffled"].index
-            parts["effect"] = parts["trained"].loc[shared, list(MEASURES)] - parts["shuffled"][list(MEASURES)]
+            parts["effect"] = parts["trained"].loc[parts["shuffled"].index] - parts["shuffled"]
         if recipe != OURS and len(ours):
-            parts["difference"] = ours - parts["trained"].loc[ours.index, list(MEASURES)]
+            parts["difference"] = ours - parts["trained"].loc[ours.index]
         for weights, part in parts.items():
             for measure in MEASURES:
-                new, these = over_groups([group.tolist() for _, group in part[measure].groupby("detail_share")])
-                rounded = (round(value, 2) for value in (*new, *these[1:]))
+                column = RIGHT if measure == "pairs_stock" else measure
+                towers = [np.stack(tower.to_list()) for _, tower in part[column].groupby("detail_share")]
+                answers = np.stack(towers)
+                new, these = over_groups(answers)
+                corrected, _ = over_groups(answers, 1 - (1 - CONFIDENCE) / COMPARISONS)
+                if measure != "pairs_stock":
+                    corrected = Interval(new.value, math.nan, math.nan)
+                rounded = (round(value, 2) for value in (*new, *these[1:], *corrected[1:]))
                 found.append((recipe, weights, measure, len(part), *rounded))
-    columns = ["recipe", "weights", "measure", "cells", "gain", "new_low", "new_high", "these_low", "these_high"]
-    return pd.DataFrame(found, columns=columns)
+    columns = ["gain", *(f"{which}_{end}" for which in ("new", "these", "corrected") for end in ("low", "high"))]
+    return pd.DataFrame(found, columns=["recipe", "weights", "measure", "cells", *columns])
 
 
-INTERVALS = """Gains in points. First interval: what other text towers would give (t interval over the means of these).
-Second: what these text towers would give with other denoisers and seeds (t interval within them; none where a tower has
-one cell). All cells answer the same questions, and no answer is kept by question, so their error is in neither.
+def tuned(rows: pd.DataFrame) -> str:
+    """What the studies chose, and how far their choices lie apart on the dev split."""
+    best, dev = best_choices(rows), rows[rows.benchmark == "dev"]
+    (before,) = dev[dev.weights == "pretrained"].pairs_stock
+    lines = [f"| recipe | {' | '.join(f'study {i + 1}' for i in range(len(STUDIES)))} | pairs, dev | range |"]
+    lines += ["|---" * (3 + len(STUDIES)) + "|"]
+    for recipe in SPACE:
+        own = dev[dev.recipe == recipe].set_index(["seed", "choice"]).pairs_stock - before
+        gained = [own[study, best[recipe, study]] for study in STUDIES]
+        texts = [f"`{best[recipe, study]}`" for study in STUDIES]
+        spread = f"{min(gained):+.1f} to {max(gained):+.1f}"
+        lines.append(f"| {recipe} | {' | '.join(texts)} | {np.mean(gained):+.1f} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+INTERVALS = f"""Gains in points. First interval: what other text towers would give (t interval over the means of these).
+Second: what these text towers would give with other denoisers, seeds and studies (t interval within them; none where a
+tower has one cell). Those of pairs_stock are of other pairs, too; the third is the first, corrected for {COMPARISONS}
+comparisons.
 """
 
 
@@ -354,10 +443,11 @@ def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
     for (recipe, weights), own in table.groupby(["recipe", "weights"], sort=False):
         texts = []
         for row in own.itertuples():
-            these = Interval(row.gain, row.these_low, row.these_high).text().partition(" ")[2]
-            texts.append(
-                Interval(row.gain, row.new_low, row.new_high).text() + f" {these}" * (row.these_low == row.these_low)
-            )
+            text = Interval(row.gain, row.new_low, row.new_high).text()
+            for low, high in ((row.these_low, row.these_high), (row.corrected_low, row.corrected_high)):
+                if not math.isnan(low):
+                    text += " " + Interval(row.gain, low, high).text().partition(" ")[2]
+            texts.append(text)
         lines.append(f"| {recipe} | {weights} | {own.cells.iloc[0]} | {' | '.join(texts)} |")
     shares = sorted(set(gained.detail_share), reverse=True)
     texts = [f"{100 * share:.0f} % of captions detailed" for share in shares]
@@ -393,18 +483,18 @@ def main() -> None:
     with workers(p) as pool:
         made = [pool.submit(_make, "denoiser", steps) for steps in sorted(DENOISER_STEPS, reverse=True)]
         made += [pool.submit(_make, "backbone", share) for share in DETAIL_SHARES]
+        made += [pool.submit(_make, "encoder")]
         made += [pool.submit(_make, "benchmark", name) for name in BENCHMARKS]
-        for work in progress(as_completed(made), "denoisers, backbones, benchmarks", len(made)):
+        for work in progress(as_completed(made), "denoisers, backbones, encoder, benchmarks", len(made)):
             work.result()
         carry_out(pool, tuning())
-        best = best_rates(read())
-        print(f"rates chosen on the dev split: {best}")
-        carry_out(pool, testing(best))
+        print(tuned(read()))
+        carry_out(pool, testing(best_choices(read())))
     gained = gains(read())
     table = results(gained)
     with atomic(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         table.to_csv(csv, index=False)
-        md.write_text(markdown(table, gained), encoding="utf-8")
+        md.write_text(f"{tuned(read())}\n{markdown(table, gained)}", encoding="utf-8")
         figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})
     print(markdown(table, gained))
 

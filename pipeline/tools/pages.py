@@ -175,7 +175,7 @@ BLOCKS = {
     "denoiser": denoiser,
     "sensitivity": sensitivity,
     "backbones": backbones,
-    "experiment": lambda: tables(text(Path("metrics/recipes/results.md"))),
+    "second experiment": lambda: tables(text(Path("metrics/recipes/second/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
     "bench": training_speed,
     "scoring speed": scoring_speed,
