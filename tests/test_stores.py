@@ -1,4 +1,4 @@
-"""Shards on real servers: the same images as from local tars by nginx's https and moto's s3; faults told, by nginx.
+"""Shards on real servers, nginx's https and moto's s3: the same images as from local tars, and every fault told.
 
 They listen on 127.0.0.1 and run where they are installed (`apt-get install nginx openssl`, `pip install
 'moto[server]' s3fs`, which the pipeline does not need).
@@ -7,6 +7,7 @@ They listen on 127.0.0.1 and run where they are installed (`apt-get install ngin
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,12 +27,12 @@ from pipeline.data.shards import Shards
 
 pytestmark = pytest.mark.exhaustive
 READ = """
-import hashlib, sys
+import hashlib, os, sys
 from pathlib import Path
 from pipeline.core.stages import UserError
 from pipeline.data import remote
 from pipeline.data.shards import Shards
-remote.WAIT = 0.0
+remote.WAIT, remote.PATIENCE = 0.0, float(os.environ["PATIENCE"])
 shards = Shards(Path("data/images"))
 try:
     samples = [shards.read(*shards.place(7, number)) for number in range(len(shards))]
@@ -51,8 +52,10 @@ class Store:
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
 
-    def reading(self) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", **self.environment}
+    def reading(self, patience: float = 60.0) -> subprocess.Popen[str]:
+        """Start a process that reads all images. patience: its limit of a silent server, in seconds."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "PATIENCE": str(patience)}
+        environment |= self.environment
         command = [sys.executable, "-c", READ]
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
@@ -95,13 +98,14 @@ def nginx(local: Path) -> Store:  # noqa: F811
             server {{
                 listen 127.0.0.1:{port} ssl; root {local};
                 ssl_certificate {root}/certificate; ssl_certificate_key {root}/key;
+                location /slow/ {{ alias {local}/; limit_rate 4k; }}
             }}
         }}
     """)
     process = served(["nginx", "-e", "stderr", "-c", f"{root}/nginx.conf"], port, {}, root / "log")
 
     def put(name: str, content: bytes | None) -> None:
-        (local / name).unlink()
+        (local / name).unlink(missing_ok=True)
         if content is not None:
             (local / name).write_bytes(content)
 
@@ -157,7 +161,6 @@ def test_the_same_images_in_the_same_order(store: Store, local: Path) -> None:  
     assert (read, said) == (wanted(local), "")
 
 
-@pytest.mark.parametrize("store", [nginx], ids=["nginx"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -180,10 +183,36 @@ def test_what_is_not_as_the_index_says_is_refused_and_what_is_put_back_is_read(
     assert process.returncode == 1
     assert f"error: {store.at}/{said}" in printed
     assert printed.count("Fetching it again") == (0 if "does not exist" in said else 4)
-    (local / "00002.tar").unlink(missing_ok=True)
-    (local / "00002.tar").touch()
     store.put("00002.tar", content)
     assert store.reading().communicate() == (expected, "")
+
+
+def test_a_silent_server_is_asked_five_times_and_its_return_is_noticed(store: Store, local: Path) -> None:  # noqa: F811
+    """It is stopped, so its port takes connections that nobody answers."""
+    os.killpg(store.process.pid, signal.SIGSTOP)
+    process = store.reading(patience=0.5)
+    _, printed = process.communicate()
+    assert process.returncode == 1
+    assert "could not be fetched in 5 tries" in printed
+    assert "no shard is skipped" in printed
+    assert printed.count("Fetching it again, try 5 of 5") > 0
+
+    process = store.reading(patience=2.0)
+    assert process.stderr
+    assert "try 2 of 5" in process.stderr.readline()
+    os.killpg(store.process.pid, signal.SIGCONT)
+    read, _ = process.communicate()
+    assert (process.returncode, read) == (0, wanted(local))
+
+
+@pytest.mark.parametrize("store", [nginx], ids=["nginx"], indirect=True)
+def test_a_server_that_is_too_slow_is_asked_five_times(store: Store, local: Path) -> None:  # noqa: F811
+    indexed(local, f"{store.at}/slow")
+    process = store.reading(patience=2.0)
+    _, printed = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"could not be fetched in 5 tries \(TimeoutError: received only \d+ of \d+ bytes in \d s", printed)
+    assert "Fetching it again, try 5 of 5" in printed
 
 
 @pytest.mark.parametrize("store", [nginx], ids=["nginx"], indirect=True)
