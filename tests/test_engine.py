@@ -38,7 +38,7 @@ from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.train import Train
-from pipeline.tools import bench
+from pipeline.tools import bench, growth
 
 EXHAUSTIVE = pytest.mark.exhaustive
 RULE = TokenRule("random", 5)
@@ -583,4 +583,20 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     (written,) = Path("metrics/bench").glob("loader-*.json")
     figures = json.loads(written.read_text())
     assert figures["threads_1"]["images"] == 160
+    assert not bench.SCRATCH.exists()
+
+
+@pytest.mark.exhaustive
+def test_the_bench_measures_growth(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images made up: 400 to 4,000, ten in a shard."""
+    monkeypatch.setattr(growth, "MILLIONS", (0.0004, 0.001, 0.004))
+    write_params(**{"profiles.paper.recipes.diva.batch": 8})
+    run(bench, "growth", "--images", "10")
+    (written,) = Path("metrics/bench").glob("growth-*.json")
+    figures = json.loads(written.read_text())
+    for millions in growth.MILLIONS:
+        of = figures[f"{millions}_million"]
+        assert 0 <= of["index_seconds"] <= of["seconds_to_start"]
+        assert of["seconds_to_resume"] > 0
+    assert figures["by_the_line"].keys() == {"index_mb", "index_seconds"}
     assert not bench.SCRATCH.exists()

@@ -2,6 +2,7 @@
 
     python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
     python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
+    python -m pipeline.tools.bench growth               the loader by millions of images: seconds to start, and memory
     python -m pipeline.tools.bench scoring --images N --rounds R    zero-shot scoring beside clip_benchmark's program
     python -m pipeline.tools.bench mllm segmentation    these at true size; writes downstream.json
 
@@ -61,6 +62,7 @@ from pipeline.sections.params import Params
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.train import Train
 from pipeline.tools import true_size
+from pipeline.tools.growth import growth
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
@@ -482,21 +484,22 @@ def main(*arguments: str) -> None:
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT")
     parser.add_argument("--rounds", type=int, help="by default 8, of scoring 2")
     parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--images", type=int, help="by default 100,000, of scoring 20,000")
+    parser.add_argument("--images", type=int, help="by default 100,000, of scoring 20,000, of growth 5,000 in a shard")
     asked = parser.parse_args(arguments)
     p, compute = params.load(), deterministic_device()
     gpu = compute.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"{cpus()} CPU cores"
     stem = machine.lower().replace(" ", "-")
     try:
-        if asked.subjects in (["loader"], ["scoring"]):
+        alone: dict[str, Callable[[], dict[str, Any]]] = {
+            "loader": lambda: loader(p, asked.images or 100_000),
+            "growth": lambda: growth(p, photo_shards(p.profiles["paper"].train.size, asked.images or 5000)),
+            "scoring": lambda: scoring(p, asked.images or 20_000, asked.rounds or 2, compute),
+        }
+        if len(asked.subjects) == 1 and asked.subjects[0] in alone:
             (what,) = asked.subjects
             with atomic(OUTPUT / f"{what}-{stem}.json") as (file,):
-                if what == "loader":
-                    result = loader(p, asked.images or 100_000)
-                else:
-                    result = scoring(p, asked.images or 20_000, asked.rounds or 2, compute)
-                result = {"machine": machine, "torch": torch.__version__, **result}
+                result = {"machine": machine, "torch": torch.__version__, **alone[what]()}
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
