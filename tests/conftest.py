@@ -14,9 +14,9 @@ from filelock import FileLock
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is exhaustive is slow, too."""
+    """What is exhaustive is slow, too, and so is what needs a folder in which every stage has run."""
     for item in items:
-        if item.get_closest_marker("exhaustive"):
+        if item.get_closest_marker("exhaustive") or "finished" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
 

@@ -67,11 +67,9 @@ EDITS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("weights", [("pretrained", "diva")], ids=[2], indirect=True)
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "a comment in core" else pytest.param(name, marks=pytest.mark.exhaustive) for name in EDITS],
-)
+@pytest.mark.parametrize("name", EDITS)
 def test_an_edit_runs_what_it_touches(reproduced: Clone, tmp_path: Path, name: str) -> None:  # noqa: F811
     edit, expected = EDITS[name]
     clone = reproduced.copy(tmp_path / "clone")

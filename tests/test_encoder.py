@@ -262,13 +262,15 @@ def test_only_recipes_whose_losses_read_it_need_one(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encodes", [True, False])
-def test_memory_is_tried_with_the_encoder_where_it_is_read(encodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recipe", "expected"), [("kernel", [2, 2]), ("diva", [])])
+def test_memory_is_tried_with_the_encoder_where_it_is_read(
+    recipe: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of two steps, on the images of a micro-batch."""
     write_params()
-    monkeypatch.setattr(Denoise, "encodes", encodes)
     shown, forward = list[int](), FrozenEncoder.forward
     monkeypatch.setattr(
         FrozenEncoder, "forward", lambda self, images: shown.append(len(images)) or forward(self, images)
     )
-    trial.check(params.load(), "mini", "diva", torch.device("cpu"))
-    assert shown == [2] * encodes  # the micro-batch
+    trial.check(params.load(), "mini", recipe, torch.device("cpu"))
+    assert shown == expected

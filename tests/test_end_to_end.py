@@ -160,6 +160,7 @@ def test_every_verb_of_dvc_ends_well(reproduced: Clone, tmp_path: Path) -> None:
     reproduced.copy(tmp_path / "clone").use_every_verb(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_refused_run_of_profile_paper_leaves_mini_s_files(reproduced: Clone, tmp_path: Path) -> None:
     """The README's command, on a machine that reaches no server."""
     clone, made = reproduced.copy(tmp_path / "clone"), ("data/mini", "models/mini", "metrics/mini")

@@ -47,7 +47,7 @@ def test_the_report_is_the_same(here: Path, locale: dict[str, str]) -> None:
     assert "é, → and 像".encode() in (METRICS / "report.html").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_library_reads_the_same_class_names(here: Path, locale: dict[str, str]) -> None:
     file = Path("data/mini/zeroshot/wds/objects/classnames.txt")
     first, rest = file.read_text(encoding="utf-8").split("\n", 1)

@@ -183,7 +183,9 @@ def test_a_recipe_is_what_differs_from_the_base(file: Path) -> None:
         change(file, key, value)
     recipes = params.load(file).profile.recipes
     assert {name: recipe.steps for name, recipe in recipes.items()} == dict.fromkeys(recipes, 7)
-    assert {name: recipe.batch for name, recipe in recipes.items()} == dict.fromkeys(recipes, 32) | {"diva": 9}
+    assert {name: recipe.batch for name, recipe in recipes.items()} == dict.fromkeys(recipes, 32) | {
+        "diva": 9, "reranked": 16
+    }  # fmt: skip
     assert recipes["two_stage"].losses == {"denoise": {"weight": 2.0}}
     assert recipes["contrastive"].losses.keys() == {"info_nce"}  # a key as a whole takes the base's place
     change(file, f"{BASE}.steps", "many")
