@@ -11,6 +11,7 @@ import timm
 import torch
 import yaml
 from hub import COMMIT, Hub
+from noting import idle, taken
 from safetensors.torch import load_file
 from shrunk import DATA, METRICS, SHRUNK, run, write_params
 from timm.models._hub import save_for_hf
@@ -197,7 +198,9 @@ def test_a_published_encoder_is_shown_fetched_and_checked(
     assert pins["download"] == {
         "at": f"hf://timm/tiny@{COMMIT}", "files": {"config.json": None, "model.safetensors": None}, "match": []
     }  # fmt: skip
+    taken.clear()
     run(encoder, "diva")
+    assert not idle("encoder")  # it declares nothing in vain
     assert load_file(FOLDER / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
     images = pixels(2, 64, 64)
     assert torch.equal(FrozenEncoder.load(FOLDER)(images), FrozenEncoder.load(tiny)(images))
