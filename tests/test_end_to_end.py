@@ -161,6 +161,19 @@ def test_every_verb_of_dvc_ends_well(reproduced: Clone, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+def test_clones_that_share_a_cache_take_over_what_no_lock_has(reproduced: Clone, tmp_path: Path) -> None:
+    """By DVC's record of runs, after `dvc commit --force`; the commit that the new clone has knows of no run."""
+    clone, fresh = reproduced.copy(tmp_path / "clone"), Clone(tmp_path / "fresh")
+    clone.run("git", "clone", "--quiet", ".", str(fresh.root))
+    assert not any((fresh.root / lock).exists() for lock in LOCKS)
+    fresh.run("dvc", "cache", "dir", "--local", str(clone.root / ".dvc/cache"))
+    always = {"zeroshot_sets", "report"}  # DVC records no stage with an output that persists
+    assert set(stages_run(fresh.run("dvc", "repro"))) == always
+    made = clone.md5()
+    assert fresh.md5() == made | {path: md5 for path, md5 in fresh.md5().items() if path not in made}
+
+
+@pytest.mark.exhaustive
 def test_a_refused_run_of_profile_paper_leaves_mini_s_files(reproduced: Clone, tmp_path: Path) -> None:
     """The README's command, on a machine that reaches no server."""
     clone, made = reproduced.copy(tmp_path / "clone"), ("data/mini", "models/mini", "metrics/mini")
