@@ -22,7 +22,7 @@ SLURM = ROOT / "tests/slurm.sh"
 LAUNCH = ROOT / "pipeline/launch"
 HANG = 1500  # seconds: only a hang takes as long
 TRAIN = "pipeline/dvc.yaml:train@mini-diva"
-INPUTS = ("input@images", "input@denoiser", "backbone@mini")
+INPUTS = ("input@images", "input@denoiser", "encoder@diva", "backbone@mini")
 
 
 def launched_by(clone: Clone, train: str, processes: int = 1) -> None:
