@@ -13,6 +13,7 @@ by all GPUs of the machine. A training that was stopped goes on from its checkpo
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,9 +74,10 @@ def reads(vision) -> str:
 
 
 def score(
-    backbone: Backbone, root: Path, p: Mllm, compute: torch.device, checkpoint: Path | None = None
-) -> tuple[dict, pd.DataFrame]:
-    """(scores.json, the table of samples), the same in all processes."""
+    backbone: Backbone, root: Path, p: Mllm, compute: torch.device, checkpoint: Path | None = None,
+    keep: Callable[[Llava], None] | None = None,
+) -> tuple[dict, pd.DataFrame]:  # fmt: skip
+    """(scores.json, the table of samples), the same in all processes. keep: gets every seed's model when trained."""
     processes = PartialState(cpu=compute.type == "cpu")
     if least := next((phase.batch for phase in p.phases if phase.batch < processes.num_processes), None):
         raise UserError(f"mllm.phases has a batch of {least}, too few for {processes.num_processes} GPUs. Raise it.")
@@ -104,6 +106,8 @@ def score(
             }
             tokens = {name: _tokens(backbone, vision, images, p) for name, images in of_images.items()}
         _train(own, number, p, {name: each for name, (_, each) in learnt.items()}, tokens, kept)
+        if keep:
+            keep(own)
         right = {name: own.answers(questions, tokens[name], prompt) for name, (_, _, questions) in tests.items()}
         kept.finish(right)
         del own

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -13,10 +16,12 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from shrunk import METRICS, ROOT, run
+from PIL import Image
+from shrunk import METRICS, MODELS, ROOT, SHRUNK, run, write_params
 from test_segmentation import png
 from torch import nn
 from transformers import (
+    AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
@@ -33,6 +38,7 @@ from pipeline.core.compute import generator
 from pipeline.core.stages import UserError
 from pipeline.evidence import downstream, statistics
 from pipeline.sections import params
+from pipeline.tools import llava
 
 CPU = torch.device("cpu")
 TURNS = (("what is it ?", "a cat"),), (("what is it ?", "a big dog"),)
@@ -335,6 +341,93 @@ def test_the_stages_ask_score_and_repeat_themselves() -> None:
     found = downstream.read("mini", "mini", "pretrained", ["mmvp", "mllm"])
     assert found.keys() == {"small LLaVA: pairs (questions)"}
     assert found["small LLaVA: pairs (questions)"].answers.shape == (2, 18)
+
+
+def asked_of_the_folder(folder: Path, images: list[Image.Image], questions: list[Choice]) -> list[bool]:
+    """Whether each question is answered right, as anybody would ask a LLaVA of transformers: by prompt and loss."""
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    right = []
+    for q in questions:
+        losses = []
+        for option in q.options:
+            turns = [{"role": "user", "content": f"<image>\n{q.text}"}, {"role": "assistant", "content": option}]
+            text = processor.tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+            inputs = processor(text=text, images=images[q.image], return_tensors="pt")
+            labels = inputs.input_ids.clone()
+            labels[:, : -len(processor.tokenizer(option).input_ids) - 1] = -100  # the option and its end are learnt
+            losses.append(float(model(**inputs, labels=labels).loss))
+        right.append(losses.index(min(losses)) == q.answer)
+    return right
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_the_saved_llava_answers_as_the_benchmark_says() -> None:
+    run(mllm_sets)
+    run(mllm, "mini", "pretrained")
+    run(llava, "mini", "pretrained")
+    folder = MODELS / "llava/mini-pretrained"
+    assert not list(folder.parent.glob(".*.checkpoint"))
+    images, questions = sets.read_test(Path("data/mini/mllm"), "test", "pair")
+    right = asked_of_the_folder(folder, [sets.decoded(image) for image in images], questions)
+    table = pd.read_parquet(METRICS / "scores/mllm/mini-pretrained/right.parquet")
+    pairs = [float(first and second) for first, second in zip(right[::2], right[1::2], strict=True)]
+    assert pairs == table[table.seed == 0].right.tolist()
+
+
+LMMS_EVAL = shutil.which("lmms-eval")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not LMMS_EVAL, reason="no lmms-eval in PATH (its environment: pipeline/launch/lmms-eval.lock)")
+@pytest.mark.usefixtures("here")
+def test_lmms_eval_gets_the_saved_llava_s_answers(tmp_path: Path) -> None:
+    phase = {**SHRUNK["profiles.mini.mllm"]["phases"][0], "steps": 150}  # after two, all answers are the same
+    write_params(**{"profiles.mini.mllm": {**SHRUNK["profiles.mini.mllm"], "phases": [phase]}})
+    run(mllm_sets)
+    run(llava, "mini", "pretrained")
+    folder = MODELS / "llava/mini-pretrained"
+    images, questions = sets.read_test(Path("data/mini/mllm"), "test", "pair")
+    rows = [(images[q.image].read(), q.text, q.options[q.answer]) for q in questions]
+    pd.DataFrame(rows, columns=["image", "question", "answer"]).to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "details.yaml").write_text(
+        f"""
+task: details
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {tmp_path}/test.parquet}}}}
+test_split: test
+output_type: generate_until
+generation_kwargs: {{max_new_tokens: 4}}
+doc_to_visual: !function details.visual
+doc_to_text: question
+doc_to_target: answer
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+    )
+    (tmp_path / "details.py").write_text(
+        "import io\nfrom PIL import Image\n\n"
+        "def visual(doc):\n    return [Image.open(io.BytesIO(doc['image'])).convert('RGB')]\n"
+    )
+    command = [LMMS_EVAL, "eval", "--model", "llava_hf", "--model_args"]
+    command += [f"pretrained={folder.resolve()},device=cpu,device_map=cpu", "--tasks", "details", "--include_path"]
+    command += [tmp_path, "--batch_size", "1", "--output_path", tmp_path / "out", "--log_samples"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run(command, env=environment, check=True)
+    (found,) = tmp_path.glob("out/*/*_samples_details.jsonl")
+    answers = [json.loads(line)["filtered_resps"] for line in found.read_text(encoding="utf-8").splitlines()]
+
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    wanted = []
+    for q in questions:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}]
+        text = processor.apply_chat_template(asked, add_generation_prompt=True)
+        inputs = processor(text=text, images=sets.decoded(images[q.image]), return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        wanted.append(processor.decode(ids, skip_special_tokens=True))
+    assert answers == wanted
+    assert len({*answers}) > 1
 
 
 # The interval over seeds and answers

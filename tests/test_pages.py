@@ -191,6 +191,8 @@ def test_every_command_is_of_a_program_that_is_checked() -> None:
                     "status",
                     "pull",
                     "push",
+                    "commit",
+                    "cache dir",
                     "remote add",
                     "exp run",
                     "exp show",

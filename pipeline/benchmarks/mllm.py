@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -283,6 +284,32 @@ def _trainable(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 def prompted(prompt: str, question: str) -> str:
     return prompt.replace("{question}", question)
+
+
+def chat_template(prompt: str) -> str:
+    """One question and its answer, as they were learnt: nothing between the image and the prompt.
+
+    A message is a text, in which lmms-eval writes `<image>` and a line break first, or a list of parts.
+    """
+    before, _, after = prompt.partition("{question}")
+    return (
+        "{% for message in messages %}{% set text = message.content if message.content is string else "
+        "message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+        "{% if message.role == 'user' %}"
+        f"{{{{ (bos_token or '') + '<image>' + {before!r} + text.replace('<image>', '').strip() + {after!r} }}}}"
+        "{% else %}{{ ' ' + text + eos_token }}{% endif %}{% endfor %}"
+    )
+
+
+def save(llava: Llava, image_processor: Any, prompt: str, folder: Path) -> None:
+    """Write a folder of transformers: LlavaForConditionalGeneration, LlavaProcessor and the prompt as a template."""
+    llava.model.save_pretrained(folder)
+    vision = llava.model.model.vision_tower
+    LlavaProcessor(
+        image_processor, llava.tok, patch_size=vision.config.patch_size,
+        vision_feature_select_strategy=selects(vision), num_additional_image_tokens=int(selects(vision) == "default"),
+        chat_template=chat_template(prompt),
+    ).save_pretrained(folder)  # fmt: skip
 
 
 class Fit:
