@@ -51,14 +51,14 @@ def test_the_test_has_every_recipe_and_control_of_the_plan_and_no_seed_of_the_tu
     tuning = list(experiment.tuning())
     assert {run.benchmark for run in tuning} == {"dev"}
     assert Counter((run.recipe, run.seed) for run in tuning) == {
-        ("none", 0): 1, **{(recipe, study): 4 for recipe in experiment.SPACE for study in experiment.STUDIES}
+        ("none", 0): 1, **{(recipe, study): 3 for recipe in experiment.SPACE for study in experiment.STUDIES}
     }  # fmt: skip
     assert {run.seed for run in tuning}.isdisjoint(run.seed for run in runs if run.weights == "trained")
 
 
 def test_every_space_has_as_many_settings_and_its_recipe_takes_each() -> None:
     recipes = params.load(ROOT / "params.yaml").profile.recipes
-    assert experiment.SPACE.keys() == recipes.keys()
+    assert experiment.SPACE.keys() <= recipes.keys()
     for recipe, space in experiment.SPACE.items():
         assert [len(values) for values in space.values()] == [5, 3]
         tried = {study: experiment.choices(recipe, study) for study in experiment.STUDIES}
@@ -67,7 +67,7 @@ def test_every_space_has_as_many_settings_and_its_recipe_takes_each() -> None:
             found = experiment.chosen(recipes[recipe], choice).model_dump()
             for key, _, value in (each.partition("=") for each in choice.split()):
                 assert reduce(dict.__getitem__, key.split("."), found) == float(value)
-    assert experiment.chosen(recipes["two_stage"], "trained.rank=4").trained.rank == 4
+    assert experiment.chosen(recipes["two_stage"], "trained.rank=4").trained.rank == 4  # a whole number
 
 
 def rows(values: dict[Trial, dict[str, float]]) -> pd.DataFrame:
@@ -91,9 +91,9 @@ def test_a_study_keeps_the_setting_with_the_most_dev_pairs_that_keeps_zero_shot_
             found[test] = {"pairs_stock": 50.0 + (one.seed == 12), "zeroshot": 90.0}  # is not looked at
         return {places[(*key, choice)] for key, choice in experiment.best_choices(rows(found)).items()}
 
-    assert best(lambda i: [(50, 90), (60, 89.5), (70, 89.4), (55, 90)][i]) == {1}  # 0.5 points are allowed
+    assert best(lambda i: [(55, 90), (60, 89.5), (70, 89.4)][i]) == {1}  # 0.5 points are allowed
     assert best(lambda i: (50, 90)) == {0}
-    assert best(lambda i: (50 + i, [80, 86, 82, 85][i])) == {1}
+    assert best(lambda i: (50 + i, [80, 86, 82][i])) == {1}
 
 
 def right(*pairs: int) -> str:
@@ -124,7 +124,7 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     assert pairs.gain == pytest.approx(100 * (2 - 1 + 1 / 3) / 8, abs=0.005)  # of pairs, not of their average
     answers = np.array([[100, 100, 0, -100, 0, 0, 0, 100 * (cell[2] == 2)] for cell in experiment.cells()])
     new, these = over_groups(answers.reshape(3, 3, 8))
-    wider, _ = over_groups(answers.reshape(3, 3, 8), 1 - 0.05 / 13)
+    wider, _ = over_groups(answers.reshape(3, 3, 8), 1 - 0.05 / 9)
     assert pairs[["new_low", "these_low", "corrected_low"]].tolist() == [
         pytest.approx(found.low, abs=0.005) for found in (new, these, wider)
     ]
