@@ -65,6 +65,14 @@ def test_a_claim_holds_where_both_tests_say_so(capsys: pytest.CaptureFixture) ->
     ladder.judge("own", found, beside)
 
 
+def test_the_table_says_whether_a_claim_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for claim, word in ((2.0, "yes"), (3.1, "no")):
+        write(claim=claim)
+        rows(*HELD).to_csv(ENTRIES / "own.csv", index=False)
+        assert f"| `own` | nothing | {claim:g} | {word} | 5 | +3.1 |" in ladder.markdown()
+
+
 def test_seeds_that_agree_in_everything_are_compared_as_they_are() -> None:
     found = Entry.model_validate(ENTRY)
     ladder.judge("own", found, rows([33.0] * 5, [90.0] * 5))
@@ -140,7 +148,7 @@ def test_an_interrupted_entry_goes_on_and_made_again_has_the_same_log(
     assert first.to_string(index=False) in capsys.readouterr().out
     assert not FrozenWorld.scratch.exists()
     run(ladder)
-    assert "| `own` | nothing | 99 | 5 |" in capsys.readouterr().out
+    assert "| `own` | nothing | 99 | no | 5 |" in capsys.readouterr().out
 
 
 def test_the_set_of_the_ladder_is_no_other_set() -> None:

@@ -166,6 +166,13 @@ def training_speed() -> str:
     return "\n\n".join(text(file).strip() for file in sorted(Path("metrics/bench").glob("*.md")))
 
 
+def ladder() -> str:
+    """Every entry with a log."""
+    from pipeline.tools.ladder import markdown  # not above: it needs all that trains
+
+    return markdown().strip()
+
+
 BLOCKS = {
     "result": result,
     "evidence": lambda: tables(backbone_part()),
@@ -175,6 +182,7 @@ BLOCKS = {
     "denoiser": denoiser,
     "sensitivity": sensitivity,
     "backbones": backbones,
+    "ladder": ladder,
     "second experiment": lambda: tables(text(Path("metrics/recipes/second/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
     "bench": training_speed,
