@@ -362,7 +362,12 @@ def asked_of_the_folder(folder: Path, images: list[Image.Image], questions: list
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_the_saved_llava_answers_as_the_benchmark_says() -> None:
+def test_the_saved_llava_answers_as_the_benchmark_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(llava, "mini", "pretrained")
+    assert (
+        "data/mini/mllm does not exist. Name mllm in run.benchmarks and run.benchmark_sets" in capsys.readouterr().err
+    )
     run(mllm_sets)
     run(mllm, "mini", "pretrained")
     run(llava, "mini", "pretrained")

@@ -32,6 +32,11 @@ def main(backbone: str, weights: str) -> None:
     clip, data = Backbone.load(Path("models", profile, weights, backbone)), Path("data", profile, "mllm")
     output = Path("models", profile, "llava", f"{backbone}-{weights}")
     checkpoint = output.with_name(f".{output.name}.checkpoint")
+    if not data.is_dir():
+        raise UserError(
+            f"{data} does not exist. Name mllm in run.benchmarks and run.benchmark_sets of params.yaml, then "
+            "`dvc repro pipeline/dvc.yaml:benchmark_sets@mllm`."
+        )
     writes = PartialState(cpu=compute.type == "cpu").is_main_process
     with atomic(output) if writes else nullcontext((output,)) as (folder,):
         keep = (lambda llava: save(llava, image_processor(clip), section.phases[-1].prompt, folder)) if writes else None
