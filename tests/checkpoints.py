@@ -17,6 +17,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import register_model
+from timm.models._hub import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -236,7 +237,8 @@ def shard(first: int, count: int) -> bytes:
     """One tar of the mirror of CC3M."""
     members = {}
     for i in range(first, first + count):
-        members |= {f"{i:09d}.jpg": jpeg(i, 128), f"{i:09d}.txt": b"a thing", f"{i:09d}.json": b'{"key": "x"}'}
+        caption = f"a thing, number {i}".encode()
+        members |= {f"{i:09d}.jpg": jpeg(i, 128), f"{i:09d}.txt": caption, f"{i:09d}.json": b'{"key": "x"}'}
     return tar(members)
 
 
@@ -258,3 +260,15 @@ def retrieval_set(count: int) -> dict[str, bytes]:
     for i in range(count):
         members |= {f"{i:05d}.jpg": jpeg(i), f"{i:05d}.txt": f"{i} dots\n{i} points".encode()}
     return {"test/0.tar": tar(members), "test/nshards.txt": b"1", "dataset_type.txt": b"retrieval"}
+
+
+def vision_transformer(folder: Path) -> Path:
+    """A small vision transformer as timm's authors publish theirs, of 28 px, with statistics of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2, num_classes=0,
+            init_values=1e-5, pretrained_cfg_overlay={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+        )  # fmt: skip
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return folder

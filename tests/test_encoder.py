@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import timm
 import torch
@@ -14,7 +15,6 @@ from hub import COMMIT, Hub
 from noting import idle, taken
 from safetensors.torch import load_file
 from shrunk import DATA, METRICS, SHRUNK, run, write_params
-from timm.models._hub import save_for_hf
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
@@ -47,15 +47,7 @@ def _needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A small vision transformer as timm's authors publish theirs, of 28 px, with statistics of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(
-            "vit_tiny_patch16_224", img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2, num_classes=0,
-            init_values=1e-5, pretrained_cfg_overlay={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-        )  # fmt: skip
-    save_for_hf(model, str(tmp_path / "published"), safe_serialization=True)
-    return tmp_path / "published"
+    return checkpoints.vision_transformer(tmp_path / "published")
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from pipeline import backbone as backbone_stage
 from pipeline import (
     checkpoint,
     drift,
+    encoder,
     export,
     images,
     mmvp,
@@ -269,11 +270,13 @@ def test_an_unknown_architecture_is_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def hub(formats: dict) -> Iterator[Hub]:
+def hub(formats: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """Everything that the paper profile fetches, tiny."""
     with Hub() as hub:
         hub.add_files("/clip", {"ViT-L-14.pt": formats["OpenAI's archive"][1].read_bytes()})
         hub.add_files("/metaclip", {"l14_fullcc2.5b.pt": formats["MetaCLIP's .pt"][1].read_bytes()})
+        encoder_folder = checkpoints.vision_transformer(tmp_path_factory.mktemp("encoder") / "published")
+        hub.add_repo("timm/tiny", encoder_folder, lfs=lambda path, _: path.endswith(".safetensors"))
         hub.add_repo("timm/SigLIP", formats["open_clip's .safetensors"][1].parent, lfs=100_000)
         hub.add_repo(
             "apple/DFN", {"open_clip_pytorch_model.bin": formats["open_clip's .bin"][1].read_bytes()}, lfs=1000
@@ -334,6 +337,18 @@ def smaller(content: dict[str, Any], endpoint: str) -> dict[str, Any]:
     paper["recipes"] |= {"two_stage": two_stage, "contrastive": contrastive}
     for recipe in (anchored, two_stage, contrastive):
         recipe["warmup"]["steps"] = 2
+    banks = {
+        "reranked": {"reranking": {"captions": 4, "candidates": 2}},
+        "captions": {"caption_contrast": {"captions": 4}},
+    }
+    for name, changes in {**banks, "kernel": {}}.items():
+        recipe = paper["recipes"][name]
+        kind = {"kind": "lora", "rank": 2, "alpha": 2.0} if name == "kernel" else {"kind": "head", "heads": 2}
+        recipe |= {"batch": 4, "steps": 2, "trained": kind}
+        for loss, values in changes.items():
+            recipe["losses"][loss] |= values
+    paper["encoder"]["architecture"] = "vit_tiny_patch16_224"
+    paper["encoder"]["download"]["at"] = [f"hf://timm/tiny@{COMMIT}"]
     paper["train"] |= {"compile": False, "validation": {"images": 2, "every": 1}}
     paper["mmvp"] |= {"draws": 2, "batch": 8}
     paper["zeroshot"] |= {"batch": 8}
@@ -469,6 +484,17 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     for control in (shuffled, drift):
         run(control, "siglip_224", "contrastive")
     assert hub.requests == []  # once all was fetched, nobody is asked
+
+    read_encoder = {"reranked": False, "captions": True, "kernel": True}
+    write(content, names, [*read_encoder])
+    run(plan)
+    for recipe, reads in read_encoder.items():
+        hub.requests.clear()
+        run(encoder, recipe)
+        assert {*fetched(hub.requests)} == ({"config.json", "model.safetensors"} if reads else set())
+        run(train, "siglip_224", recipe)
+        assert read(f"models/paper/{recipe}/siglip_224/diva.json")["result"]["steps"] == 2
+        run(shuffled, "siglip_224", recipe)
     declared = taken.keys() - {"plan", "drift"}  # drift is one of two that stage control runs
     assert not {name: idle(name) for name in declared if idle(name)}  # no stage declares in vain
 
