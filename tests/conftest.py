@@ -3,7 +3,8 @@
 import gc
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, waiting for a second thread takes far longer than tiny tensors
@@ -77,3 +78,11 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let what a test starts be interrupted: a test run in the background would pass on that it ignores this."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

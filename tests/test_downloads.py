@@ -1,12 +1,12 @@
 """Downloads against a hub of our own: what is asked for, what is refused, what is left after every kind of failure."""
 
-import _thread
 import hashlib
 import json
 import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -118,11 +118,12 @@ def test_after_a_failure_no_other_file_is_begun(hub: Hub) -> None:
     assert len([request for request in hub.requests if request.path.endswith(".bin")]) <= 8
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_no_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     noticed = threading.Event()
 
     def get(*args: Any, **options: Any) -> None:
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         noticed.wait(60)
         sys.exit()
 

@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
@@ -187,14 +187,6 @@ def test_a_refused_run_of_profile_paper_leaves_mini_s_files(reproduced: Clone, t
 
 
 # ---------------------------------------------------------------------------------------------- kills and interruptions
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Let what a test starts be interrupted: a test run in the background would pass on that it ignores this."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def start_until(clone: Clone, written: str, *command: str) -> subprocess.Popen[str]:
