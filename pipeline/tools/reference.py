@@ -4,8 +4,8 @@
     python -m pipeline.tools.reference --make       make the reference of the last commit; goes on where interrupted
 
 A reference run is `dvc repro report` in a clone, with a training seed of its own and another rounding (threads,
-instruction sets), which changes every model and score as another processor without the pins would. The run of the last
-commit is one of them. The band of a headline figure is the 99 % t prediction interval of one new run.
+instruction sets), which changes every model and score as another processor without the pins would. The run that was
+committed then is one of them. The band of a headline figure is the 99 % t prediction interval of one new run.
 metrics/reference/mini.json has the runs, pairs.csv how many of the others have each pair right.
 
 The check ends with status 1 where a figure is outside its band, a count is another, or a verdict is not the word that
@@ -145,13 +145,13 @@ def band(values: list[float]) -> tuple[float, float]:
 
 
 def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
-    """(a table of what differs from the committed run, the reference's first; the differences that chance does not
-    explain).
+    """(a table of what differs from the reference's first run, the one committed then; the differences that chance
+    does not explain).
     """
     runs, wrong = reference["runs"], []
     figures = run.figures | agreement(run.right, pairs)
     table = Table(
-        "figure", "here", "committed", "band", "of the band", title=f"What differs from {len(runs)} reference runs"
+        "figure", "here", "first of them", "band", "of the band", title=f"What differs from {len(runs)} reference runs"
     )
     for name in runs[0]["figures"]:
         own, values = figures.get(name, float("nan")), [other["figures"][name] for other in runs]
@@ -185,7 +185,7 @@ def check(folder: Path) -> None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
         raise UserError(f"{folder} differs from the reference runs by more than chance:\n  " + "\n  ".join(wrong))
-    chance = "lies in its band" if table.row_count else "is the committed one"
+    chance = "lies in its band" if table.row_count else "is that of the first reference run"
     print(f"{folder}: every figure {chance}")
 
 
