@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import yaml
-from shrunk import ROOT, run_of, write_params
+from shrunk import ROOT, read_yaml, run_of, write_params
 
 LOSS_CURVE = "metrics/mini/train/mini-diva/plots/metrics/tower/loss.tsv"
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
 WEIGHTS = ("pretrained", "diva", "diva-shuffled", "diva-drift")
 VERBS = ("status", "status --cloud", "checkout", "commit", "push", "exp save --force", "gc --workspace --force")
+DVC = """
+import sys
+from dvc.cli import main
+
+for command in sys.argv[1:]:
+    print(f"\\nnext: {command}", flush=True)
+    assert main(command.split()) == 0
+"""  # one process, because DVC takes seconds to start
 VIEWS = ("timings.jsonl", "report.html", "report.md")  # tell wall time, so DVC does not hash them
 
 
@@ -82,12 +89,13 @@ class Clone:
         self.run("git", "clone", "--quiet", ".", str(folder / "fresh"))
         fresh = Clone(folder / "fresh", environment=self.environment)
         for clone, verbs in ((self, ("push", "status")), (fresh, ("pull", *VERBS))):
-            clone.run("dvc", "remote", "add", "--default", "--local", "store", str(folder / "store"))
-            for verb in verbs:
-                output = clone.run("dvc", *verb.split())
+            remote = f"remote add --default --local store {folder / 'store'}"
+            outputs = clone.run(sys.executable, "-c", DVC, remote, *verbs).split("\nnext: ")
+            assert [output.partition("\n")[0] for output in outputs[1:]] == [remote, *verbs]
+            for verb, output in zip(verbs, outputs[2:], strict=True):
                 unasked = "missing|not found|does not exist|warning: (?!this will remove all cache except)"
                 assert not re.search(unasked, output, re.IGNORECASE), output
-                assert verb != "status" or output.strip() == "Data and pipelines are up to date."
+                assert verb != "status" or output.partition("\n")[2].strip() == "Data and pipelines are up to date."
             assert clone.run("git", "status", "--porcelain") == ""
         came, own = (clone.contents("data", "models", "metrics") for clone in (fresh, self))
         assert came.items() <= own.items()  # what runs before this one made lies in the folder that made it
@@ -106,7 +114,7 @@ class Clone:
 
     def md5(self) -> dict[str, str]:
         """Of every output, as the locks have it."""
-        locks = [yaml.safe_load((self.root / name).read_text()) for name in LOCKS]
+        locks = [read_yaml(self.root / name) for name in LOCKS]
         return {out["path"]: out["md5"] for lock in locks for stage in lock["stages"].values() for out in stage["outs"]}
 
     def processes(self) -> list[psutil.Process]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, waiting for a second thread takes far longer than tiny tensors
+os.environ["DVC_NO_ANALYTICS"] = "1"  # else every command of DVC starts one more, which asks the network
 import pipeline  # noqa: F401, I001  (its pins come before numpy and torch)
 import pytest
 from filelock import FileLock
@@ -68,13 +69,9 @@ def finished(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in, with nothing trained yet."""
-    from shrunk import METRICS, MODELS
+    from shrunk import copy_untrained
 
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    for weights in ("diva", "diva-shuffled", "diva-drift"):
-        shutil.rmtree(folder / MODELS / weights)
-    shutil.rmtree(folder / METRICS / "train")
+    folder = copy_untrained(finished, tmp_path / "copy")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return folder

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DECLARED: dict[str, list[str]] = {
     name: stage.get("params", [])
     for file in ("dvc.yaml", "pipeline/dvc.yaml")
-    for name, stage in yaml.safe_load((ROOT / file).read_text())["stages"].items()
+    for name, stage in yaml.load((ROOT / file).read_text(), yaml.CSafeLoader)["stages"].items()
 }
 FETCHED = {  # what data/<profile>/planned/ has of a stage's parameters, on which alone it depends
     "images": "profiles.${run.profile}.images",

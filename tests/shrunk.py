@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -111,13 +112,31 @@ def run_of(weights: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
+def read_yaml(file: Path) -> Any:
+    """Nine times as fast as yaml.safe_load."""
+    return yaml.load(file.read_text(), yaml.CSafeLoader)
+
+
+def write_yaml(file: Path, content: Any) -> None:
+    file.write_text(yaml.dump(content, Dumper=yaml.CSafeDumper, sort_keys=False))
+
+
 def write_params(folder: Path = Path(), **changes: Any) -> None:
     """Write the committed params.yaml, shrunk; a change's key is dotted."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_yaml(ROOT / "params.yaml")
     for key, value in {**SHRUNK, **run_of(SCORED), **changes}.items():
         *parents, last = key.split(".")
         reduce(dict.__getitem__, parents, content)[last] = value
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(folder / "params.yaml", content)
+
+
+def copy_untrained(finished: Path, folder: Path) -> Path:
+    """A folder in which every stage has run, without what was trained."""
+    shutil.copytree(finished, folder)
+    for weights in ("diva", "diva-shuffled", "diva-drift"):
+        shutil.rmtree(folder / MODELS / weights)
+    shutil.rmtree(folder / METRICS / "train")
+    return folder
 
 
 def write_shards(folder: Path, count: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from clones import Clone
+from shrunk import read_yaml, write_yaml
 from test_end_to_end import reproduced, weights  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.slow
@@ -31,11 +31,11 @@ def values(**changes: Any) -> Callable[[Path], None]:
     """A change's key is dotted, with two underscores for a dot."""
 
     def edit(root: Path) -> None:
-        content = yaml.safe_load((root / "params.yaml").read_text())
+        content = read_yaml(root / "params.yaml")
         for key, value in changes.items():
             *parents, last = key.split("__")
             reduce(dict.__getitem__, parents, content)[last] = value(content) if callable(value) else value
-        (root / "params.yaml").write_text(yaml.safe_dump(content))
+        write_yaml(root / "params.yaml", content)
 
     return edit
 

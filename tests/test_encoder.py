@@ -10,11 +10,10 @@ import checkpoints
 import pytest
 import timm
 import torch
-import yaml
 from hub import COMMIT, Hub
 from noting import idle, taken
 from safetensors.torch import load_file
-from shrunk import DATA, METRICS, SHRUNK, run, write_params
+from shrunk import DATA, METRICS, SHRUNK, read_yaml, run, write_params, write_yaml
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
@@ -243,9 +242,9 @@ def test_an_encoder_that_there_is_not_is_told_before_anything_is_fetched(
 ) -> None:
     write_params(**{"profiles.mini.encoder": section})
     if section is None:
-        content = yaml.safe_load(Path("params.yaml").read_text())
+        content = read_yaml(Path("params.yaml"))
         del content["profiles"]["mini"]["encoder"]
-        Path("params.yaml").write_text(yaml.safe_dump(content))
+        write_yaml(Path("params.yaml"), content)
     assert said in refusal(lambda: run(plan), capsys)
 
 

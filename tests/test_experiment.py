@@ -131,6 +131,7 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     assert wider.low < new.low
     text = experiment.markdown(table.reset_index(), gained)
     assert "| diva | trained | 9 |" in text
+    assert text.count("| diva | +6.2 | +6.2 | +6.2 |\n") == 2  # by text tower and by study
     assert "nan" not in text
 
 

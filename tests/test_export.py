@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shrunk import METRICS, MODELS, ROOT, run
+from shrunk import METRICS, MODELS, ROOT, copy_untrained, run
 from test_stages import CPU
 from transformers import (
     AutoModel,
@@ -292,12 +293,27 @@ def notes(p: params.Params, recipe: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def exported_stage(once: Callable[[str, Callable[[Path], None]], Path], finished: Path) -> Path:
+    """A folder in which the pretrained weights stand for diva's and were exported."""
+
+    def make(folder: Path) -> None:
+        copy_untrained(finished, folder)
+        shutil.copytree(folder / MODELS / "pretrained", folder / MODELS / "diva")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            write_json(MODELS / "diva/mini/diva.json", notes(params.load(), "diva"))
+            run(export, "mini", "diva")
+
+    return once("exported_stage", make)
+
+
 @pytest.fixture
-def handed_over(here: Path) -> Path:
-    """A folder in which the pretrained weights stand for diva's and were exported; returns the export."""
-    shutil.copytree(MODELS / "pretrained", MODELS / "diva")
-    write_json(MODELS / "diva/mini/diva.json", notes(params.load(), "diva"))
-    run(export, "mini", "diva")
+def handed_over(exported_stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in; returns the export."""
+    monkeypatch.chdir(shutil.copytree(exported_stage, tmp_path / "copy"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return MODELS / "export/mini-diva"
 
 
@@ -499,7 +515,7 @@ def test_look_sees_a_photo_as_viewers_show_it(capsys: pytest.CaptureFixture[str]
 def test_look_names_what_is_wrong(handed_over: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints.image(1, 64).save("a.jpg")
     for arguments, message in (
-        (("minni", "a.jpg", "a.jpg", "a", "b"), "params.yaml has no backbone 'minni'. Choose one of these: dfn_224, "),
+        (("minni", "a.jpg", "a.jpg", "a", "b"), "params.yaml has no backbone 'minni'. Choose one of these: mini, "),
         (("mini", "a.jpg", "params.yaml", "a", "b"), "params.yaml: cannot be read as an image"),
         (("openai_224", "a.jpg", "a.jpg", "a", "b"), "models/paper: no weights of openai_224"),
     ):

@@ -19,9 +19,11 @@ from pipeline.core import code
 from pipeline.evidence import provenance
 
 ROOT = Path(__file__).parents[1]
-WANTED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]  # by people; the others run where these need them
-DVC = WANTED | yaml.safe_load((ROOT / "pipeline" / "dvc.yaml").read_text())["stages"]
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+WANTED = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)[
+    "stages"
+]  # by people; the others run where these need them
+DVC = WANTED | yaml.load((ROOT / "pipeline" / "dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
+PARAMS = yaml.load((ROOT / "params.yaml").read_text(), yaml.CSafeLoader)
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py") if path.stat().st_size)
 TOOLS = {
     "clip", "clip_benchmark", "diffusers", "img2dataset", "open_clip", "sklearn", "timm", "tokenizers", "transformers",
@@ -325,6 +327,6 @@ def test_the_lock_pins_every_direct_dependency() -> None:
 
 def test_every_fault_of_the_list_can_be_made() -> None:
     """tests/mutate.py makes them; an edit of the code must not leave a fault that is nowhere."""
-    for fault in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()):
+    for fault in yaml.load((ROOT / "tests/mutations.yaml").read_text(), yaml.CSafeLoader):
         assert (ROOT / fault["file"]).read_text().count(fault["old"]) == 1, fault["broken"]
         assert all((ROOT / test.split("::")[0]).is_file() for test in fault["tests"]), fault["broken"]

@@ -28,9 +28,8 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
-import yaml
 from PIL import Image
-from shrunk import ROOT, run
+from shrunk import ROOT, read_yaml, run, write_yaml
 
 from pipeline import images
 from pipeline.core.outputs import atomic, remove, write_json
@@ -733,10 +732,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def write_params(folder: Path, kind: str, **section) -> None:
     """params.yaml of the paper profile, with another section images.<kind>."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_yaml(ROOT / "params.yaml")
     content["run"] |= {"profile": "paper", "backbones": ["openai_224"]}
     content["profiles"]["paper"]["images"] |= {"kind": kind, kind: section}
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(folder / "params.yaml", content)
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from clones import Clone, stages_run
-from shrunk import MODELS, ROOT
+from shrunk import MODELS, ROOT, read_yaml, write_yaml
 from test_engine import outputs
 
 from pipeline.core.processes import cpus
@@ -26,19 +25,19 @@ INPUTS = ("input@images", "input@denoiser", "encoder@diva", "backbone@mini")
 
 
 def launched_by(clone: Clone, train: str, processes: int = 1) -> None:
-    content = yaml.safe_load((clone.root / "params.yaml").read_text())
+    content = read_yaml(clone.root / "params.yaml")
     content["launch"] = {"train": train, "processes": processes}
-    (clone.root / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(clone.root / "params.yaml", content)
 
 
 @pytest.fixture
 def ready(tmp_path: Path) -> Clone:
     """A clone with all that a training of some seconds needs."""
     clone = Clone.make(tmp_path / "ready")
-    content = yaml.safe_load((clone.root / "params.yaml").read_text())
+    content = read_yaml(clone.root / "params.yaml")
     content["profiles"]["mini"]["train"]["checkpoint_minutes"] = 0.0
     content["profiles"]["mini"]["recipes"]["diva"] |= {"steps": 60}
-    (clone.root / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(clone.root / "params.yaml", content)
     clone.run("dvc", "repro", *(f"pipeline/dvc.yaml:{name}" for name in INPUTS))
     return clone
 
@@ -114,7 +113,7 @@ def test_a_killed_dvc_takes_launcher_and_processes_with_it(ready: Clone) -> None
 
 def test_the_ready_files_are_well_formed() -> None:
     """SkyPilot's keys are those of its task schema (0.14, sky/utils/schemas.py); the shell parses what it is to run."""
-    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    task = read_yaml(LAUNCH / "sky.yaml")
     assert task.keys() <= {
         "name",
         "num_nodes",

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from accelerate import PartialState
 from hub import Hub
-from shrunk import METRICS, ROOT, run, write_params
+from shrunk import METRICS, ROOT, read_yaml, run, write_params
 from test_mllm import tiny_tower
 from test_segmentation import png
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,7 +31,7 @@ from pipeline.tools import bench, true_size
 
 END = "<|endoftext|>"
 SPLITS = ("random", "popular", "adversarial")
-PAPER = yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["paper"]
+PAPER = read_yaml(ROOT / "params.yaml")["profiles"]["paper"]
 SETS, DATA = "profiles.mini.mllm_sets", Path("data/mini/mllm")
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from accelerate import PartialState
 from PIL import Image
-from shrunk import METRICS, MODELS, ROOT, SHRUNK, run, write_params
+from shrunk import METRICS, MODELS, ROOT, SHRUNK, read_yaml, run, write_params, write_yaml
 from test_segmentation import png
 from torch import nn
 from transformers import (
@@ -304,11 +303,11 @@ def test_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_values_that_do_not_go_together_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_yaml(ROOT / "params.yaml")
     for key, value in changes.items():
         *parents, last = key.split(".")
         reduce(lambda found, part: found[int(part) if part.isdecimal() else part], parents, content)[last] = value
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(tmp_path / "params.yaml", content)
     with pytest.raises(UserError, match=said):
         params.load(tmp_path / "params.yaml")
 

@@ -21,7 +21,7 @@ from pipeline.tools import pages
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES}
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+PARAMS = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
 OWN = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXTS[Path("models/README.md")], re.DOTALL)[0])  # a checkpoint
 PROGRAM = re.compile(r"(make|python3?|pip|pytest|dvc|torchrun) ")
 COMMANDS = [

@@ -20,12 +20,11 @@ import clip as openai_clip
 import open_clip
 import pytest
 import torch
-import yaml
 from clones import Clone, stages_run
 from hub import COMMIT, Hub, Request
 from noting import idle, taken
 from safetensors.torch import load_file, save_file
-from shrunk import run, run_of
+from shrunk import read_yaml, run, run_of, write_yaml
 from torch.nn import functional as F
 
 from pipeline import backbone as backbone_stage
@@ -384,7 +383,7 @@ def folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def committed() -> dict[str, Any]:
     """params.yaml, its published backbones spelled out, for tests to give them other addresses and architectures."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_yaml(ROOT / "params.yaml")
     for name, source in checkpoints.SOURCES.items():
         content["backbones"][name]["source"] = source.model_dump()
     return content
@@ -393,7 +392,7 @@ def committed() -> dict[str, Any]:
 def write(content: dict[str, Any], names: list[str], weights: list[str]) -> None:
     lists = {key.removeprefix("run."): values for key, values in run_of(weights).items()}
     content["run"] = {"profile": "paper", "backbones": names, **lists}
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(Path("params.yaml"), content)
 
 
 def read(path: str) -> dict[str, Any]:
@@ -517,7 +516,7 @@ def compared(hub: Hub, folder: Path) -> Path:
     torch.save({name: tensor for name, tensor in tuned.state_dict().items() if name.startswith("visual.")}, by_hand)
     write(content, ["openai_224"], ["pretrained", *SHORTEST])
     content["run"]["benchmarks"] = ["mmvp"]
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(folder / "params.yaml", content)
     return by_hand
 
 
@@ -580,7 +579,7 @@ def test_the_shortest_way_fetches_weights_and_pairs_alone(
 def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
     hub: Hub, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    by_hand, content = compared.parent, yaml.safe_load(Path("params.yaml").read_text())
+    by_hand, content = compared.parent, read_yaml(Path("params.yaml"))
     entry = content["backbones"]["openai_224"]["checkpoints"]["un2clip"]
     torch.save(checkpoints.build(checkpoints.OPENCLIP, 2).visual.state_dict(), by_hand / "other.pth")
     (by_hand / "photos").mkdir()
@@ -601,7 +600,7 @@ def test_what_lies_here_and_does_not_fit_is_refused_before_anybody_is_asked(
 
     def planned(weights: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         entry.update({"weights": good | weights, "parts": "vision", "published": None} | checkpoint)
-        Path("params.yaml").write_text(yaml.safe_dump(content))
+        write_yaml(Path("params.yaml"), content)
         run(plan)
 
     hub.requests.clear()
@@ -671,7 +670,7 @@ def test_the_readme_s_shortest_way_through_dvc(hub: Hub, compared: Path, tmp_pat
     """Its own command, with others' checkpoints beside: what it fetches is what it says before, and nothing else."""
     clone = Clone.make(tmp_path / "clone")
     shutil.copytree(compared.parents[1], clone.root / "data/by_hand", dirs_exist_ok=True)
-    (clone.root / "params.yaml").write_text(yaml.safe_dump(smaller(committed(), hub.endpoint), sort_keys=False))
+    write_yaml(clone.root / "params.yaml", smaller(committed(), hub.endpoint))
     clone.commit("smaller")
     clone.environment = {"HF_ENDPOINT": hub.endpoint}
     (command,) = re.findall(r"^dvc exp run report .*\[mmvp\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
@@ -726,7 +725,7 @@ def test_chosen_sets_alone_are_fetched_scored_and_named(hub: Hub, capsys: pytest
         content["profiles"]["paper"]["zeroshot_sets"]["run"] = names
         write(content, ["openai_224"], ["pretrained", "released"])
         content["run"]["benchmarks"] = ["zeroshot"]
-        Path("params.yaml").write_text(yaml.safe_dump(content))
+        write_yaml(Path("params.yaml"), content)
         run(plan)
         run(zeroshot_sets)
         return capsys.readouterr().out
@@ -785,7 +784,7 @@ def test_a_set_that_is_not_there_cannot_be_chosen(
 def test_the_user_s_commands_on_the_paper_profile(hub: Hub, tmp_path: Path) -> None:
     """Through DVC: two backbones with training, then another with the authors' weights and without it."""
     clone = Clone.make(tmp_path / "clone")
-    (clone.root / "params.yaml").write_text(yaml.safe_dump(smaller(committed(), hub.endpoint), sort_keys=False))
+    write_yaml(clone.root / "params.yaml", smaller(committed(), hub.endpoint))
     clone.commit("smaller")
     clone.environment = {"HF_ENDPOINT": hub.endpoint}
     output = clone.run(

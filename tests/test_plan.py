@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from shrunk import SCORED, run, run_of, write_params
+from shrunk import SCORED, read_yaml, run, run_of, write_params, write_yaml
 
 from pipeline import plan
 from pipeline.core import code
@@ -66,14 +65,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Download]:
 
 def write(backbones: str = "openai_224", weights: str = "pretrained", **changes: Any) -> params.Params:
     """Write the committed params.yaml here with another run; a change's key is dotted, below profile paper."""
-    content = yaml.safe_load(COMMITTED.read_text())
+    content = read_yaml(COMMITTED)
     lists = {key.removeprefix("run."): names for key, names in run_of(weights.split()).items()}
     content["run"] = {"profile": "paper", "backbones": backbones.split(), **lists}
     content["profiles"]["paper"]["zeroshot_sets"]["sets"] = {"imagenet1k": "abc123", "birdsnap": None}
     for key, value in changes.items():
         *parents, last = key.split(".")
         reduce(dict.__getitem__, parents, content["profiles"]["paper"])[last] = value
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(Path("params.yaml"), content)
     return params.load()
 
 
@@ -423,7 +422,7 @@ def test_what_a_later_stage_would_refuse_is_told_before_anything_is_fetched(
 ) -> None:
     below = {key: value for key, value in changes.items() if key.split(".")[0] in ("train", "recipes", "images")}
     write(weights=recipe or "pretrained", **below)
-    content = yaml.safe_load(Path("params.yaml").read_text())
+    content = read_yaml(Path("params.yaml"))
     entry = content["backbones"]["openai_224"]
     if "denoiser" in changes:
         content["profiles"]["paper"]["denoiser"] = content["profiles"]["mini"]["denoiser"] | {"text_tokens": 77}
@@ -432,7 +431,7 @@ def test_what_a_later_stage_would_refuse_is_told_before_anything_is_fetched(
         entry["source"] = own.model_dump() | {"architecture": changes["source"]}
     if "model" in changes:
         entry["source"]["model"] = changes["model"]
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(Path("params.yaml"), content)
     assert said in refusal(capsys)
     assert asked == []
 

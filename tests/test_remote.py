@@ -13,8 +13,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-import yaml
-from shrunk import ROOT, run, write_shards
+from shrunk import ROOT, read_yaml, run, write_shards, write_yaml
 
 from pipeline import images
 from pipeline.core.stages import UserError
@@ -241,10 +240,10 @@ def test_the_cache_stays_bounded(local: Path, address: str, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_the_stage_keeps_the_index_alone_and_depends_on_its_bytes(local: Path) -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = read_yaml(ROOT / "params.yaml")
     content["run"] |= {"profile": "paper", "backbones": ["openai_224"]}
     content["profiles"]["paper"]["images"]["kind"] = "index"
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(Path("params.yaml"), content)
     with pytest.raises(UserError, match=r"data/index.json: no such file"):
         images.indexed(Path("data/index.json"), Path("x"))
     Path("data").mkdir()

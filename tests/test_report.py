@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from shrunk import DATA, METRICS, run, write_params, write_seeds
+from shrunk import DATA, METRICS, read_yaml, run, write_params, write_seeds, write_yaml
 
 from pipeline import mmvp, report
 from pipeline.benchmarks import scoring
@@ -354,9 +353,9 @@ def both(here: Path) -> Path:
         for old, new in (("diva-shuffled", "-shuffled"), ("diva-drift", "-drift"), ("diva-drift", "")):
             if path.name == f"mini-{old}":
                 shutil.copytree(path, path.with_name(f"mini-text_anchored{new}"))
-    content = yaml.safe_load(Path("params.yaml").read_text())
+    content = read_yaml(Path("params.yaml"))
     content["run"]["recipes"] = ["diva", "text_anchored"]
-    Path("params.yaml").write_text(yaml.safe_dump(content))
+    write_yaml(Path("params.yaml"), content)
     run(report)
     return here
 

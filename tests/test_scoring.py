@@ -180,19 +180,17 @@ def test_a_machine_with_several_gpus_uses_them_all(here: Path, monkeypatch: pyte
     assert became == [[sys.executable, *torchrun, "-m", "pipeline.zeroshot", "mini", "pretrained"]]
 
 
-ON_TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipeline.zeroshot"]
-
-
 def score_on_two() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [sys.executable, *ON_TWO, "mini", "pretrained"], env=environment, text=True,
+        [sys.executable, *torchrun, "-m", "pipeline.zeroshot", "mini", "pretrained"], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_same_bytes(here: Path) -> None:
+@pytest.mark.exhaustive
+def test_two_processes_of_torchrun_give_the_same_bytes(here: Path) -> None:
     write_params(**{"profiles.mini.zeroshot.batch": 5})
     run(zeroshot, "mini", "pretrained")
     wanted = {file.name: file.read_bytes() for file in SCORES.iterdir()}
@@ -342,7 +340,7 @@ def test_a_set_that_is_not_there_is_refused_before_anything_is_computed(
     assert re.search(said, capsys.readouterr().err)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_dies_takes_the_others_with_it(here: Path) -> None:
     """torchrun sees it; nothing is written, and what there was stays."""
     scores = SCORES / "scores.json"

@@ -75,26 +75,15 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("saves", [2, pytest.param(3, marks=pytest.mark.exhaustive), 6])
-def test_a_killed_run_leaves_the_control_the_same_start(saves: int) -> None:
-    """In the first phase, between the two, and in the second."""
+def test_a_killed_control_goes_on_to_the_same_weights(finished: Path, here: Path) -> None:
+    """Of a killed training, tests/test_engine.py sees that the control is given the same start."""
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
-    run(train, "mini", "diva")
-    fitted = MODELS / "diva/mini" / FITTED
-    undisturbed = fitted.read_bytes()
-    shutil.rmtree(MODELS / "diva")
-    with pytest.raises(KilledError), killed_after(saves):
-        run(train, "mini", "diva")
-    run(train, "mini", "diva")
-    assert fitted.read_bytes() == undisturbed
-    run(shuffled, "mini", "diva")
-    made = (MODELS / "diva-shuffled/mini/open_clip_model.safetensors").read_bytes()
-    shutil.rmtree(MODELS / "diva-shuffled")
+    shutil.copytree(finished / MODELS / "diva", MODELS / "diva")
     with pytest.raises(KilledError), killed_after(2):
         run(shuffled, "mini", "diva")
     run(shuffled, "mini", "diva")
-    assert (MODELS / "diva-shuffled/mini/open_clip_model.safetensors").read_bytes() == made
+    weights = MODELS / "diva-shuffled/mini/open_clip_model.safetensors"
+    assert weights.read_bytes() == (finished / weights).read_bytes()
 
 
 @pytest.mark.slow

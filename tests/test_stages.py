@@ -17,14 +17,13 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator, PartialState
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_retrieval
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shrunk import DATA, METRICS, MODELS, ROOT, run, write_params
+from shrunk import DATA, METRICS, MODELS, ROOT, read_yaml, run, write_params
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -132,7 +131,7 @@ def test_the_tokenizer_knows_every_word_and_has_room_for_the_longest_caption() -
 
 
 def train_prompt() -> str:
-    return yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["mini"]["train"]["prompt"]
+    return read_yaml(ROOT / "params.yaml")["profiles"]["mini"]["train"]["prompt"]
 
 
 # --------------------------------------------------------------------------------------------------------- the denoiser

@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
-import yaml
-from shrunk import run_of, write_params
+from shrunk import read_yaml, run_of, write_params
 
 from pipeline.core.outputs import write_json
 from pipeline.evidence.provenance import run
@@ -187,9 +186,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     parameters = Path("params.yaml").read_bytes() + b"# kept as it is\n"
     Path("params.yaml").write_bytes(parameters)
     TABLE.write_text(",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]) + "\n")
-    Path(".gitignore").write_text("runs\ntrap\nwaiting\n")
+    Path(".dvc").mkdir()
+    Path(".dvc/config").touch()
+    Path(".gitignore").write_text("runs\nran\ntrap\nwaiting\n/.dvc/cache\n/.dvc/tmp\n")
     do("git", "init", "--quiet")
-    do(*sweep.DVC, "init", "--quiet")
     do(*sweep.DVC, "repro", "--quiet")
     do("git", "add", "--all")
     do("git", "commit", "--quiet", "--message", "first")
@@ -203,23 +203,23 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     parameters = repository
     Path("trap").touch()
     with pytest.raises(sweep.UserError, match="seed 2: `dvc exp run` ended with status"):
-        sweep.sweep(params.load(), [1, 2, 3])
+        sweep.sweep(params.load(), [1, 2])
     assert Path("params.yaml").read_bytes() == parameters
     Path("trap").unlink()
-    result = sweep.sweep(params.load(), [1, 2, 3])
-    assert "1 are there, 2 to run" in capsys.readouterr().out
-    assert result.seed.tolist() == [1, 2, 3, 42]
-    assert result.pairs_stock.tolist() == [0.1, 0.2, 0.3, 4.2]
-    assert Path("runs").read_text().split() == ["42", "1", "2", "3"]  # and the workspace's own came from DVC's memory
+    result = sweep.sweep(params.load(), [1, 2])
+    assert "1 are there, 1 to run" in capsys.readouterr().out
+    assert result.seed.tolist() == [1, 2, 42]
+    assert result.pairs_stock.tolist() == [0.1, 0.2, 4.2]
+    assert Path("runs").read_text().split() == ["42", "1", "2"]  # and the workspace's own came from DVC's memory
     assert Path("params.yaml").read_bytes() == parameters
     assert json.loads(Path("metrics/mini/report.json").read_text())["mini"]["gain"]["diva"]["probe"] == 4.2
-    assert Path("metrics/mini/seen").read_text() == "5"  # the report saw the new table
+    assert Path("metrics/mini/seen").read_text() == "4"  # the report saw the new table
     written = TABLE.read_bytes()
-    assert pd.read_csv(TABLE).seed.tolist() == [1, 2, 3, 42]
+    assert pd.read_csv(TABLE).seed.tolist() == [1, 2, 42]
     sweep.show(result)
-    assert "1,2,3,42" in capsys.readouterr().out
-    assert sweep.sweep(params.load(), [2, 3]).seed.tolist() == [1, 2, 3, 42]
-    assert Path("runs").read_text().split() == ["42", "1", "2", "3"]
+    assert "1,2,42" in capsys.readouterr().out
+    assert sweep.sweep(params.load(), [1, 2]).seed.tolist() == [1, 2, 42]
+    assert Path("runs").read_text().split() == ["42", "1", "2"]
     assert TABLE.read_bytes() == written
 
 
@@ -233,7 +233,7 @@ def test_a_killed_sweep_leaves_no_process_and_the_parameters(
         assert killed.poll() is None
         time.sleep(0.05)
     started = psutil.Process(killed.pid).children(recursive=True)
-    assert yaml.safe_load(Path("params.yaml").read_text())["seed"] == 9
+    assert read_yaml(Path("params.yaml"))["seed"] == 9
     killed.kill()
     _, survivors = psutil.wait_procs(started, 60)  # DVC, its stage, and who puts params.yaml right
     for process in survivors:
@@ -251,7 +251,6 @@ def test_side_by_side_gives_the_table_of_one_after_the_other(
     program = Path("pipeline/train.py")
     fails = f'import os\nopen({str(Path("ran").resolve())!r}, "a").write(os.environ["CUDA_VISIBLE_DEVICES"] + "\\n")\n'
     program.write_text(TRAIN.replace('pathlib.Path("trap")', f"pathlib.Path({str(Path('trap').resolve())!r})") + fails)
-    Path(".gitignore").write_text("runs\nran\ntrap\nwaiting\n")
     for command in (["git", "add", "--all"], ["git", "commit", "--quiet", "--message", "second"]):
         subprocess.run(command, check=True)
     Path("trap").touch()

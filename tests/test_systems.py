@@ -13,7 +13,7 @@ from shrunk import METRICS, MODELS, ROOT
 # Third parties come first: those here have their parts for Linux. What macOS lacks is gone before ours are imported.
 MACOS = """
 import ctypes, os, resource, runpy, sys
-import accelerate, diffusers, dvc.repo, open_clip, pandas, psutil, torch, tqdm, transformers
+import accelerate, diffusers, open_clip, pandas, psutil, torch, tqdm, transformers
 sys.platform = "darwin"
 del os.sched_getaffinity
 def absent(*name):

@@ -240,20 +240,8 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
         "matmul_tflop_per_second": round(rate / 1e12, 3),
         "utilisation": {schedule: round(speed[schedule] * flops[schedule] / batch / rate, 3) for schedule in speed},
         "waiting_for_images": round((fed["engine"].waited - waited) / sum(seconds["engine"]), 4),
-        "most_time": longest(steps["engine"], compute),
     }
     return result | ({"peak_memory_gb": {k: round(v, 2) for k, v in memory.items()}} if compute.type == "cuda" else {})
-
-
-def longest(steps: Iterator[Any], compute: torch.device) -> dict[str, float]:
-    """The operations that take most of a step's time, with their shares of it."""
-    gpu = compute.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        next(steps)
-    times = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in profile.key_averages()}
-    ranked = sorted(times.items(), key=lambda item: -item[1])[:8]
-    return {name: round(value / sum(times.values()), 3) for name, value in ranked}
 
 
 def matmul_rate(compute: torch.device, precision: torch.dtype) -> float:
@@ -285,13 +273,18 @@ def photo_shards(size: int, count: int) -> Path:
         name, numbers = f"{shard:05d}.tar", range(first, min(count, first + 5000))
         with tarfile.open(folder / name, "w") as tar:
             for i in numbers:
-                for extension, data in (("jpg", encoded[i % len(encoded)]), ("txt", b"-")):
-                    member = tarfile.TarInfo(f"{i:07d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                _add(tar, i, jpg=encoded[i % len(encoded)], txt=b"-")
         counts[name] = len(numbers)
     write_json(folder / INDEX, {"size": size, "samples": count, "shards": counts})
     return folder
+
+
+def _add(tar: tarfile.TarFile, number: int, **files: bytes) -> None:
+    """A sample's files, by extension."""
+    for extension, data in files.items():
+        member = tarfile.TarInfo(f"{number:07d}.{extension}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
 
 
 def _jpeg(shape: tuple[int, int], number: int) -> bytes:
@@ -349,10 +342,7 @@ def photo_set(root: Path, count: int) -> None:
     for shard in range(SHARDS):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
             for i in range(shard * count // SHARDS, (shard + 1) * count // SHARDS):
-                for extension, data in (("jpg", encoded[i % len(encoded)]), ("cls", b"%d" % (i % len(classes)))):
-                    member = tarfile.TarInfo(f"{i:07d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                _add(tar, i, jpg=encoded[i % len(encoded)], cls=b"%d" % (i % len(classes)))
     for file, lines in {
         "test/nshards.txt": [str(SHARDS)], "dataset_type.txt": ["classification"], "classnames.txt": classes,
         "zeroshot_classification_templates.txt": ["a photo of a {c}"],

@@ -61,6 +61,7 @@ from pipeline.sections.mmvp_vlm import MiniMmvpVlm
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.source import MiniSource
 from pipeline.sections.zeroshot_sets import MiniZeroshotSets
+from pipeline.tools.pages import table
 
 SCRATCH, OUTPUT = Path("data/.experiment.scratch"), Path("metrics/recipes")
 NAME = "mini"
@@ -413,29 +414,26 @@ def tuned(rows: pd.DataFrame) -> str:
     """What the studies chose, and how far their choices lie apart on the dev split."""
     best, dev = best_choices(rows), rows[rows.benchmark == "dev"]
     (before,) = dev[dev.weights == "pretrained"].pairs_stock
-    lines = [f"| recipe | {' | '.join(f'study {i + 1}' for i in range(len(STUDIES)))} | pairs, dev | range |"]
-    lines += ["|---" * (3 + len(STUDIES)) + "|"]
+    shown = [["recipe", *(f"study {i + 1}" for i in range(len(STUDIES))), "pairs, dev", "range"]]
     for recipe in SPACE:
         own = dev[dev.recipe == recipe].set_index(["seed", "choice"]).pairs_stock - before
         gained = [own[study, best[recipe, study]] for study in STUDIES]
         texts = [f"`{best[recipe, study]}`" for study in STUDIES]
         spread = f"{min(gained):+.1f} to {max(gained):+.1f}"
-        lines.append(f"| {recipe} | {' | '.join(texts)} | {np.mean(gained):+.1f} | {spread} |")
-    return "\n".join(lines) + "\n"
+        shown.append([recipe, *texts, f"{np.mean(gained):+.1f}", spread])
+    return table(shown)
 
 
 INTERVALS = f"""Gains in points. First interval: what other text towers would give (t interval over the means of these).
 Second: what these text towers would give with other denoisers, seeds and studies (t interval within them; none where a
 tower has one cell). Those of pairs_stock are of other pairs, too; the third is the first, corrected for {COMPARISONS}
-comparisons.
-"""
+comparisons."""
 
 
-def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
-    """The table of all gains, and that of the pairs by text tower (the mean of its cells)."""
-    lines = [INTERVALS, f"| recipe | weights | cells | {' | '.join(MEASURES)} |"]
-    lines += ["|---" * (3 + len(MEASURES)) + "|"]
-    for (recipe, weights), own in table.groupby(["recipe", "weights"], sort=False):
+def markdown(found: pd.DataFrame, gained: pd.DataFrame) -> str:
+    """The table of all gains, and those of the pairs by text tower and by study (means of their cells)."""
+    shown = [["recipe", "weights", "cells", *MEASURES]]
+    for (recipe, weights), own in found.groupby(["recipe", "weights"], sort=False):
         texts = []
         for row in own.itertuples():
             text = Interval(row.gain, row.new_low, row.new_high).text()
@@ -443,21 +441,25 @@ def markdown(table: pd.DataFrame, gained: pd.DataFrame) -> str:
                 if not math.isnan(low):
                     text += " " + Interval(row.gain, low, high).text().partition(" ")[2]
             texts.append(text)
-        lines.append(f"| {recipe} | {weights} | {own.cells.iloc[0]} | {' | '.join(texts)} |")
-    shares = sorted(set(gained.detail_share), reverse=True)
-    texts = [f"{100 * share:.0f} % of captions detailed" for share in shares]
-    lines += ["", f"| pairs_stock, by text tower | {' | '.join(texts)} |", "|---" * (1 + len(shares)) + "|"]
-    for recipe, own in gained[gained.weights == "trained"].groupby("recipe", sort=False):
-        means = own.groupby("detail_share").pairs_stock.mean()
-        lines.append(f"| {recipe} | {' | '.join(f'{means[share]:+.1f}' for share in shares)} |")
-    return "\n".join(lines) + "\n"
+        shown.append([recipe, weights, own.cells.iloc[0], *texts])
+    tables = [table(shown)]
+    for factor, heading, names in (
+        ("detail_share", "text tower", {share: f"{100 * share:.0f} % of captions detailed" for share in DETAIL_SHARES}),
+        ("seed", "study", {seed: f"study {i + 1}" for i, seed in enumerate(SEEDS)}),
+    ):
+        means = gained[gained.weights == "trained"].groupby(["recipe", factor], sort=False).pairs_stock.mean()
+        by_level = [[f"pairs_stock, by {heading}", *names.values()]]
+        for recipe in gained.recipe.unique():
+            by_level.append([recipe, *(f"{means[recipe, level]:+.1f}" for level in names)])
+        tables.append(table(by_level))
+    return "\n\n".join((INTERVALS, *tables)) + "\n"
 
 
-def figure(table: pd.DataFrame) -> Figure:
+def figure(found: pd.DataFrame) -> Figure:
     """Each gain with its intervals (thin: other text towers; thick: these): a row for a recipe's weights."""
     drawn = Figure(figsize=(12, 5), layout="constrained")
     for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_stock", "zeroshot", "probe"), strict=True):
-        own = table[(table.measure == measure) & (table.weights != "difference")]
+        own = found[(found.measure == measure) & (found.weights != "difference")]
         colours = ["tab:grey" if weights in ("drift", "shuffled") else "tab:blue" for weights in own.weights]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.hlines(range(len(own)), own.new_low, own.new_high, colors=colours, linewidth=1)
@@ -486,12 +488,12 @@ def main() -> None:
         print(tuned(read()))
         carry_out(pool, testing(best_choices(read())))
     gained = gains(read())
-    table = results(gained)
+    found = results(gained)
     with atomic(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
-        table.to_csv(csv, index=False)
-        md.write_text(f"{tuned(read())}\n{markdown(table, gained)}", encoding="utf-8")
-        figure(table).savefig(png, format="png", dpi=110, metadata={"Software": None})
-    print(markdown(table, gained))
+        found.to_csv(csv, index=False)
+        md.write_text(f"{tuned(read())}\n\n{markdown(found, gained)}", encoding="utf-8")
+        figure(found).savefig(png, format="png", dpi=110, metadata={"Software": None})
+    print(markdown(found, gained))
 
 
 if __name__ == "__main__":

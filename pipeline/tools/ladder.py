@@ -36,6 +36,7 @@ from pipeline.engine.losses import losses_of
 from pipeline.sections import params
 from pipeline.sections.recipe import Recipe
 from pipeline.tools.experiment import MEASURES, NAME, Assets, Trial
+from pipeline.tools.pages import table
 
 ENTRIES, SET = Path("metrics/recipes/ladder"), "ladder"
 ALLOWED, LEVEL = 0.5, 0.01
@@ -169,8 +170,7 @@ def markdown() -> str:
         row = [*own, *values, f"{seconds:.0f}", found.by]
         rows.append((-gained.pairs_stock.mean(), row))
     head = ["entry", "knows, beside images", "claim", "holds", "seeds", *MEASURES, "s a seed", "by"]
-    lines = [head, ["---"] * len(head), *(row for _, row in sorted(rows))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table([head, *(row for _, row in sorted(rows))])
 
 
 @stage
