@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 from clones import LOCKS, LOSS_CURVE, WEIGHTS, Clone, stages_run
-from shrunk import ROOT, read_yaml, run, run_every_stage, write_yaml
+from shrunk import ROOT, read_yaml, run, run_every_stage, write_shards, write_yaml
 
-from pipeline import export, images, train
+from pipeline import export, train
+from pipeline.core.outputs import write_json
 
 pytestmark = pytest.mark.slow
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -53,7 +54,9 @@ def reproduced(once: Once, weights: tuple[str, ...]) -> Clone:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(clone.root)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
-            run(images)
+            write_shards(Path("data/mini/images"), 12)  # `make repro` draws and fetches them
+            Path("metrics/mini").mkdir()
+            write_json(Path("metrics/mini/images.json"), {"downloaded": 12})
             run_every_stage(weights)
             for name in weights:
                 run(export, "mini", name)

@@ -972,7 +972,7 @@ def five_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "draw", lambda count, to: [*draw(count - 5, to), *["file:///gone.png"] * 5])
 
 
-@pytest.mark.exhaustive  # `dvc repro` of tests/test_end_to_end.py goes this way too
+@pytest.mark.exhaustive  # `make repro` goes this way, too
 @pytest.mark.usefixtures("five_are_missing")
 def test_the_mini_profile_s_images_go_the_way_of_links(tmp_path: Path) -> None:
     assert images.mini(mini(40, threads=7, min_success=0.8), tmp_path) == {

@@ -762,7 +762,7 @@ def test_chosen_sets_alone_are_fetched_scored_and_named(hub: Hub, capsys: pytest
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["dot"], "zeroshot_sets: run names 'dot', which is none of the sets that are there: captions, dots"),
+        (["dot"], "zeroshot_sets: run names 'dot', which is none of the sets that are there: "),
         (["birdsnap"], "zeroshot_sets: run names 'birdsnap', which is none of"),
         ([], "zeroshot_sets.run: found"),
     ],
@@ -989,17 +989,18 @@ def test_one_step_and_one_scoring_at_true_size(
         assert moved
         assert all(name.startswith("visual.") for name in moved)
 
-        anchored = paper["recipes"]["text_anchored"]  # captions, gap, projection and head: each at least one step
-        anchored |= {"steps": 1, "batch": 1, "gap_correction": {"components": 1, "images": 2}}
-        anchored["warmup"]["steps"] = 1
-        write(content, ["openai_224"], ["text_anchored"])
-        do(train, "openai_224", "text_anchored")
-        tower, head = (
-            load_file(Path("models/paper/text_anchored/openai_224", file))
-            for file in (backbones.WEIGHTS, backbones.HEAD)
-        )
-        assert all(torch.equal(tower[name], before[name]) for name in before)
-        assert any(tensor.any() for name, tensor in head.items() if name.endswith("weight"))
+        if every_layer:
+            anchored = paper["recipes"]["text_anchored"]  # captions, gap, projection and head: each at least one step
+            anchored |= {"steps": 1, "batch": 1, "gap_correction": {"components": 1, "images": 2}}
+            anchored["warmup"]["steps"] = 1
+            write(content, ["openai_224"], ["text_anchored"])
+            do(train, "openai_224", "text_anchored")
+            tower, head = (
+                load_file(Path("models/paper/text_anchored/openai_224", file))
+                for file in (backbones.WEIGHTS, backbones.HEAD)
+            )
+            assert all(torch.equal(tower[name], before[name]) for name in before)
+            assert any(tensor.any() for name, tensor in head.items() if name.endswith("weight"))
         for line in map(json.loads, Path("metrics/timings.jsonl").read_text().splitlines()):
             print(line["stage"], line["seconds"], "s", line["peak_memory_mb"], "MB")
             assert line["peak_memory_mb"] < 16_000
