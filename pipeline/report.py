@@ -144,6 +144,12 @@ def compare(p: Reported, first: str, second: str | None) -> list[str]:
                 table.add_row(backbone, weights, COLUMNS[column], *figures_, change.text(), verdict)
                 if verdict == "lost" or (preserved and verdict != "preserved"):
                     worse.append(f"{backbone}, {weights}: {COLUMNS[column]} {change.text()}")
+    if not table.row_count:
+        scored_weights = [", ".join(w for found in report.values() for w in found["score"]) for report in reports]
+        raise UserError(
+            f"{first} and {second or 'the workspace'} have no figure of the same backbone and weights: the one has "
+            f"{scored_weights[0]}, the other {scored_weights[1]}. Name commits of the same run."
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return worse
 

@@ -106,9 +106,9 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
         if one.recipe in ("none", "diva"):
             base = {1.0: 40.0, 0.6: 30.0, 0.3: 20.0}[one.detail_share]
             gain = {"pretrained": 0, "trained": one.denoiser_steps / 1000 + 5, "shuffled": 2, "drift": -1}[one.weights]
-            pairs = (0, 0, 1, 1, 0, 0, 0, 0) if one.weights == "pretrained" else (1, 1, 1, 0, 0, 0, 0, one.seed == 2)
+            pairs = (0, 0, 1, 1, 0, 0, 0) if one.weights == "pretrained" else (1, 1, 1, 0, 0, 0, one.seed == 2)
             found[one] = {**dict.fromkeys(MEASURES, base + gain), "right": right(*pairs)}
-    gained = experiment.gains(rows(found))
+    gained = experiment.gains(rows(found), 7)
     table = experiment.results(gained).set_index(["weights", "measure"])
     row = table.loc[("trained", "probe")]  # 5.5, 6 and 7 for each text tower
     assert row[["cells", "gain"]].tolist() == [9, pytest.approx(6.17, abs=0.005)]
@@ -121,10 +121,10 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     assert effect[["cells", "gain"]].tolist() == [3, pytest.approx(4.17, abs=0.005)]
     assert np.isnan(effect.these_low)
     pairs = table.loc[("trained", "pairs_stock")]
-    assert pairs.gain == pytest.approx(100 * (2 - 1 + 1 / 3) / 8, abs=0.005)  # of pairs, not of their average
-    answers = np.array([[100, 100, 0, -100, 0, 0, 0, 100 * (cell[2] == 2)] for cell in experiment.cells()])
-    new, these = over_groups(answers.reshape(3, 3, 8))
-    wider, _ = over_groups(answers.reshape(3, 3, 8), 1 - 0.05 / 9)
+    assert pairs.gain == pytest.approx(100 * (2 - 1 + 1 / 3) / 7, abs=0.005)  # of pairs, not of their average
+    answers = np.array([[100, 100, 0, -100, 0, 0, 100 * (cell[2] == 2)] for cell in experiment.cells()])
+    new, these = over_groups(answers.reshape(3, 3, 7))
+    wider, _ = over_groups(answers.reshape(3, 3, 7), 1 - 0.05 / 9)
     assert pairs[["new_low", "these_low", "corrected_low"]].tolist() == [
         pytest.approx(found.low, abs=0.005) for found in (new, these, wider)
     ]
@@ -133,33 +133,46 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     assert "| diva | trained | 9 |" in text
     assert text.count("| diva | +6.2 | +6.2 | +6.2 |\n") == 2  # by text tower and by study
     assert "nan" not in text
+    diverged = rows(found | {Trial("test 3", "diva", "trained", 0.6, 1000, 3, "x"): {**BLANK, "right": ""}})
+    gained = experiment.gains(diverged, 7)
+    text = experiment.markdown(experiment.results(gained), gained)
+    assert "| diva | +6.2 | +nan | +6.2 |" in text  # not the mean of those that came to an end
+
+
+BLANK = dict.fromkeys(MEASURES, float("nan"))
 
 
 def ahead(share: float, steps: int, seed: int) -> float:
     return 2 * seed + steps / 1000 + 3 * share**2
 
 
-def test_every_recipe_is_compared_with_ours_cell_by_cell() -> None:
+def test_every_recipe_is_compared_with_two_cell_by_cell() -> None:
     found: dict[Trial, dict[str, Any]] = {}
     for one in experiment.testing(BEST):
-        if one.recipe in ("none", "diva", experiment.OURS):
-            own = {"none": 0, "diva": one.seed, experiment.OURS: ahead(one.detail_share, one.denoiser_steps, one.seed)}
+        if one.recipe in ("none", "diva", *experiment.COMPARED):
+            cell = one.detail_share, one.denoiser_steps, one.seed
+            own = {"none": 0, "diva": one.seed, "reranked": ahead(*cell), "captions": 2 * ahead(*cell)}
             gain = own[one.recipe] * (one.weights == "trained")
-            found[one] = {**dict.fromkeys(MEASURES, 50.0 + gain), "right": right(1, 0, 1, 0, 0, 0, 0, 0)}
+            found[one] = {**dict.fromkeys(MEASURES, 50.0 + gain), "right": right(1, 0, 1, 0, 0, 0, 0)}
     found = dict(reversed(found.items()))  # rows are matched by cell, not by where they stand
-    table = experiment.results(experiment.gains(rows(found))).set_index(["recipe", "weights", "measure"])
-    less = [ahead(*cell) - cell[2] for cell in experiment.cells()]
-    means = [sum(less[i : i + 3]) / 3 for i in (0, 3, 6)]
-    low, high = stats.t.interval(0.95, 2, loc=sum(less) / 9, scale=stats.sem(means))
-    assert table.loc[("diva", "difference", "zeroshot"), ["cells", "gain", "new_low", "new_high"]].tolist() == [
-        9, pytest.approx(sum(less) / 9, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
-    ]  # fmt: skip
-    assert (experiment.OURS, "difference") not in set(table.index.droplevel("measure"))
+    table = experiment.results(experiment.gains(rows(found), 7)).set_index(["recipe", "weights", "measure"])
+    for recipe, weights, less in (
+        ("diva", "reranked less it", [ahead(*cell) - cell[2] for cell in experiment.cells()]),
+        ("diva", "captions less it", [2 * ahead(*cell) - cell[2] for cell in experiment.cells()]),
+        ("captions", "reranked less it", [-ahead(*cell) for cell in experiment.cells()]),
+    ):
+        means = [sum(less[i : i + 3]) / 3 for i in (0, 3, 6)]
+        low, high = stats.t.interval(0.95, 2, loc=sum(less) / 9, scale=stats.sem(means))
+        assert table.loc[(recipe, weights, "zeroshot"), ["cells", "gain", "new_low", "new_high"]].tolist() == [
+            9, pytest.approx(sum(less) / 9, abs=0.005), pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005)
+        ]  # fmt: skip
+    compared = {key for key in table.index.droplevel("measure") if "less" in key[1]}
+    assert compared == {("diva", "reranked less it"), ("diva", "captions less it"), ("captions", "reranked less it")}
     panels = experiment.figure(table.reset_index()).axes
     assert [panel.get_title() for panel in panels] == ["pairs_stock", "zeroshot", "probe"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels.count("diva, trained") == 1
-    assert len(labels) == 8
+    assert len(labels) == 12
 
 
 @pytest.mark.usefixtures("here")

@@ -492,6 +492,7 @@ def test_look_as_the_pages_have_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert [float(value) for value in rows[0][2:4]] == pytest.approx(wanted.tolist(), abs=6e-4)
     with Image.open("look.png") as strip:
         assert strip.width > 500
+    run(look, *arguments[:3], "a tag of $5, 10 % off $9", arguments[4])  # no formula
 
 
 @pytest.mark.slow

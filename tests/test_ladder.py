@@ -67,10 +67,20 @@ def test_a_claim_holds_where_both_tests_say_so(capsys: pytest.CaptureFixture) ->
 
 def test_the_table_says_whether_a_claim_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for claim, word in ((2.0, "yes"), (3.1, "no")):
+    write_params()
+    nan = float("nan")
+    for claim, (pairs, zeroshot), said in (
+        (2.0, HELD, "yes | 5 | +3.1"),
+        (3.1, HELD, "no | 5 | +3.1"),
+        (2.0, ([33.0] * 3, [90.0] * 3), "unfinished | 3 | +3.0"),
+        (2.0, ([33.0, nan, 33.0, 33.0, 33.0], [90.0, nan, 90.0, 90.0, 90.0]), "no | 5 | +nan"),
+    ):
         write(claim=claim)
-        rows(*HELD).to_csv(ENTRIES / "own.csv", index=False)
-        assert f"| `own` | nothing | {claim:g} | {word} | 5 | +3.1 |" in ladder.markdown()
+        recipe = ladder.hash_of(ladder.entry("own"))
+        rows(pairs, zeroshot).assign(recipe=recipe).to_csv(ENTRIES / "own.csv", index=False)
+        assert f"| `own` | nothing | {claim:g} | {said} |" in ladder.markdown()
+    write(recipe=ENTRY["recipe"] | {"steps": 3})
+    assert "`own`" not in ladder.markdown()  # its log is of another recipe
 
 
 def test_seeds_that_agree_in_everything_are_compared_as_they_are() -> None:
@@ -149,6 +159,11 @@ def test_an_interrupted_entry_goes_on_and_made_again_has_the_same_log(
     assert not FrozenWorld.scratch.exists()
     run(ladder)
     assert "| `own` | nothing | 99 | no | 5 |" in capsys.readouterr().out
+    write(claim=99.0, recipe=ENTRY["recipe"] | {"steps": 1})
+    with pytest.raises(SystemExit):
+        run(ladder, "own")
+    assert "6 rows of metrics/recipes/ladder/own.csv are of another recipe" in capsys.readouterr().out
+    assert made[13:] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_set_of_the_ladder_is_no_other_set() -> None:

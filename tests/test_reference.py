@@ -163,6 +163,10 @@ def test_a_mislabelled_pattern_and_swapped_pooling_rules_are_seen_though_no_aver
     assert mislabelled.mean().equals(honest.mean())
     name = "agreement.smallest_pattern"
     assert reference.agreement(mislabelled, total)[name] < lowest[name]
+    for constant in (0.0, 1.0):  # all wrong, as where a pattern's images are equal
+        alike = honest.copy()
+        alike.loc[state, "stock"] = constant
+        assert np.isnan(reference.agreement(alike, total)[name])
     name = "agreement.pooling"
     assert reference.agreement(honest.rename(columns=reference.OTHER), total)[name] < lowest[name]
 

@@ -206,13 +206,16 @@ def test_a_checkpoint_is_judged_by_its_own_figure_and_pooling_rule() -> None:
 
 
 @pytest.mark.slow
-def test_every_two_weights_are_compared_and_p_corrected_for_their_number() -> None:
+def test_every_two_weights_are_compared_and_p_corrected_for_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     found = evidence(None)["comparison"]
     assert list(found) == ["diva minus pretrained", "idle minus pretrained", "idle minus diva"]
     assert (found["idle minus diva"]["won"], found["idle minus diva"]["lost"]) == (1, 2)
     assert found["diva minus pretrained"]["won"] == 2
     rows = page.comparison(evidence(None))
     assert [row[0] for row in rows[1:]] == list(found)
+    monkeypatch.setattr(results, "won_and_lost", lambda *_: {"won": 28, "lost": 12, "p": 0.017})
+    corrected = results.comparison(dict.fromkeys(("pretrained", "diva", "idle"), BEFORE))
+    assert {tests["p_holm"] for tests in corrected.values()} == {0.05}  # 3 x 0.0166, not 3 x 0.017
     assert all(len(row) == len(rows[0]) for row in rows)
 
 
@@ -273,6 +276,9 @@ def test_a_gain_at_the_cost_of_zero_shot_ability_is_called_so() -> None:
     assert "at the cost of zero-shot ability" in page.verdicts(found)["diva"]
     found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "preserved"}
     assert "at the cost" not in " ".join(page.verdicts(found).values())
+    found["weights"]["diva"]["verdict"] = {"pairs": "gained", "zeroshot": "not distinguishable"}
+    assert "at the cost" not in (said := page.verdicts(found)["diva"])
+    assert "A loss of more than 1 point is not excluded." in said
 
 
 def test_over_seeds_a_published_gain_is_judged_with_its_pooling_rule() -> None:
@@ -446,6 +452,34 @@ def test_the_seeds_table_is_shown_and_its_age_noticed(both: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_of_fewer_benchmarks_than_its_seed_is_no_other_run(here: Path) -> None:
+    gains = json.loads((METRICS / "report.json").read_text())["mini"]["gain"]["diva"]
+    write_params(**{"run.benchmarks": ["zeroshot"]})
+    own = provenance.run("mini", "mini", "diva")
+    write_seeds(
+        f"mini,diva,diva,42,{','.join(map(str, gains.values()))},{own}", f"mini,diva,diva,43,1,2,3,4,5,6,7,{own}"
+    )
+    run(report)
+    assert "Training seeds 42, 43<" in (html := (METRICS / "report.html").read_text())
+    assert "on another machine" not in html
+    write_seeds(f"mini,diva,diva,42,1,2,3,4,,,,{own}", f"mini,diva,diva,43,,,,,5,6,7,{own}")
+    run(report)
+    assert "Training seeds" not in (METRICS / "report.html").read_text()  # no figure that both have
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_without_pictures_and_questions_the_report_says_what_is_missing() -> None:
+    for missing in ("denoiser", "mmvp"):
+        shutil.rmtree(DATA / missing)
+    before = [(METRICS / name).read_bytes() for name in ("report.json", "evidence.json", "patterns.csv")]
+    run(report)
+    assert [(METRICS / name).read_bytes() for name in ("report.json", "evidence.json", "patterns.csv")] == before
+    for suffix in ("html", "md"):
+        assert "restore data/mini/mmvp" in (METRICS / f"report.{suffix}").read_text()
+
+
+@pytest.mark.slow
 def test_the_check_tells_by_its_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (METRICS / "report.html").read_bytes()
     with pytest.raises(SystemExit) as ended:
@@ -537,6 +571,11 @@ def test_two_commits_are_compared_pair_by_pair(here: Path, capsys: pytest.Captur
     assert "mini, diva: pairs, stock embedding -" in capsys.readouterr().err
     run(report, "--compare", "HEAD", "HEAD~1", "--check")
     assert re.search(r"diva.*pairs, stock.*0\.00.*100\.00.*gained", capsys.readouterr().out)
+    figures["mini"]["score"] = {"released": figures["mini"]["score"]["diva"]}
+    summary.write_text(json.dumps(figures))
+    with pytest.raises(SystemExit):
+        run(report, "--compare", "--check")
+    assert "no figure of the same backbone and weights" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(report, "--compare", "nowhere")
     assert "nowhere" in capsys.readouterr().err

@@ -118,3 +118,11 @@ def test_a_backbone_that_is_not_run_is_named(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         run(sensitivity, "openai_224", "diva")
     assert "run.backbones does not name 'openai_224'. Choose one of these: mini." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["kernel", "captions", "reranked"])
+@pytest.mark.usefixtures("here")
+def test_a_recipe_without_a_condition_is_refused(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(sensitivity, "mini", recipe)
+    assert f"recipe '{recipe}' has no loss that conditions the denoiser on images" in capsys.readouterr().err

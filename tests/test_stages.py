@@ -1,5 +1,6 @@
 """The stages on a mini world shrunk to seconds: what they read, write, refuse, and leave as it was."""
 
+import errno
 import io
 import itertools
 import json
@@ -37,7 +38,7 @@ from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import read, write_split
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic
-from pipeline.core.stages import UserError
+from pipeline.core.stages import TIMINGS, UserError, stage
 from pipeline.data.shards import Shards
 from pipeline.diva import step
 from pipeline.diva.pairs import matching, score_pairs
@@ -480,6 +481,70 @@ def test_success_replaces_and_a_missing_output_does_not(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["second"]
     assert file.read_text() == "second"
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file.json", ".folder.lock"}
+
+
+def test_a_kill_while_an_old_output_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+
+    def make(content: str) -> None:
+        with atomic(folder) as (partial,):
+            partial.mkdir()
+            for name in ("a", "b"):
+                (partial / name).write_text(content)
+
+    def half(path: Path, *_: Any, **__: Any) -> None:
+        (path / "a").unlink()
+        raise SystemExit  # as a kill would
+
+    make("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(SystemExit):
+            make("second")
+    assert not folder.exists() or {file.read_text() for file in folder.iterdir()} == {"second"}
+    make("third")
+    assert {path.name for path in tmp_path.rglob("*")} == {"folder", "a", "b", ".folder.lock"}
+
+
+def test_what_the_disk_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tool"])
+
+    def fails(error: OSError) -> None:
+        def main() -> None:
+            raise error
+
+        stage(main)()
+
+    for error, said in (
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device. Make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), f"{tmp_path}: No space left on device. Make room"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            "a: Permission denied. Make it readable and writable",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            fails(error)
+        assert said in capsys.readouterr().err
+    with pytest.raises(OSError, match="Input"):  # of a broken disk: no remedy is known
+        fails(OSError(errno.EIO, "Input/output error"))
+
+
+def test_a_stage_whose_time_cannot_be_noted_has_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tool"])
+    TIMINGS.mkdir(parents=True)  # a folder, which nobody can write to as a file
+    stage(lambda: print("done"))()
+    told = capsys.readouterr()
+    assert told.out == "done\n"
+    assert "warning: no time was noted in metrics/timings.jsonl" in told.err
 
 
 def test_a_generator_is_a_pure_function_of_its_purpose() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shrunk import read_yaml, run_of, write_params
 
 from pipeline.core.outputs import write_json
 from pipeline.evidence.provenance import run
-from pipeline.evidence.results import COLUMNS, seeds_table
+from pipeline.evidence.results import COLUMNS, PAIRS, seeds_table
 from pipeline.sections import params
 from pipeline.tools import sweep
 
@@ -30,13 +31,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add(
-    seed: int, gain: float, names: tuple[str, ...] = ("diva", "diva-shuffled", "diva-drift"), **changes: Any
+    seed: int,
+    gain: float,
+    names: tuple[str, ...] = ("diva", "diva-shuffled", "diva-drift"),
+    columns: Iterable[str] = COLUMNS,
+    **changes: Any,
 ) -> None:
-    """Let a run end that found this gain everywhere, and add it to the table."""
+    """Let a run end that found this gain in all of these columns, and add it to the table."""
     write_params(seed=seed, **changes)
     Path("metrics/mini").mkdir(parents=True, exist_ok=True)
     write_json(
-        Path("metrics/mini/report.json"), {"mini": {"gain": {name: dict.fromkeys(COLUMNS, gain) for name in names}}}
+        Path("metrics/mini/report.json"), {"mini": {"gain": {name: dict.fromkeys(columns, gain) for name in names}}}
     )
     sweep.add(params.load(), Path("metrics/mini/report.json").read_text())
 
@@ -90,6 +95,27 @@ def test_rows_of_other_parameters_make_room_and_it_is_said(
     assert found() == ([("diva", 1, 1.0)] if same else []) + [("diva", 2, 2.0)]
     said = "removed 3 rows of mini, diva: they are of other code or parameters"
     assert (said in capsys.readouterr().out) == (not same)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+def test_a_seed_without_a_benchmark_s_figures_is_run_again_and_gets_them() -> None:
+    pairs = {"run.benchmarks": ["mmvp"]}
+    add(1, 1.0, columns=PAIRS, **pairs)
+    assert sweep.seeds_to_run(params.load(), [1]) == []
+    names = {sweep.name_of(params.load(), sweep.runs(params.load()), 1)}
+    write_params()
+    assert sweep.seeds_to_run(params.load(), [1]) == [1]
+    names.add(sweep.name_of(params.load(), sweep.runs(params.load()), 1))
+    add(1, 2.0)
+    assert sweep.seeds_to_run(params.load(), [1]) == []
+    table = seeds_table("mini")
+    assert len(table) == 3
+    assert table[[*PAIRS]].eq(1).all(axis=None)
+    assert table[[column for column in COLUMNS if column not in PAIRS]].eq(2).all(axis=None)
+    write_params(**{"run.controls": []})
+    names.add(sweep.name_of(params.load(), sweep.runs(params.load()), 1))
+    assert len(names) == 3  # an experiment without a control or a benchmark is not taken for one with it
 
 
 @pytest.mark.slow
@@ -283,6 +309,6 @@ def test_a_slurm_array_has_a_task_for_each_missing_seed() -> None:
     add(2, 1.0)
     written = sweep.array(params.load(), [1, 2, 3])
     assert "#SBATCH --array 1,3\n" in written
-    name = sweep.name_of(sweep.runs(params.load()), 7).removesuffix("7")
+    name = sweep.name_of(params.load(), sweep.runs(params.load()), 7).removesuffix("7")
     assert f"dvc exp run --temp --name {name}$SLURM_ARRAY_TASK_ID -S seed=$SLURM_ARRAY_TASK_ID >" in written
     subprocess.run(["bash", "-n"], input=written, text=True, check=True)

@@ -19,11 +19,12 @@ from pipeline.core.stages import UserError
 def atomic(*outputs: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary paths beside `outputs`; rename them to `outputs` if the block succeeds, remove them if it fails.
 
-    So a path of `outputs` is always complete. Raises UserError if another process is writing the first of them.
+    So a path of `outputs` is always complete or absent, even after a kill. Raises UserError if another process is
+    writing the first of them.
     """
-    partial = tuple(path.with_name(f".{path.name}.partial") for path in outputs)
+    partial, old = (tuple(path.with_name(f".{path.name}{which}.partial") for path in outputs) for which in ("", ".old"))
     with _only_writer(outputs[0]):
-        for path in partial:
+        for path in (*partial, *old):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove(path)
         try:
@@ -31,9 +32,11 @@ def atomic(*outputs: Path) -> Iterator[tuple[Path, ...]]:
             for path, final in zip(partial, outputs, strict=True):
                 if not path.exists():
                     raise FileNotFoundError(f"{final}: the stage ended without writing this output")
-            for path, final in zip(partial, outputs, strict=True):
-                remove(final)
+            for path, final, aside in zip(partial, outputs, old, strict=True):
+                if final.exists() or final.is_symlink():
+                    final.rename(aside)  # removing a folder takes time, in which a kill would leave a part of it
                 path.rename(final)
+                remove(aside)
         finally:
             for path in partial:
                 remove(path)

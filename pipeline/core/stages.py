@@ -4,6 +4,7 @@ Every text file is UTF-8, whatever the locale.
 """
 
 import argparse
+import errno
 import functools
 import inspect
 import json
@@ -29,13 +30,18 @@ T = TypeVar("T")
 TIMINGS = Path("metrics/timings.jsonl")
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 class UserError(Exception):
     """An error that the user can fix: the message says what was found, where, and what to do."""
 
 
 def stage(main: Callable[..., None]) -> Callable[[], None]:
     """Decorate the `main()` of a stage or tool. The result takes the command line and exits with a message, not a
-    traceback: status 2 and the usage where the arguments are wrong, 1 for a UserError, 130 for Ctrl+C.
+    traceback: status 2 and the usage where the arguments are wrong, 1 for a UserError, a full disk or a file that may
+    not be opened, 130 for Ctrl+C.
 
     Each parameter of `main` is an argument of the command line. `*arguments` alone takes all of them, options too.
     """
@@ -49,6 +55,12 @@ def stage(main: Callable[..., None]) -> Callable[[], None]:
             main(*_arguments(main))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except OSError as error:
+            if error.errno not in (*NO_ROOM, *NOT_OURS):
+                raise
+            todo = "Make room there" if error.errno in NO_ROOM else "Make it readable and writable for this user"
+            print(f"error: {error.filename or Path.cwd()}: {error.strerror}. {todo}, then run again.", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted: no unfinished output is left; run the same command again to continue", file=sys.stderr)
@@ -81,7 +93,8 @@ def _start_in_utf8_mode() -> None:
 
 
 def note_timing(more: dict[str, Any]) -> None:
-    """Add a line to the timings: the stage, its seconds so far, the machine, and `more`."""
+    """Add a line to the timings: the stage, its seconds so far, the machine, and `more`. Where they cannot be written,
+    print why: no work is lost for want of a note."""
     seconds = time.time() - psutil.Process().create_time()  # from the start of the process: imports count
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = {
@@ -93,9 +106,12 @@ def note_timing(more: dict[str, Any]) -> None:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
-    TIMINGS.parent.mkdir(parents=True, exist_ok=True)
-    with TIMINGS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        TIMINGS.parent.mkdir(parents=True, exist_ok=True)
+        with TIMINGS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        print(f"warning: no time was noted in {TIMINGS} ({error})", file=sys.stderr)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, **options: Any) -> Iterator[T]:

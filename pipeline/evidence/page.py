@@ -243,8 +243,11 @@ def _cost(result: dict) -> str:
     if judged["zeroshot"] == results.NOT_MEASURED:
         return f" Zero-shot classification: {results.NOT_MEASURED}."
     said = f" Zero-shot classification: {judged['zeroshot']}, {Interval(*result['gain']['zeroshot']).text()} points."
-    if judged["pairs"] in ("reproduced", "gained") and judged["zeroshot"] != "preserved":
-        said += " The gain comes at the cost of zero-shot ability."
+    if judged["pairs"] in ("reproduced", "gained"):
+        said += {
+            "lost": " The gain comes at the cost of zero-shot ability.",
+            "not distinguishable": f" A loss of more than {statistics.ZERO_SHOT_MARGIN:g} point is not excluded.",
+        }.get(judged["zeroshot"], "")
     return said
 
 
@@ -267,14 +270,14 @@ def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> s
 
 def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> dict | None:
     """Mean, s.d. and interval over training seeds, and whether this run is among them. None if there are fewer than
-    two.
+    two, or no figure that all of them have.
 
     groups: the rows of this code and these parameters, by weights. gain: this run's gains, by weights.
     """
-    if not groups:
+    table = pd.concat(groups.values()) if groups else pd.DataFrame(columns=[*COLUMNS])
+    columns = [column for column in COLUMNS if len(table) and table[column].notna().all()]
+    if not columns:
         return None
-    table = pd.concat(groups.values())
-    columns = [column for column in COLUMNS if table[column].notna().all()]
     rows = [
         [label(w), str(len(g)), *(f"{statistics.over_seeds(g[c]).text()} (s.d. {g[c].std():.1f})" for c in columns)]
         for w, g in groups.items()
@@ -284,13 +287,16 @@ def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> 
         "columns": [COLUMNS[column] for column in columns],
         "rows": rows,
         "seeds": ", ".join(map(str, sorted(set(table.seed)))),
-        "same": all(row[column] == gain[row.weights].get(column) for _, row in own.iterrows() for column in columns),
+        "same": all(row[c] == gain[row.weights].get(c, row[c]) for _, row in own.iterrows() for c in columns),
         "figure": figures.url(figures.seeds(table)),
     }
 
 
 def pairs_changed(scores: dict[str, Scores], folder: Path) -> list[dict]:
-    """The pairs that were won and those that were lost by the stock embedding, with statements and images."""
+    """The pairs that were won and those that were lost by the stock embedding, with statements and images; none where
+    the folder is not there."""
+    if not folder.is_dir():
+        return []
     text = {"Type": str, "Statement": str}  # every cell of it: a statement may be "None" or 007
     questions = pd.read_csv(folder / "Questions.csv", dtype=text, keep_default_na=False).set_index("Question ID")
     folders = {path.name.replace("_", " "): path for path in folder.glob("*/*") if path.is_dir()}

@@ -75,8 +75,9 @@ class Scores:
     ) -> "Scores":
         """`read` gives the bytes of a path, of this folder or of another commit."""
         root = Path("metrics", profile, "scores")
-        asked = {b: json.loads(read(root / b / f"{backbone}-{weights}" / "scoring.json")) for b in benchmarks}
-        found = cls({}, pd.DataFrame(), {}, pd.DataFrame(), scoring=asked)
+        records = [root / b / f"{backbone}-{weights}" / "scoring.json" for b in ("mmvp", "zeroshot") if b in benchmarks]
+        scoring = {record.parts[-3]: json.loads(read(record)) for record in records}
+        found = cls({}, pd.DataFrame(), {}, pd.DataFrame(), scoring=scoring)
         if "mmvp" in benchmarks:
             folder = root / "mmvp" / f"{backbone}-{weights}"
             mmvp = json.loads(read(folder / "scores.json"))
@@ -264,7 +265,7 @@ def comparison(scores: dict[str, Scores]) -> dict[str, dict]:
         f"{second} minus {first}": won_and_lost(scores[first], scores[second], "stock")
         for first, second in itertools.combinations(scores, 2)
     }
-    corrected = statistics.holm([result["p"] for result in found.values()])
+    corrected = statistics.holm([statistics.mcnemar(tests["won"], tests["lost"]) for tests in found.values()])
     return {name: {**found[name], "p_holm": float(f"{p:.2g}")} for name, p in zip(found, corrected, strict=True)}
 
 

@@ -80,13 +80,13 @@ SPACE: dict[str, dict[str, tuple[float, ...]]] = {  # five rates, and three valu
     "reranked": {RATE: (0.0001, 0.0003, 0.001, 0.003, 0.01), "losses.reranking.evidence": (50, 100, 200)},
 }
 ALLOWED = 0.5  # points of zero-shot accuracy that a setting may cost on the dev split
-OURS = "reranked"
+COMPARED = ("reranked", "captions")  # what the plan compares with the other recipes, cell by cell
 BENCHMARKS = ("dev", "test 3")  # splits, each drawn from the set of that name of pipeline/mini/world.py
 MEASURES = (
     "pairs_stock", "matching", "image_to_statement_stock", "zeroshot", "zeroshot_outside_bank", "retrieval", "probe"
 )  # fmt: skip
 RIGHT = "right"
-COMPARISONS = 2 * len(SPACE) - 1  # of pairs: each recipe with nothing, and ours with each other
+COMPARISONS = 2 * len(SPACE) - 1  # of pairs, as the plan counts: each recipe with nothing, `reranked` with each other
 
 
 @dataclass(frozen=True)
@@ -364,12 +364,13 @@ def carry_out(pool: ProcessPoolExecutor, runs: Iterable[Trial]) -> None:
         write(pd.DataFrame([*read().to_dict("records"), *work.result()])[COLUMNS])
 
 
-def gains(rows: pd.DataFrame) -> pd.DataFrame:
-    """The test runs minus the same backbone before training, in points; `right`: of each pair, an array."""
+def gains(rows: pd.DataFrame, pairs: int) -> pd.DataFrame:
+    """The test runs minus the same backbone before training, in points; `right`: of each of so many pairs, an array."""
     test = rows[rows.benchmark == BENCHMARKS[1]]
-    answers = [100.0 * np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8)) for digits in test[RIGHT]]
-    longest = max(map(len, answers))  # no digits: of a run without finite numbers
-    test = test.assign(**{RIGHT: [each if len(each) else np.full(longest, np.nan) for each in answers]})
+    packed = [np.frombuffer(bytes.fromhex(digits), np.uint8) for digits in test[RIGHT]]
+    none = np.full(pairs, np.nan)  # no digits: of a run without finite numbers
+    answers = [100.0 * np.unpackbits(digits, count=pairs) if len(digits) else none for digits in packed]
+    test = test.assign(**{RIGHT: answers})
     before = test[test.recipe == "none"].set_index("detail_share")[[*MEASURES, RIGHT]]
     after = test[test.recipe != "none"].copy()
     after[[*MEASURES, RIGHT]] = after[[*MEASURES, RIGHT]].to_numpy() - before.loc[after.detail_share].to_numpy()
@@ -384,17 +385,19 @@ def results(gained: pd.DataFrame) -> pd.DataFrame:
     of pairs_stock are of other pairs, too, and corrected_* are theirs at 1 - 5 % / COMPARISONS (Bonferroni), so that
     all of them together hold with 95 %.
 
-    Two kinds of weights are differences, cell by cell: `effect`, the recipe minus its mismatched-image control, and
-    `difference`, ours minus the recipe.
+    Some weights are differences, cell by cell: `effect`, the recipe minus its mismatched-image control, and
+    `reranked less it` and `captions less it`, those two minus the recipe.
     """
     keys, found, values = ["detail_share", "denoiser_steps", "seed"], [], [*MEASURES, RIGHT]
-    ours = gained[(gained.recipe == OURS) & (gained.weights == "trained")].set_index(keys)[values]
+    trained = gained[gained.weights == "trained"]
+    compared = {name: own.set_index(keys)[values] for name, own in trained.groupby("recipe") if name in COMPARED}
     for recipe, own in gained.groupby("recipe", sort=False):
         parts = {weights: part.set_index(keys)[values] for weights, part in own.groupby("weights", sort=False)}
         if {"trained", "shuffled"} <= parts.keys():
             parts["effect"] = parts["trained"].loc[parts["shuffled"].index] - parts["shuffled"]
-        if recipe != OURS and len(ours):
-            parts["difference"] = ours - parts["trained"].loc[ours.index]
+        for name in COMPARED[: COMPARED.index(recipe) if recipe in COMPARED else None]:
+            if name in compared:
+                parts[f"{name} less it"] = compared[name] - parts["trained"].loc[compared[name].index]
         for weights, part in parts.items():
             for measure in MEASURES:
                 column = RIGHT if measure == "pairs_stock" else measure
@@ -447,7 +450,8 @@ def markdown(found: pd.DataFrame, gained: pd.DataFrame) -> str:
         ("detail_share", "text tower", {share: f"{100 * share:.0f} % of captions detailed" for share in DETAIL_SHARES}),
         ("seed", "study", {seed: f"study {i + 1}" for i, seed in enumerate(SEEDS)}),
     ):
-        means = gained[gained.weights == "trained"].groupby(["recipe", factor], sort=False).pairs_stock.mean()
+        by = gained[gained.weights == "trained"].groupby(["recipe", factor], sort=False)
+        means = by.pairs_stock.agg(lambda values: values.mean(skipna=False))
         by_level = [[f"pairs_stock, by {heading}", *names.values()]]
         for recipe in gained.recipe.unique():
             by_level.append([recipe, *(f"{means[recipe, level]:+.1f}" for level in names)])
@@ -459,7 +463,7 @@ def figure(found: pd.DataFrame) -> Figure:
     """Each gain with its intervals (thin: other text towers; thick: these): a row for a recipe's weights."""
     drawn = Figure(figsize=(12, 5), layout="constrained")
     for axis, measure in zip(drawn.subplots(1, 3, sharey=True), ("pairs_stock", "zeroshot", "probe"), strict=True):
-        own = found[(found.measure == measure) & (found.weights != "difference")]
+        own = found[(found.measure == measure) & ~found.weights.str.endswith(" less it")]
         colours = ["tab:grey" if weights in ("drift", "shuffled") else "tab:blue" for weights in own.weights]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.hlines(range(len(own)), own.new_low, own.new_high, colors=colours, linewidth=1)
@@ -487,7 +491,7 @@ def main() -> None:
         carry_out(pool, tuning())
         print(tuned(read()))
         carry_out(pool, testing(best_choices(read())))
-    gained = gains(read())
+    gained = gains(read(), len(world.PATTERNS) * assets.pairs.pairs_per_pattern)
     found = results(gained)
     with atomic(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         found.to_csv(csv, index=False)

@@ -6,9 +6,9 @@
 
 Both go on where they were interrupted.
 
-
 An entry is metrics/recipes/ladder/<NAME>.yaml: who made it, its claim in points of pairs, its seeds, and its recipe, a
-block as in profiles.mini.recipes of params.yaml. Its log, <NAME>.csv, has a row for each seed. The world is the default
+block as in profiles.mini.recipes of params.yaml. Its log, <NAME>.csv, has a row for each seed; rows of another recipe,
+whose hash is not the entry's, make room. The world is the default
 of profile mini: `dvc repro input@images input@denoiser backbone@mini` makes it. The scores are on pictures of the
 world's set "ladder", on which nothing is trained or tuned.
 
@@ -17,6 +17,8 @@ by a one-sided t test at LEVEL. Exit status 1 if it does not.
 """
 
 import argparse
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -92,12 +94,21 @@ def entry(name: str) -> Entry:
     return found
 
 
+def block(found: Entry) -> dict[str, Any]:
+    """The whole recipe, as params.yaml would hold it."""
+    return {**config.content()["profiles"]["mini"]["base_recipe"], **found.recipe}
+
+
 def recipe_of(name: str, found: Entry) -> Recipe:
     file = ENTRIES / f"{name}.yaml"
-    base = config.content()["profiles"]["mini"]["base_recipe"]
-    recipe: Recipe = config.checked(Recipe, {**base, **found.recipe}, "recipe", file)
+    recipe: Recipe = config.checked(Recipe, block(found), "recipe", file)
     losses_of(f"{file}: recipe", recipe)
     return recipe
+
+
+def hash_of(found: Entry) -> str:
+    """The start of the sha256 of its recipe, which its rows bear."""
+    return hashlib.sha256(json.dumps(block(found), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def measured(world: FrozenWorld, name: str, weights: str, seed: int) -> dict[str, Any]:
@@ -111,13 +122,16 @@ def measured(world: FrozenWorld, name: str, weights: str, seed: int) -> dict[str
     return {"weights": weights, "seed": seed, **{key: found[key] for key in MEASURES}, COST: seconds}
 
 
-def log(world: FrozenWorld, name: str, seeds: list[int], file: Path) -> pd.DataFrame:
-    """The rows of the pretrained backbone and of these seeds; those that `file` lacks are made and added to it."""
-    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+def log(world: FrozenWorld, name: str, found: Entry, file: Path) -> pd.DataFrame:
+    """The rows of the pretrained backbone and of the entry's seeds; those that `file` lacks are made and added."""
+    recipe, logged = hash_of(found), pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["recipe"])
+    rows = logged[logged.recipe == recipe].to_dict("records")
+    if others := len(logged) - len(rows):
+        print(f"{others} rows of {file} are of another recipe and make room")
     there = {(row["weights"], row["seed"]) for row in rows}
-    wanted = [("pretrained", 0), *(("trained", seed) for seed in seeds)]
+    wanted = [("pretrained", 0), *(("trained", seed) for seed in found.seeds)]
     for weights, seed in progress([key for key in wanted if key not in there], f"seeds of {name}"):
-        rows.append(measured(world, name, weights, seed))
+        rows.append({"recipe": recipe, **measured(world, name, weights, seed)})
         with atomic(file) as (new,):
             pd.DataFrame(rows).to_csv(new, index=False)
     return pd.DataFrame(rows)
@@ -131,7 +145,7 @@ def gains(found: Entry, rows: pd.DataFrame) -> pd.DataFrame:
 
 def larger(values: pd.Series, than: float) -> float:
     """One-sided p of the seeds' mean being no larger."""
-    if values.std() == 0:
+    if values.std(skipna=False) == 0:
         return float(values.mean() <= than)
     return float(stats.ttest_1samp(values, than, alternative="greater").pvalue)
 
@@ -149,7 +163,8 @@ def judge(name: str, found: Entry, rows: pd.DataFrame) -> None:
     print(rows.to_string(index=False))
     gained = gains(found, rows)
     for measure in MEASURES:
-        print(f"{measure:28} {gained[measure].mean():+6.2f}  s.d. {gained[measure].std():.2f}")
+        mean, sd = gained[measure].mean(skipna=False), gained[measure].std(skipna=False)
+        print(f"{measure:28} {mean:+6.2f}  s.d. {sd:.2f}")
     wanted = claims(found, gained)
     for claim, p in wanted.items():
         print(f"{claim}: p = {p:.2g}")
@@ -158,14 +173,20 @@ def judge(name: str, found: Entry, rows: pd.DataFrame) -> None:
 
 
 def markdown() -> str:
-    """The table of all entries that have a log, the largest gain first."""
+    """The table of all entries that have a log of their recipe, the largest gain first. Until all of its seeds are
+    there, no claim is judged."""
     rows = []
     for file in ENTRIES.glob("*.csv"):
         found, logged = entry(file.stem), pd.read_csv(file)
+        logged = logged[logged.recipe == hash_of(found)]
+        if logged.empty:
+            continue
         gained = gains(found, logged)
-        values = [f"{gained[measure].mean():+.1f}" for measure in MEASURES]
+        values = [f"{gained[measure].mean(skipna=False):+.1f}" for measure in MEASURES]
         seconds = logged[logged.weights == "trained"][COST].mean()
         holds = "yes" if all(p < LEVEL for p in claims(found, gained).values()) else "no"
+        if len(gained) < len(set(found.seeds)):
+            holds = "unfinished"
         own = [f"`{file.stem}`", found.knows, f"{found.claim:g}", holds, str(len(gained))]
         row = [*own, *values, f"{seconds:.0f}", found.by]
         rows.append((-gained.pairs_stock.mean(), row))
@@ -187,7 +208,7 @@ def main(*arguments: str) -> None:
     found = entry(asked.name)
     world = FrozenWorld(params.load(), deterministic_device(), recipe_of(asked.name, found))
     folder = world.scratch if asked.again else ENTRIES
-    rows = log(world, asked.name, found.seeds, folder / f"{asked.name}.csv")
+    rows = log(world, asked.name, found, folder / f"{asked.name}.csv")
     remove(world.scratch)
     judge(asked.name, found, rows)
 

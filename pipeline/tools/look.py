@@ -60,6 +60,8 @@ def strip(questions: list[Question], stock: dict[str, torch.Tensor]) -> Figure:
     headings = ["stock embedding", "", "first image", "second image"]
     table = axes["table"].table(cells, colLabels=headings, colWidths=[0.46, 0.14, 0.2, 0.2], cellLoc="left", edges="B")
     table.scale(1, 1.4)
+    for cell in table.get_celld().values():
+        cell.get_text().set_parse_math(False)  # a statement may have a $
     for row, (statement, weights) in enumerate(rows, 1):
         table[row, 2 + int(stock[weights][statement].argmax())].set_text_props(weight="bold")
     return figure

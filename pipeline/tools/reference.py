@@ -132,9 +132,10 @@ def agreement(right: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
     mislabelled, whose average may hardly change. pooling: how much better each pooling rule correlates with itself than
     with the other one. It tells pooling rules that were swapped.
     """
-    by_pattern = [right.stock[own.index].corr(own) for _, own in others.stock.groupby("pattern")]
+    with np.errstate(invalid="ignore"):  # a pattern that is all right or all wrong agrees with nothing: NaN
+        by_pattern = [right.stock[own.index].corr(own) for _, own in others.stock.groupby("pattern")]
     same, swapped = (right.corrwith(columns).mean() for columns in (others, others.rename(columns=OTHER)))
-    found = {"agreement.smallest_pattern": min(by_pattern), "agreement.pooling": same - swapped}
+    found = {"agreement.smallest_pattern": np.min(by_pattern), "agreement.pooling": same - swapped}
     return {name: round(float(value), 6) for name, value in found.items()}
 
 

@@ -181,6 +181,8 @@ def main(backbone: str, recipe: str) -> None:
         raise UserError(
             f"profile {profile} has no recipe '{recipe}'. Choose one of these: {', '.join(p.profile.recipes)}."
         )
+    if not any(loss.conditions for loss in losses_of(recipe, p.profile.recipes[recipe])):
+        raise UserError(f"recipe '{recipe}' has no loss that conditions the denoiser on images: there is no condition.")
     stem = Path("metrics", profile, "sensitivity", f"{backbone}-{recipe}")
     with atomic(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         clip = Backbone.load(Path("models", profile, "pretrained", backbone)).to(compute)

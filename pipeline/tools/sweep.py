@@ -25,7 +25,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -39,7 +39,7 @@ from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import COLUMNS, CONTROLS, SEEDS, recipe_and_control, seeds_table
+from pipeline.evidence.results import COLUMNS, CONTROLS, KINDS, PAIRS, SEEDS, recipe_and_control, seeds_table
 from pipeline.evidence.statistics import over_seeds
 from pipeline.sections import params
 
@@ -49,6 +49,7 @@ BUSY = "Unable to acquire lock"  # of DVC, which waits for three seconds where a
 TRIES = 50  # again costs little: what a stage has made is in DVC's memory
 
 
+SCORED: dict[str, Iterable[str]] = {"mmvp": PAIRS, "zeroshot": KINDS}  # a benchmark's columns of the table
 Runs = dict[tuple[str, str], str]  # by backbone and recipe
 
 
@@ -57,15 +58,19 @@ def runs(p: params.Params) -> Runs:
 
 
 def seeds_to_run(p: params.Params, seeds: list[int]) -> list[int]:
-    """The seeds for which some backbone and weights have no row of this code and these parameters."""
-    there = set(seeds_table(p.run.profile)[["run", "weights", "seed"]].itertuples(index=False, name=None))
+    """The seeds for which some backbone and weights have no row, of this code and these parameters, with a figure of
+    every benchmark of the run."""
+    table = seeds_table(p.run.profile)
+    for columns in (figures for benchmark, figures in SCORED.items() if benchmark in p.run.benchmarks):
+        table = table[table[[*columns]].notna().any(axis=1)]
+    there = set(table[["run", "weights", "seed"]].itertuples(index=False, name=None))
     trained = [(weights, recipe_and_control(weights)[0]) for weights in p.run.trained]
     wanted = [(run, weights) for (_, own), run in runs(p).items() for weights, recipe in trained if recipe == own]
     return [seed for seed in seeds if any((*row, seed) not in there for row in wanted)]
 
 
 def add(p: params.Params, text: str) -> None:
-    """Add the gains of a run's report.json to the table, unless it has that seed of that run already."""
+    """Add the gains of a run's report.json to the table; what it has of that seed of that run already stays."""
     profile, report = p.run.profile, json.loads(text)
     table, rows = seeds_table(profile), []
     for (backbone, recipe), own in runs(p).items():
@@ -80,7 +85,8 @@ def add(p: params.Params, text: str) -> None:
             table = table[~stale]
     table = pd.DataFrame([*table.to_dict("records"), *rows], columns=table.columns)
     order = ["", *CONTROLS]
-    table = table.drop_duplicates([*SEEDS, "run"]).sort_values(
+    whole = table.groupby([*SEEDS, "run"], sort=False, as_index=False).first()[table.columns]
+    table = whole.sort_values(
         SEEDS,
         key=lambda key: key.map(lambda w: order.index(recipe_and_control(w)[1])) if key.name == "weights" else key,
     )
@@ -118,20 +124,21 @@ def report_of(p: params.Params) -> Path:
     return Path("metrics", p.run.profile, "report.json")
 
 
-def name_of(own: Runs, seed: int | str) -> str:
-    """The name of the experiment that has this seed of these runs."""
-    return f"sweep-{hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:10]}-{seed}"
+def name_of(p: params.Params, own: Runs, seed: int | str) -> str:
+    """The name of the experiment that has this seed of these runs, with their controls, on their benchmarks."""
+    what = repr((sorted(own.items()), sorted(p.run.trained), sorted(p.run.benchmarks)))
+    return f"sweep-{hashlib.sha256(what.encode()).hexdigest()[:10]}-{seed}"
 
 
-def command(own: Runs, seed: int | str) -> list[str]:
-    return ["exp", "run", "--temp", "--name", name_of(own, seed), "-S", f"seed={seed}"]
+def command(p: params.Params, own: Runs, seed: int | str) -> list[str]:
+    return ["exp", "run", "--temp", "--name", name_of(p, own, seed), "-S", f"seed={seed}"]
 
 
 def collect(p: params.Params, own: Runs, seed: int) -> bool:
     """Add the report in an experiment's commit to the table; False if there is no such experiment."""
     refs = ["git", "for-each-ref", "--format=%(refname)", "refs/exps/**"]
     listed = subprocess.run(refs, check=True, capture_output=True, text=True).stdout.split()
-    found = [ref for ref in listed if ref.endswith(f"/{name_of(own, seed)}")]
+    found = [ref for ref in listed if ref.endswith(f"/{name_of(p, own, seed)}")]
     if not found:
         return False
     show = ["git", "show", f"{found[0]}:{report_of(p).as_posix()}"]
@@ -179,7 +186,7 @@ def side_by_side(p: params.Params, own: Runs, ahead: list[int], group: int, at_o
         for _ in range(TRIES):
             with log.open("w", encoding="utf-8") as file:
                 status = subprocess.run(
-                    [*DVC, *command(own, seed)], process_group=group, stdout=file, stderr=subprocess.STDOUT,
+                    [*DVC, *command(p, own, seed)], process_group=group, stdout=file, stderr=subprocess.STDOUT,
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
                 ).returncode  # fmt: skip
             if not status or BUSY not in log.read_text(encoding="utf-8"):
@@ -215,7 +222,7 @@ def array(p: params.Params, seeds: list[int]) -> str:
 mkdir -p {LOGS}
 log={LOGS}/$SLURM_ARRAY_TASK_ID.log
 for try in $(seq {TRIES}); do
-    dvc {" ".join(command(own, "$SLURM_ARRAY_TASK_ID"))} >"$log" 2>&1 && exit 0
+    dvc {" ".join(command(p, own, "$SLURM_ARRAY_TASK_ID"))} >"$log" 2>&1 && exit 0
     grep -q "{BUSY}" "$log" || exit 1
     sleep $((1 + RANDOM % 10))
 done
