@@ -185,6 +185,7 @@ BLOCKS = {
     "sensitivity": sensitivity,
     "backbones": backbones,
     "ladder": ladder,
+    "third experiment": lambda: tables(text(Path("metrics/recipes/results.md"))),
     "second experiment": lambda: tables(text(Path("metrics/recipes/second/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
     "bench": training_speed,
