@@ -14,9 +14,10 @@ import csv
 import hashlib
 import json
 import re
+import string
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.benchmarks.questions import Counted
@@ -110,51 +111,86 @@ def _ending(image: bytes, where: str) -> str:
 
 
 def _mmvp(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]]]]:
-    """MMVP's questions: two neighbours in its order are a pair."""
-    (file,) = folder.rglob("Questions.csv")
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        rows = list(csv.DictReader(opened))
+    """MMVP's questions: two neighbours in its order are a pair.
+
+    Raises UserError for a table of another format, and where a row or an image is missing or there twice.
+    """
+    files = list(folder.rglob("Questions.csv"))
+    if len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} files Questions.csv, wanted one. {_another(name)}")
+    (file,) = files
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            rows = list(csv.DictReader(opened))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file} is no table in UTF-8 ({error}). {_another(name)}") from None
     found = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         where = f"{file}: row {row.get('Index')}"
         try:
-            parts = re.split(r"\(([a-z])\)", row["Options"].strip())
-            letters, options = parts[1::2], [part.strip() for part in parts[2::2]]
-            image = next(iter(folder.rglob(f"{int(row['Index'])}.jpg")), None)
+            before, *parts = re.split(r"\(([a-z])\)", row["Options"].strip())
+            letters, options = parts[::2], [part.strip() for part in parts[1::2]]
+            index, asks = int(row["Index"]), row["Question"].strip()
             answer = letters.index(row["Correct Answer"].strip().strip("()"))
+            in_order = len(letters) > 1 and "".join(letters) == string.ascii_lowercase[: len(letters)]
+            if before or not in_order or not all([asks, *options]):
+                raise ValueError(f"'{asks}' {row['Options']}")
         except (KeyError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{where} has no options (a), (b) ... with the right one ({error!r}). {_another(name)}"
+                f"{where} has no options (a), (b) ... with the right one, or no question ({error!r}). {_another(name)}"
             ) from None
-        if image is None:
-            raise UserError(f"{where}: its image {row['Index']}.jpg is missing. {_another(name)}")
+        if index != number:
+            raise UserError(f"{where} stands where the row of Index {number} should. {_another(name)}")
+        images = list(folder.rglob(f"{index}.jpg"))
+        if len(images) != 1:
+            raise UserError(f"{where}: its image {index}.jpg is missing or there twice. {_another(name)}")
         choices = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-        text = "\n".join([row["Question"].strip(), *choices, LETTER])
+        text = "\n".join([asks, *choices, LETTER])
         asked = {"question": text, "options": [each[0] for each in choices], "answer": answer, "pattern": name}
-        found[str(image)] = image.read_bytes(), [asked]
+        found[str(images[0])] = images[0].read_bytes(), [asked]
+    if not rows or len(rows) % 2:
+        raise UserError(f"{file} has {len(rows)} rows, wanted pairs. {_another(name)}")
     return found
 
 
 def _yes_no(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]]]]:
-    """Questions with the answers yes and no, by image; of MME by its category, of POPE by the test itself."""
+    """Questions with the answers yes and no, by category, which in POPE is the whole test, and in it by image.
+
+    Raises UserError for what cannot be read, for another format, and for a question that an image is asked twice.
+    """
     import pandas as pd  # not above: it takes a second
 
     found: dict[str, tuple[bytes, list[dict[str, Any]]]] = {}
+    first: dict[tuple[str, ...], str] = {}  # the row of an image in a category, and of a question on it
     for file in sorted(folder.rglob("*.parquet")):
-        table = pd.read_parquet(file)
+        try:
+            table = pd.read_parquet(file)
+        except MemoryError:  # a lack of the machine, not a fault of the file
+            raise
+        except Exception as error:  # pyarrow fails in several ways on damaged files
+            raise UserError(f"{file} cannot be read ({type(error).__name__}: {error}). {_another(name)}") from None
         for number, row in enumerate(table.to_dict("records")):
             where = f"{file}: row {number}"
             try:
                 image, answer = row["image"]["bytes"], ["yes", "no"].index(row["answer"].strip().lower())
                 text = row["question"].replace("Please answer yes or no.", "").strip()
+                digest = hashlib.sha256(image).hexdigest()
+                if not text:
+                    raise ValueError("an empty question")
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{where} has no image, question and answer yes or no ({error!r}; columns: "
                     f"{', '.join(table)}). {_another(name)}"
                 ) from None
-            asked = {"question": f"{text}\n{WORD}", "options": ["Yes", "No"], "answer": answer}
-            same = found.setdefault(hashlib.sha256(image).hexdigest(), (image, []))
-            same[1].append(asked | {"pattern": str(row.get("category") or name)})
+            pattern = str(row.get("category") or name)
+            if (other := first.setdefault((pattern, digest, text), where)) != where:
+                raise UserError(f"{where} asks what {other} of the same image asks. {_another(name)}")
+            same = found.setdefault(first.setdefault((pattern, digest), where), (image, []))
+            same[1].append(
+                {"question": f"{text}\n{WORD}", "options": ["Yes", "No"], "answer": answer, "pattern": pattern}
+            )
+    if not found:
+        raise UserError(f"{folder} has no questions. {_another(name)}")
     return found
 
 
@@ -177,10 +213,12 @@ def _conversations(name: str, learnt: LlavaJson) -> Samples:
     if not file.is_file():
         raise UserError(f"{file}: no such file. {hint}")
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-        chosen = [i for i, record in enumerate(records) if "image" in record]
-    except (ValueError, TypeError) as error:
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError("wanted a list of objects")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no list of conversations in LLaVA's JSON format ({error}). {hint}") from None
+    chosen = [i for i, record in enumerate(records) if "image" in record]
     if not chosen:
         raise UserError(f"{file} has {len(records)} conversations, none with an image. {hint}")
     print(f"{name}: {len(records) - len(chosen)} of {len(records)} conversations have no image and are left out")
@@ -198,7 +236,10 @@ def _conversations(name: str, learnt: LlavaJson) -> Samples:
 
 
 def _turns(record: dict[str, Any], where: str) -> list[list[str]]:
-    """Questions and answers in turns. Raises UserError for anything else, and for a second image."""
+    """Questions and answers in turns.
+
+    Raises UserError for anything else, for a second image, and for one outside the folder of images.
+    """
     try:
         said = record["conversations"]
         speakers, texts = [each["from"] for each in said], [each["value"].replace("<image>", "", 1) for each in said]
@@ -207,9 +248,12 @@ def _turns(record: dict[str, Any], where: str) -> list[list[str]]:
     fits = speakers == ["human", "gpt"] * (len(said) // 2) and speakers and isinstance(record["image"], str)
     if not fits or sum(each["value"].count("<image>") for each in said) != 1:
         raise UserError(
-            f"{where} is by {', '.join(speakers) or 'nobody'}, wanted turns of human and gpt on one <image>. Take it "
-            "out."
+            f"{where} is by {', '.join(map(str, speakers)) or 'nobody'}, wanted turns of human and gpt on one <image>. "
+            "Take it out."
         )
+    name = PurePosixPath(record["image"])
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"{where} names the image '{name}', which lies outside the folder of images. Take it out.")
     return [[q.strip(), a.strip()] for q, a in zip(texts[::2], texts[1::2], strict=True)]
 
 
@@ -219,14 +263,18 @@ def _images(path: Path, hint: str) -> Callable[[str, str], bytes]:
         raise UserError(f"{path}: no such folder or zip. {hint}")
     try:
         archive = zipfile.ZipFile(path) if path.is_file() else None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is neither a folder nor a zip ({error}). {hint}") from None
+    except Exception as error:  # zipfile, and what decompresses for it, fail in a dozen ways on damaged files
+        raise UserError(f"{path} is neither a folder nor a zip ({error!r}). {hint}") from None
 
     def read(name: str, where: str) -> bytes:
         try:
             return archive.read(name) if archive else (path / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{where}: its image {name} is not in {path} ({error}). {hint}") from None
+        except MemoryError:  # a lack of the machine, not a fault of the file
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{where}: its image {name} is not in {path}, or cannot be read ({error!r}). {hint}"
+            ) from None
 
     return read
 

@@ -7,8 +7,10 @@ and packs them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from pipeline.sections.segmentation_sets import (
     LocalSet,
     MiniSegmentationSets,
     SegmentationSets,
+    synonyms,
 )
 
 SPLITS = {"train": "probe", "test": "scorings"}  # of a set, and whose images of the mini world they are
@@ -51,42 +54,63 @@ def _drawn(set_name: str, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def pack(root: Path, section: LocalSegmentationSets) -> None:
-    """Check the sets that were fetched by hand, and pack them. Raises UserError for what is missing or does not fit."""
+    """Check the sets that were fetched by hand, and pack them. Raises UserError for what is missing or does not fit.
+
+    Images go by number: an id may have dots, spaces or any length, which names in a tar may not.
+    """
     for name, local in section.sets.items():
         for split, own, most in (("train", local.train, section.train), ("test", local.test, None)):
             write_split(root / name, split, "segmentation", _local(name, local, own, most))
-        classes = {names.split(",")[0].strip(): [n.strip() for n in names.split(",")] for names in local.classes}
-        if len(classes) != len(local.classes):
-            raise UserError(f"segmentation_sets.sets.{name}.classes names a class twice. Correct it in params.yaml.")
+        classes = {synonyms(names)[0]: synonyms(names) for names in local.classes}
         write_json(root / name / "classes.json", {"classes": classes, "templates": section.templates})
 
 
 def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The images of a split and their masks; `most` of them, evenly spaced, if there are more."""
+    """The images of a split and their masks, by number; `most` of them, evenly spaced, if there are more."""
     hint = f"Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, says from where), or remove it there."
     if local.ids:
-        file = Path(local.at, local.ids.replace("{split}", split))
-        if not file.is_file():
-            raise UserError(f"{file}: no such file. {hint}")
-        ids = file.read_text(encoding="utf-8").split()
+        ids = _listed(Path(local.at, local.ids.replace("{split}", split)), hint)
     else:
-        before, after = local.masks.replace("{split}", split).split("{id}")
-        found = Path(local.at).glob(f"{before}*{after}")
+        before, _, after = str(Path(local.masks.replace("{split}", split))).rpartition("{id}")
+        found = Path(local.at).glob(f"{escape(before)}*{escape(after)}")
         ids = sorted(str(path.relative_to(local.at))[len(before) :].removesuffix(after) for path in found)
     if not ids:
         raise UserError(f"{Path(local.at)} has no masks of split '{split}'. {hint}")
     if most and len(ids) > most:
         ids = [ids[i * len(ids) // most] for i in range(most)]
-    for key in progress(ids, f"{name}: {split}"):
-        image, mask = (
+    for number, key in enumerate(progress(ids, f"{name}: {split}")):
+        paths = [
             Path(local.at, part.replace("{split}", split).replace("{id}", key)) for part in (local.images, local.masks)
-        )
-        for path in (image, mask):
-            if not path.is_file():
-                raise UserError(f"{path}: no such file. {hint}")
-        _, values = check_mask(image.read_bytes(), mask.read_bytes(), len(local.classes) + 1, str(mask))
+        ]
+        image, mask = (_content(path, hint) for path in paths)
+        _, values = check_mask(image, mask, len(local.classes) + 1, str(paths[1]))
         labels = np.where(values == UNLABELLED, 0, values) - np.uint8(1)  # 0 becomes 255, which is UNLABELLED
-        yield key, {image.suffix[1:].lower(): image.read_bytes(), "mask.png": png(labels.astype(np.uint8))}
+        ending = "png" if image.startswith(b"\x89PNG") else "jpg"  # whatever it is: readers go by the content
+        yield f"{number:06d}", {ending: image, "mask.png": png(labels.astype(np.uint8))}
+
+
+def _listed(file: Path, hint: str) -> list[str]:
+    """The ids in a file, one a line. Raises UserError for one that it has twice, and for one that leads elsewhere."""
+    try:
+        lines = [line.strip() for line in _content(file, hint).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no list in UTF-8 ({error}). Save it as UTF-8.") from None
+    ids = [line for line in lines if line]
+    for key, times in Counter(ids).items():
+        if times > 1:
+            raise UserError(f"{file} lists '{key}' {times} times. Keep one.")
+        if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+            raise UserError(f"{file} lists '{key}', which lies outside the set's folders. Take it out.")
+    return ids
+
+
+def _content(path: Path, hint: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. {hint}") from None
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UserError(f"{path} cannot be read ({error}). {hint}") from None
 
 
 @stage

@@ -27,6 +27,7 @@ from pipeline.benchmarks.questions import Choice
 from pipeline.core.stages import UserError
 from pipeline.evidence import downstream
 from pipeline.sections import params
+from pipeline.sections.mllm_sets import LlavaJson
 from pipeline.tools import bench, true_size
 
 END = "<|endoftext|>"
@@ -89,7 +90,7 @@ def yes_no(questions: list[tuple[int, str, str]], renamed: bool = False, **colum
 
 
 POPE = [(i // 2, f"Is there a {i} in the image?", "yes" if i % 2 else "no") for i in range(6)]
-MME = [(i // 2, f"Is it {i}? Please answer yes or no.", "No" if i % 2 else "Yes") for i in range(4)]
+MME = [(i // 2 % 2, f"Is it {i}? Please answer yes or no.", "No" if i % 2 else "Yes") for i in range(6)]
 
 
 def serve(hub: Hub, language: Path) -> None:
@@ -97,7 +98,7 @@ def serve(hub: Hub, language: Path) -> None:
     hub.add_repo("MMVP/MMVP", mmvp(), kind="dataset")
     pope = {f"Full/{split}-00000-of-00001.parquet": yes_no(POPE) for split in SPLITS}
     hub.add_repo("lmms-lab/POPE", pope, kind="dataset")
-    mme = {"data/test-0.parquet": yes_no(MME, category=["OCR", "OCR", "count", "count"])}
+    mme = {"data/test-0.parquet": yes_no(MME, category=["OCR", "OCR", "count", "count", "color", "color"])}
     hub.add_repo("lmms-lab/MME", mme, kind="dataset")
 
 
@@ -183,10 +184,11 @@ def test_published_data_become_questions(hub: Hub, capsys: pytest.CaptureFixture
     assert [(each.image, each.options[each.answer], each.pattern) for each in asked] == [
         (i // 2, "Yes" if i % 2 else "No", "pope_popular") for i in range(6)
     ]
-    _, asked = sets.read_test(DATA, "mme", "image")
+    images, asked = sets.read_test(DATA, "mme", "image")
+    assert len(images) == 3
     assert asked[0].text == "Is it 0?\nAnswer the question using a single word or phrase."
-    assert [each.pattern for each in asked] == ["OCR", "OCR", "count", "count"]
-    assert sets.units(asked, "image") == [[0, 1], [2, 3]]
+    assert [each.pattern for each in asked] == ["OCR", "OCR", "count", "count", "color", "color"]
+    assert sets.units(asked, "image") == [[0, 1], [2, 3], [4, 5]]  # an image of two categories is two samples
     images, learnt = sets.read(DATA, "tune")
     assert len(images) == 4
     assert learnt[2].turns == (("What is 2?", "A 2."), ("Sure?", "Yes."))
@@ -298,14 +300,42 @@ def test_gains_hold_seeds_and_samples_of_every_test() -> None:
 # What is refused
 
 
+def table(old: str, new: str) -> dict[str, bytes]:
+    """MMVP's files with a change of the table."""
+    changed = mmvp()["Questions.csv"].decode().replace(old, new)
+    return mmvp() | {"Questions.csv": changed.encode("latin-1")}
+
+
 @pytest.mark.parametrize(
     ("kind", "files", "said"),
     [
         ("mmvp", {"Questions.csv": b"Index,Question\n1,What?\n"}, "row 1 has no options"),
         ("mmvp", {name: b for name, b in mmvp().items() if "3.jpg" not in name}, "its image 3.jpg is missing"),
-        ("mmvp", mmvp() | {"Questions.csv": mmvp()["Questions.csv"].replace(b",(a)\n", b",(c)\n")}, "the right one"),
+        ("mmvp", mmvp() | {"more/2.jpg": image(2)}, "its image 2.jpg is missing or there twice"),
+        ("mmvp", table(",(a)\n", ",(c)\n"), "the right one"),
         ("mmvp", mmvp() | {"MMVP Images/2.jpg": b"no image"}, "2.jpg cannot be decoded"),
+        ("mmvp", {"Other.csv": b"-"}, "holds 0 files Questions.csv, wanted one. Name another revision"),
+        ("mmvp", mmvp() | {"more/Questions.csv": b"-"}, "holds 2 files Questions.csv, wanted one"),
+        ("mmvp", table("Open", "\xe9"), "Questions.csv is no table in UTF-8"),
+        ("mmvp", table("Open", "o" * 140_000), "Questions.csv is no table in UTF-8"),
+        ("mmvp", table("Question,", "Asked,"), "KeyError('Question')"),
+        ("mmvp", table('"Is it 1, or not?"', '" "'), "row 1 has no options"),
+        ("mmvp", table("(a) Open (b) Not quite", "(a) dog(s) (b) cat(s)"), "row 1 has no options"),
+        ("mmvp", table("(a) Open (b) Not quite", "(a) Open (b)"), "row 1 has no options"),
+        ("mmvp", table("(a) Open (b) Not quite", "Open (a) Shut (b) Not quite"), "row 1 has no options"),
+        ("mmvp", table("(a) Open (b) Not quite", "(a) Open"), "row 1 has no options"),
+        ("mmvp", table("\n2,", "\n1,"), "row 1 stands where the row of Index 2 should"),
+        ("mmvp", table("\n2,", "\n5,"), "row 5 stands where the row of Index 2 should"),
+        ("mmvp", table("\n4,", "\n"), "row Is it 2, or not? has no options"),
+        ("mmvp", table('\n4,"Is it 2, or not?",(a) Open (b) Not quite,(b)', ""), "has 3 rows, wanted pairs"),
+        ("mmvp", {"Questions.csv": b"Index,Question,Options,Correct Answer\n"}, "has 0 rows, wanted pairs"),
         ("mme", {"data/test-0.parquet": yes_no([(0, "Is it?", "maybe")])}, "row 0 has no image, question and answer"),
+        ("mme", {"data/test-0.parquet": yes_no([(0, "Please answer yes or no.", "yes")])}, "row 0 has no image"),
+        ("mme", {"data/test-0.parquet": yes_no(MME[:2], image=[{"bytes": None, "path": "0.png"}] * 2)}, "row 0 has no"),
+        ("mme", {"data/test-0.parquet": yes_no([*MME, MME[1]])}, "row 1 of the same image asks. Name"),
+        ("mme", {"data/test-0.parquet": yes_no(MME)[:-30]}, "test-0.parquet cannot be read (Arrow"),
+        ("mme", {"data/test-0.parquet": b""}, "test-0.parquet cannot be read (Arrow"),
+        ("mme", {"data/test-0.parquet": yes_no([])}, "has no questions. Name another revision"),
         ("pope", {"data/test-0.parquet": yes_no(POPE, renamed=True)}, "KeyError('question'); columns: image, asked"),
     ],
 )
@@ -318,25 +348,64 @@ def test_tests_of_another_format_are_refused(kind: str, files: dict[str, bytes],
     assert said in str(refused.value)
 
 
+def conversations(values: dict[str, Any]) -> list[tuple[str, dict[str, bytes]]]:
+    return list(mllm_sets._conversations("tune", LlavaJson(**values)))
+
+
 @pytest.mark.parametrize(
     ("learnt", "said"),
     [
-        ({"conversations": []}, "is no list of conversations|none with an image"),
+        ({"conversations": []}, "is no list of conversations"),
+        ({"image": conversation(0, 1)}, "is no list of conversations"),
+        (["an image"], "is no list of conversations"),
+        ([], "has 0 conversations, none with an image"),
         ([conversation(0, 1, image="part/9.png")], "conversation 0: its image part/9.png is not in"),
+        ([conversation(0, 1, image="part/0.png\0")], "is not in"),
+        ([conversation(0, 1, image="../tune.json")], "the image '../tune.json', which lies outside"),
+        ([conversation(0, 1, image="/part/0.png")], "the image '/part/0.png', which lies outside"),
         ([conversation(0, 1, image=["a.png", "b.png"])], "conversation 0 is by human, gpt, wanted turns"),
         ([conversation(0, 1, first="")], "wanted turns of human and gpt on one <image>"),
         ([conversation(0, 1, conversations=[{"from": "gpt", "value": "<image>"}])], "conversation 0 is by gpt, wanted"),
+        ([conversation(0, 1, conversations=[{"from": None, "value": "<image>"}])], "conversation 0 is by None, wanted"),
         ([conversation(0, 1, conversations=["What?"])], "conversation 0 is not in LLaVA's JSON format"),
         ([{"conversations": []}], "has 1 conversations, none with an image"),
     ],
 )
-def test_conversations_of_another_format_are_refused(learnt: Any, said: str, tmp_path: Path) -> None:
-    from pipeline.sections.mllm_sets import LlavaJson
-
-    values = by_hand(tmp_path / "other", learnt)["tune"]
+@pytest.mark.parametrize("images", ["images", "images.zip"])
+def test_conversations_of_another_format_are_refused(learnt: Any, said: str, images: str, tmp_path: Path) -> None:
+    values = by_hand(tmp_path / "other", learnt)["tune"] | {"images": str(tmp_path / "other" / images)}
     with pytest.raises(UserError) as refused:
-        list(mllm_sets._conversations("tune", LlavaJson(**values)))
-    assert any(each in str(refused.value) for each in said.split("|"))
+        conversations(values)
+    assert said in str(refused.value)
+
+
+def test_nested_json_is_no_list_of_conversations(tmp_path: Path) -> None:
+    values = by_hand(tmp_path / "other")["tune"]
+    Path(values["conversations"]).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UserError, match="is no list of conversations"):
+        conversations(values)
+
+
+@pytest.mark.parametrize(
+    ("at", "fault", "said"),
+    [
+        ((6, b"PK\1\2", 8), 1, "is encrypted"),  # flags of the local header, and of the directory
+        ((8, b"PK\1\2", 10), 99, "NotImplementedError"),  # method of compression
+        ((40, b"PK\1\2", 16), 255, "error"),  # a byte of the deflated image
+    ],
+)
+def test_images_in_a_zip_that_cannot_be_read_are_refused(
+    at: tuple[int, bytes, int], fault: int, said: str, tmp_path: Path
+) -> None:
+    values, file = by_hand(tmp_path / "other", [conversation(0, 1)])["tune"], tmp_path / "images.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("part/0.png", image(0))
+    content, (local, directory, offset) = bytearray(file.read_bytes()), at
+    for place in (local, content.index(directory) + offset):
+        content[place] = fault
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"conversation 0: its image part/0.png is not in .*images.zip.*{said}"):
+        conversations(values | {"images": str(file)})
 
 
 def test_what_is_to_be_fetched_by_hand_is_asked_for_before_anything_is_fetched(

@@ -368,12 +368,55 @@ def test_sets_fetched_by_hand_are_packed_with_value_0_unlabelled(changes: dict) 
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize(
+    ("key", "ending"), [("2007.000032", "jpeg"), ("a b", "webp"), ("ü" * 60, "bmp"), ("part/0", "png"), ("[1]", "jpg")]
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_whatever_an_image_is_called_its_set_can_be_read(key: str, ending: str, listed: bool) -> None:
+    """From a list with a byte order mark and DOS's line ends, too; else by the masks that are there."""
+    images, masks = f"./JPEGImages/{{id}}.{ending}", "./new//{split}/a.{id}.png"
+    if not listed and "/" in key:
+        images, masks, key = f"JPEGImages/{{id}}/0.{ending}", "new/{split}/{id}/a.png", "part"
+    for split in ("train", "val"):
+        files = [Path("voc", each.replace("{id}", key).replace("{split}", split)) for each in (images, masks)]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(files[0])
+        files[1].write_bytes(png(np.zeros((4, 4), np.uint8)))
+        Path(f"voc/sets/{split}.txt").write_bytes(f"\ufeff{key}\r\n\r\n".encode())
+    values = {"images": images, "masks": masks} | ({} if listed else {"ids": None})
+    segmentation_sets.pack(Path("packed"), local(**values))
+    assert len(list(SegmentationSet.read(Path("packed/voc")).samples("test"))) == 1
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (b"3\n4\n3\n", "sets/val.txt lists '3' 2 times"),
+        ("3\n4\n".encode("utf-16"), "sets/val.txt is no list in UTF-8"),
+        (b"\n", "has no masks of split 'val'"),
+        (b"../JPEGImages/3\n", r"sets/val.txt lists '../JPEGImages/3', which lies outside the set's folders"),
+        (b"/etc/3\n", "sets/val.txt lists '/etc/3', which lies outside"),
+        (b"3" * 300, "3.jpg cannot be read"),
+    ],
+)
+def test_a_list_of_ids_that_is_none_is_refused(ids: bytes, said: str) -> None:
+    Path("voc/sets/val.txt").write_bytes(ids)
+    with pytest.raises(UserError, match=said):
+        segmentation_sets.pack(Path("packed"), local())
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"at": "elsewhere"}, r"elsewhere/sets/train.txt: no such file. Fetch the set by hand"),
         ({"masks": "nowhere/{id}.png", "ids": None}, "has no masks of split 'train'"),
         ({"images": "JPEGImages/{id}.png"}, r"0.png: no such file"),
-        ({"classes": ["cat", "cat"]}, "names a class twice"),
+        ({"classes": ["cat", "cat"]}, "sets.voc.classes: found 'cat' 2 times, wanted each class once"),
+        ({"classes": ["cat", "dog, "]}, "sets.voc.classes: found 'dog, ', wanted a name before and after"),
+        ({"classes": ["cat", ""]}, "sets.voc.classes: found '', wanted a name"),
+        ({"masks": "/ma/{id}.png", "ids": None}, "sets.voc.masks: found '/ma/{id}.png', wanted a path below `at`"),
     ],
 )
 def test_sets_that_are_not_there_are_refused(changes: dict, said: str) -> None:
