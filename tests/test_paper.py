@@ -150,12 +150,25 @@ def test_what_is_fetched_of_a_backbone_is_what_was_fetched_before(name: str, mon
         ({"model": "ViT-L-15"}, "model: open_clip's registry has no weights of 'ViT-L-15'. Correct the name"),
         ({"tag": "webly"}, "tag: open_clip's registry has no 'webly' of ViT-SO400M-14-SigLIP. Name one of: webli"),
         ({"revision": None}, "revision is None, but open_clip's registry has only a repository on the hub. Name a"),
+        ({"revision": "refs/pr/1"}, "revision: found 'hf://timm/ViT-SO400M-14-SigLIP@refs/pr/1'. String should match"),
+        ({"mirrors": [], "files": {"../a.pt": None}}, "files: files names '../a.pt', which would be written outside"),
+        ({"tokenizer": {"/t.json": None}}, "tokenizer: files names '/t.json', which would be written outside its"),
     ],
 )
 def test_what_the_registry_does_not_have_is_named(changes: dict[str, Any], said: str) -> None:
     source = PAPER["siglip_224"].source.model_copy(update=changes)
-    with pytest.raises(UserError, match=rf"^backbones\.siglip_224\.source\.{re.escape(said)}"):
+    with pytest.raises(UserError, match=rf"^(params.yaml:\n  )?backbones\.siglip_224\.source\.{re.escape(said)}"):
         complete("siglip_224", source)
+
+
+def test_every_entry_of_the_registry_has_an_address() -> None:
+    source, addresses = PAPER["siglip_224"].source, set()
+    for model, tag in open_clip.list_pretrained():
+        known = open_clip.get_pretrained_cfg(model, tag)
+        for revision in [*(["main"] if known.get("hf_hub") else []), *([None] if known.get("url") else [])]:
+            changes = {"model": model, "tag": tag, "revision": revision, "tokenizer": {}}
+            addresses |= {*complete("own", source.model_copy(update=changes)).weights.at}
+    assert {"hf://jienengchen/ViTamin-S@main", "hf://timm/ViT-SO400M-14-SigLIP@main"} <= addresses
 
 
 # Checkpoints in every format

@@ -215,11 +215,27 @@ def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, An
 
 
 def empty(folder: Path) -> nn.Module:
-    """The model of a folder on the meta device: names and shapes, and no memory."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    with torch.device("meta"):
-        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    """The model of a folder as `on_meta`."""
+    return on_meta(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
+
+
+def on_meta(architecture: dict[str, Any]) -> nn.Module:
+    """A model of one of open_clip's configurations on the meta device: names and shapes, and no memory.
+
+    Raises UserError where the configuration makes none, or lacks what a folder of a model needs beside.
+    """
+    config = copy.deepcopy(architecture)
+    try:
+        for part, number in (("vision_cfg", "image_size"), ("text_cfg", "vocab_size")):
+            config[part][number] += 0
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        with torch.device("meta"):
+            return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    except Exception as error:  # open_clip, timm and torch raise any
+        raise UserError(
+            f"the architecture makes no model ({type(error).__name__}: {error}). Correct it by the files in "
+            "open_clip/model_configs, or name one of them."
+        ) from error
 
 
 def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
