@@ -764,6 +764,36 @@ def test_the_readme_s_shortest_way_through_dvc(hub: Hub, compared: Path, tmp_pat
     assert {path.name for path in (clone.root / "data/paper/zeroshot/wds").iterdir()} == {"captions"}
 
 
+@pytest.mark.parametrize(
+    ("stage", "arguments", "record"),
+    [
+        (zeroshot_sets, [], "metrics/paper/zeroshot_sets.json"),
+        (checkpoint, ["openai_224", "released"], "metrics/paper/checkpoint/openai_224-released.json"),
+    ],
+)
+@pytest.mark.parametrize("content", ["", "<<<<<<< HEAD\n{}\n", "[]"])
+def test_a_damaged_record_is_named_before_anything_is_fetched(
+    stage: ModuleType,
+    arguments: list[str],
+    record: str,
+    content: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(downloads, "locate", lambda *_: pytest.fail("asked a server"))
+    values = committed()
+    values["run"]["profile"] = "paper"
+    write_yaml(Path("params.yaml"), values)
+    Path(record).parent.mkdir(parents=True)
+    Path(record).write_text(content)
+    with pytest.raises(SystemExit):
+        run(stage, *arguments)
+    assert f"error: {record}: " in (told := capsys.readouterr().err)
+    assert f"git checkout {record}" in told
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_another_set_fetches_no_set_again(hub: Hub) -> None:

@@ -49,6 +49,26 @@ def content(path: Path = PARAMS_FILE) -> dict[str, Any]:
     return found
 
 
+def json_object(path: Path, cure: str) -> dict[str, Any]:
+    """What a JSON file of others holds. Raises UserError, which ends in `cure`, where that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}. {cure}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not keys and values, but {type(found).__name__}. {cure}")
+    return found
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """What a stage wrote into a file below metrics/ that git keeps and the stage reads again; None where there is none.
+
+    Raises UserError where the file is damaged, as by a merge.
+    """
+    cure = f"Take back what was recorded by `git checkout {path}`, or remove the file."
+    return json_object(path, cure) if path.is_file() else None
+
+
 def read(kind: Any, key: str, base: str = "") -> Any:
     """The section at a dotted `key` as `kind`, a type that pydantic knows.
 

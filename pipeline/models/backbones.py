@@ -241,16 +241,27 @@ def on_meta(architecture: dict[str, Any]) -> nn.Module:
 def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
     """The tensors of a checkpoint `source`, if they are those of the folder's model, name by name and shape by shape.
 
-    Raises UserError naming what is missing, left over or of another shape.
+    Raises UserError naming what is missing, left over, of another shape or kind of number, infinite or no number.
     """
-    wanted = {name: tensor.shape for name, tensor in empty(folder).state_dict().items()}
+    wanted = empty(folder).state_dict()
+    both = [(name, tensors[name], tensor) for name, tensor in wanted.items() if name in tensors]
     wrong = [
         *(f"missing: {name}" for name in wanted.keys() - tensors.keys()),
         *(f"left over: {name}" for name in tensors.keys() - wanted.keys()),
         *(
-            f"{name}: {list(tensors[name].shape)} where {list(shape)} is wanted"
-            for name, shape in wanted.items()
-            if name in tensors and tensors[name].shape != shape
+            f"{name}: {list(found.shape)} where {list(tensor.shape)} is wanted"
+            for name, found, tensor in both
+            if found.shape != tensor.shape
+        ),
+        *(
+            f"{name}: {found.dtype} where {tensor.dtype} is wanted"
+            for name, found, tensor in both
+            if found.dtype != tensor.dtype
+        ),
+        *(
+            f"{name}: numbers that are infinite or none"
+            for name, found, _ in both
+            if not found.is_meta and not found.isfinite().all()
         ),
     ]
     if wrong:
