@@ -145,8 +145,8 @@ def _same_architecture(folder: Path, model: nn.Module) -> None:
     try:
         settings: Any = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers and huggingface_hub raise any
-        first, _, _ = str(error).partition("\n")
-        raise UserError(f"{folder}/config.json: {type(error).__name__}: {first} {AGAIN}") from error
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}/config.json: {type(error).__name__}: {why}. {AGAIN}") from error
     visual: Any = model.visual
     trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
     text: Any = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
