@@ -7,7 +7,6 @@ If the checkpoint holds the image tower alone (`parts`, see sections/checkpoint.
 pretrained backbone. Tokenizer and preprocessing always do.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def main(backbone: str, checkpoint: str) -> None:
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # where neither git nor DVC looks, killed or not
             if isinstance(entry.weights, Download):
-                earlier = json.loads(outputs[1].read_text(encoding="utf-8")) if outputs[1].is_file() else None
-                origin = downloads.fetch(entry.weights, Path(scratch), earlier)
+                origin = downloads.fetch(entry.weights, Path(scratch), config.recorded(outputs[1]))
                 source = imports.only_model(Path(scratch))
             else:
                 origin, source = downloads.found_here(entry.weights), Path(entry.weights.path)

@@ -78,7 +78,7 @@ def main() -> None:
             origin = None
             make(folder, section)
         else:
-            before = json.loads(outputs[1].read_text(encoding="utf-8")) if outputs[1].is_file() else {}
+            before = config.recorded(outputs[1]) or {}
             origin = fetch(folder, section, outputs[0], before.get("origin"))
         write_json(report, {"sets": {found.name: found.kind for found in read(folder)}, "origin": origin})
 

@@ -24,6 +24,7 @@ from hub import COMMIT, Hub
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.data.downloads import fetch, fetch_all, locate
+from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.download import Download
 
 BODY = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(320))  # 10,240 bytes without a pattern
@@ -260,6 +261,35 @@ def test_a_plain_file_that_is_not_there(hub: Hub) -> None:
 def test_a_server_that_does_not_state_a_size(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_head", lambda url: downloads.httpx2.Response(200))
     refused(wanted("a.pt", at=f"{hub.endpoint}/folder"), f"{hub.endpoint}/folder/a.pt does not state its size")
+
+
+def test_a_server_that_states_no_bytes_of_a_file_without_a_hash(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some answer so to every question for a size."""
+    none = downloads.httpx2.Response(200, headers={"content-length": "0"})
+    monkeypatch.setattr(downloads, "_head", lambda url: none)
+    refused(wanted("a.pt", at=f"{hub.endpoint}/folder"), f"{hub.endpoint}/folder/a.pt does not state its size")
+    record = fetch(wanted(at=f"{hub.endpoint}/folder", **{"a.pt": sha256(b"")}), Path("out"))
+    assert record["files"]["a.pt"]["bytes"] == 0
+
+
+def test_a_checkpoint_here_is_one_file_or_the_files_of_a_folder(tmp_path: Path) -> None:
+    def found(path: Path) -> dict[str, Any]:
+        return downloads.found_here(LocalFiles(path=str(path), origin="elsewhere", licence="MIT"))
+
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/folder: no file in this folder"):
+        found(tmp_path / "folder")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/pipe: neither a file nor a folder"):
+        found(tmp_path / "pipe")
+    for path in (tmp_path / "absent", tmp_path / "a\0b", tmp_path / ("a" * 5000)):
+        with pytest.raises(
+            UserError, match=r"no such file or folder\. It is not fetched by itself: get it from elsewhere"
+        ):
+            found(path)
+    name = b"\xff.bin"  # no UTF-8
+    Path(os.fsdecode(bytes(tmp_path / "folder") + b"/" + name)).write_bytes(b"weights")
+    assert found(tmp_path / "folder")["sha256"] == sha256(name + b" " + sha256(b"weights").encode() + b"\n")
 
 
 @pytest.mark.parametrize("status", [401, 403])

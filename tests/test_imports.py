@@ -1,6 +1,7 @@
 """Checkpoints in others' formats: transformers' folders back to open_clip's tensors, image towers alone, bad ones."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,10 @@ def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "bert")
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     refused(tmp_path / "bert", "model_type 'bert'")
+    shutil.copytree(folder, tmp_path / "scales")
+    scales = load_file(tmp_path / "scales/model.safetensors") | {"logit_scale": torch.zeros(2)}
+    save_file(scales, tmp_path / "scales/model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path / "scales", "scales: the tensors for logit_scale do not go together")
     edited(folder, num_attention_heads=1 if "visual.proj" not in wanted else 16, hidden_act="relu")
     refused(folder, "another vision tower than the backbone's: hidden_act relu, not .*num_attention_heads")
     exported.save_pretrained(other, max_shard_size="100KB")
@@ -165,6 +170,60 @@ def test_what_is_no_such_model_is_refused(tiny: tuple, tmp_path: Path) -> None:
     refused(tmp_path / "narrow.pth", "does not fit the architecture")
     (tmp_path / "text.pth").write_text("no checkpoint")
     refused(tmp_path / "text.pth", "cannot be read as a checkpoint")
+
+
+CONFIG = {"model_type": "clip", "vision_config": {"hidden_size": 64}, "text_config": {}}
+INDEX = "model.safetensors.index.json"
+NO_JSON = [b"", b'{"model_type": "cl', b"\xef\xbb\xbf{}", b'{"a": "\xe9"}', b"[]", b"null", b"[" * 100_000]
+SMALL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 1, "layers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(pytest.param(name, content, id=f"{name} {content[:9]!r}")
+          for name in ("config.json", INDEX) for content in NO_JSON),
+        *(("config.json", json.dumps(CONFIG | wrong).encode()) for wrong in (
+            {"model_type": ["clip"]}, {"vision_config": {"hidden_size": "x"}}, {"vision_config": [1]}
+        )),
+        *((INDEX, json.dumps(each).encode()) for each in (
+            {}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, 
+            {"weight_map": {"a": "../original/open_clip_config.json"}},
+        )),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_folder_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    backbones.write_config(SMALL, {}, tmp_path / "original")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{folder / name}"):
+        imports.fitted(folder, tmp_path / "original", "all")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda tensor: tensor * float("nan"), "visual.proj: numbers that are infinite or none"),
+        (lambda tensor: tensor.to(torch.int8), "visual.proj: torch.int8 where torch.float32 is wanted"),
+        (lambda tensor: tensor.to(torch.complex64), "visual.proj: torch.complex64 where torch.float32 is wanted"),
+    ],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(wrong: Any, said: str, tmp_path: Path) -> None:
+    backbones.write_config(SMALL, {}, tmp_path)
+    state = checkpoints.build(SMALL, 1).state_dict()
+    torch.save(dict(state), tmp_path / "good.pt")
+    assert imports.fitted(tmp_path / "good.pt", tmp_path, "all").keys() == state.keys()
+    torch.save({**state, "visual.proj": wrong(state["visual.proj"])}, tmp_path / "bad.pt")
+    for parts in ("all", "vision"):
+        with pytest.raises(UserError, match=re.escape(said)):
+            imports.fitted(tmp_path / "bad.pt", tmp_path, parts)
 
 
 def test_a_download_is_one_model(tmp_path: Path) -> None:

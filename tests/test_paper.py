@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,12 +150,25 @@ def test_what_is_fetched_of_a_backbone_is_what_was_fetched_before(name: str, mon
         ({"model": "ViT-L-15"}, "model: open_clip's registry has no weights of 'ViT-L-15'. Correct the name"),
         ({"tag": "webly"}, "tag: open_clip's registry has no 'webly' of ViT-SO400M-14-SigLIP. Name one of: webli"),
         ({"revision": None}, "revision is None, but open_clip's registry has only a repository on the hub. Name a"),
+        ({"revision": "refs/pr/1"}, "revision: found 'hf://timm/ViT-SO400M-14-SigLIP@refs/pr/1'. String should match"),
+        ({"mirrors": [], "files": {"../a.pt": None}}, "files: files names '../a.pt', which would be written outside"),
+        ({"tokenizer": {"/t.json": None}}, "tokenizer: files names '/t.json', which would be written outside its"),
     ],
 )
 def test_what_the_registry_does_not_have_is_named(changes: dict[str, Any], said: str) -> None:
     source = PAPER["siglip_224"].source.model_copy(update=changes)
-    with pytest.raises(UserError, match=rf"^backbones\.siglip_224\.source\.{re.escape(said)}"):
+    with pytest.raises(UserError, match=rf"^(params.yaml:\n  )?backbones\.siglip_224\.source\.{re.escape(said)}"):
         complete("siglip_224", source)
+
+
+def test_every_entry_of_the_registry_has_an_address() -> None:
+    source, addresses = PAPER["siglip_224"].source, set()
+    for model, tag in open_clip.list_pretrained():
+        known = open_clip.get_pretrained_cfg(model, tag)
+        for revision in [*(["main"] if known.get("hf_hub") else []), *([None] if known.get("url") else [])]:
+            changes = {"model": model, "tag": tag, "revision": revision, "tokenizer": {}}
+            addresses |= {*complete("own", source.model_copy(update=changes)).weights.at}
+    assert {"hf://jienengchen/ViTamin-S@main", "hf://timm/ViT-SO400M-14-SigLIP@main"} <= addresses
 
 
 # Checkpoints in every format
@@ -249,15 +263,65 @@ class Trap:
         return os.system, ("touch trapped",)
 
 
-@pytest.mark.parametrize("content", [b"not a checkpoint", checkpoints.torch_file({"a": Trap()}), b""])
+def state_in(content: Any, zipped: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def of_another_model() -> bytes:
+    """A TorchScript archive that is none of OpenAI's."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), file)
+    return file.getvalue()
+
+
+def text(word: str) -> bytes:
+    """A string in a pickle."""
+    return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+
+ZIP, LEGACY = (state_in({"a": torch.zeros(1000)}, zipped) for zipped in (True, False))
+# What torch cannot set raises a TypeError, after which open_clip's reader reads again and lets torch run what follows.
+TRAP_IN_LEGACY = b"\x80\x02ccollections\nOrderedDict\n)R(N}" + text("x") + b"K\x01stb0cposix\nsystem\n("
+TRAP_IN_LEGACY += text("touch trapped") + b"tR."
+NO_CHECKPOINTS = {
+    "words": b"not a checkpoint",
+    "a word that begins as a pickle": b"hello",
+    "nothing": b"",
+    "code": state_in({"a": Trap()}),
+    "code after a wrong state": TRAP_IN_LEGACY,
+    "a zip cut by a byte": ZIP[:-1],
+    "a zip cut in its directory": ZIP[:-30],
+    "a zip with a damaged directory": ZIP.replace(b"PK\x01\x02", b"PK\x09\x09"),
+    **{f"{end} bytes of an older file": LEGACY[:end] for end in (10, 30, 100, 200, len(LEGACY) - 100)},
+    "an archive of another model": of_another_model(),
+    "a cut archive": of_another_model()[:-30],
+    "a list": state_in([torch.zeros(2)]),
+    "a number": state_in(3),
+    "an empty state": state_in({}),
+    "a state that is none": state_in({"state_dict": None}),
+    "a number among tensors": state_in({"a": torch.zeros(2), "epoch": 3}),
+    "a name that is a number": state_in({"a": torch.zeros(2), 1: torch.zeros(2)}),
+    "a sparse tensor": state_in({"a": torch.zeros(2).to_sparse()}),
+    "a tensor without numbers": state_in({"a": torch.zeros(2, device="meta")}),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [*((what, "model.pt") for what in NO_CHECKPOINTS), ("words", "model.safetensors")]
+)
 def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where torch is told to run code unless it is asked not to; nor does the message say how to run it."""
     monkeypatch.chdir(tmp_path)
-    Path("model.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"model.pt cannot be read as a checkpoint"):
-        backbones.read_checkpoint(Path("model.pt"))
-    assert [path.name for path in Path().iterdir()] == ["model.pt"]
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    Path(name).write_bytes(NO_CHECKPOINTS[what])
+    with pytest.raises(UserError, match=rf"^{name} cannot be read as a checkpoint \(\w+\)") as caught:
+        backbones.read_checkpoint(Path(name))
+    assert "weights_only" not in str(caught.value)
+    assert [path.name for path in Path().iterdir()] == [name]
 
 
 def test_an_unknown_architecture_is_named() -> None:
@@ -698,6 +762,36 @@ def test_the_readme_s_shortest_way_through_dvc(hub: Hub, compared: Path, tmp_pat
     clone.run("dvc", "exp", "run", "report", "-S", "run.benchmarks=[zeroshot]",
               "-S", "profiles.paper.zeroshot_sets.run=[captions]")  # fmt: skip
     assert {path.name for path in (clone.root / "data/paper/zeroshot/wds").iterdir()} == {"captions"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "record"),
+    [
+        (zeroshot_sets, [], "metrics/paper/zeroshot_sets.json"),
+        (checkpoint, ["openai_224", "released"], "metrics/paper/checkpoint/openai_224-released.json"),
+    ],
+)
+@pytest.mark.parametrize("content", ["", "<<<<<<< HEAD\n{}\n", "[]"])
+def test_a_damaged_record_is_named_before_anything_is_fetched(
+    stage: ModuleType,
+    arguments: list[str],
+    record: str,
+    content: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(downloads, "locate", lambda *_: pytest.fail("asked a server"))
+    values = committed()
+    values["run"]["profile"] = "paper"
+    write_yaml(Path("params.yaml"), values)
+    Path(record).parent.mkdir(parents=True)
+    Path(record).write_text(content)
+    with pytest.raises(SystemExit):
+        run(stage, *arguments)
+    assert f"error: {record}: " in (told := capsys.readouterr().err)
+    assert f"git checkout {record}" in told
 
 
 @pytest.mark.slow

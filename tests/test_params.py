@@ -24,6 +24,7 @@ BASE, TRAIN, DIVA, MINI, OPENAI = (
     "backbones.mini",
     "backbones.openai_224",
 )
+SETS = "profiles.paper.zeroshot_sets"
 HUB = {"at": ["hf://owner/name@main"], "licence": "MIT"}
 OWN = """  own:                          # a checkpoint that no registry knows
     profile: paper
@@ -192,6 +193,42 @@ def test_a_recipe_is_what_differs_from_the_base(file: Path) -> None:
     assert f"{DIVA}.steps: found 'many'" in message(file)
 
 
+@pytest.mark.parametrize("spelled", ["null recipe", "null base", "no base"])
+def test_a_stage_reads_a_recipe_as_the_whole_file_is_read(
+    spelled: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    mini = yaml.load(COMMITTED.read_text(), yaml.CSafeLoader)["profiles"]["mini"]
+    in_full = mini["base_recipe"] | mini["recipes"]["diva"]
+    change(file, "profiles.mini.recipes", {"diva": None if spelled == "null recipe" else in_full})
+    change(file, BASE, {"null recipe": in_full, "null base": None, "no base": ...}[spelled])
+    assert recipe.read("mini", "diva") == params.load(file).profile.recipes["diva"]
+
+
+@pytest.mark.parametrize("key", [BASE, DIVA])
+@pytest.mark.parametrize("value", ["tower", ["tower"], 7])
+def test_a_recipe_that_is_no_mapping_is_named(
+    key: str, value: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    change(file, key, value)
+    assert f"params.yaml:\n  {key}: found {value!r}" in message(file)
+    with pytest.raises(UserError, match=rf"^params.yaml:\n  {key}: found {re.escape(repr(value))}"):
+        recipe.read("mini", "diva")
+
+
+@pytest.mark.parametrize("at", ["wds_{name}@{revision}", "hf://owner/{nme}@{revision}", "hf://owner/{}@a", "hf://o/{"])
+def test_an_address_of_sets_that_is_none_is_named(at: str, file: Path) -> None:
+    change(file, f"{SETS}.at", at)
+    assert f"{SETS}: at, {at!r}, makes no address for " in message(file)
+
+
+@pytest.mark.parametrize(("name", "revision"), [("mnist", "refs/pr/1"), ("my set", "main"), ("mnist", "")])
+def test_a_set_without_an_address_is_named(name: str, revision: str, file: Path) -> None:
+    change(file, f"{SETS}.sets", {name: revision})
+    assert f"makes no address for {name}: {revision!r}" in message(file)
+
+
 def test_nothing_of_a_recipe_is_spelled_null() -> None:
     text = COMMITTED.read_text()
     recipes = re.findall(r"    base_recipe:.*?(?=\n    mmvp:)", text, re.DOTALL)
@@ -276,10 +313,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/absent.yaml: no such file" in message(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("content", [b"run: [mini", b"run:\n\t- mini", b"\xff\xfe\x00\x81"])
+@pytest.mark.parametrize(
+    "content",
+    [b"run: [mini", b"run:\n\t- mini", b"\xff\xfe\x00\x81", b"run: 2026-02-30", b"run: 0b_"],
+)
 def test_content_that_is_not_yaml_is_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert message(file).startswith(f"{file}: not YAML: ")
+
+
+def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path) -> None:
+    assert message(tmp_path).startswith(f"{tmp_path}: not YAML: ")
+
+
+@pytest.mark.parametrize(
+    "content", ["2026-01-05: 1", "run: &run [*run]", pytest.param("a: " + "[" * 5000 + "]" * 5000, id="deep")]
+)
+def test_content_that_no_section_can_have_is_refused(file: Path, content: str) -> None:
+    file.write_text(content)
+    assert message(file).startswith(f"{file}: the file cannot be read: ")
 
 
 @pytest.mark.parametrize(("content", "found"), [("", "None"), ("- a", "['a']"), ("hello", "'hello'")])

@@ -353,6 +353,11 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
 
 
 KEY = "profiles.paper.recipes"
+SMALL = {  # open_clip's configuration of a model
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 1, "layers": 1},
+}
 
 
 @pytest.mark.slow
@@ -410,6 +415,17 @@ KEY = "profiles.paper.recipes"
             "backbones.openai_224.source: architecture 'ViT-L-17': open_clip has no such model. Similar names: ",
         ),
         ("", {"source": {"vision_cfg": {}}}, "source.architecture: embed_dim, its embedding's width, is missing."),
+        *(
+            ("", {"source": SMALL | changes}, f"backbones.openai_224.source: the architecture makes no model ({why}")
+            for changes, why in (
+                ({"vision_cfg": {"image_size": 64, "layer": 1}}, "TypeError: "),
+                ({"vision_cfg": {"layers": 1}}, "KeyError: 'image_size'"),
+                ({"vision_cfg": None}, "TypeError: "),
+                ({"text_cfg": {"layers": 1}}, "KeyError: 'vocab_size'"),
+                ({"text_cfg": SMALL["text_cfg"] | {"heads": 5}}, "AssertionError: "),
+                ({"embed_dims": 9}, "TypeError: "),
+            )
+        ),
         (
             "",
             {"model": "ViT-L-17"},

@@ -37,28 +37,61 @@ class Section(BaseModel):
 
 
 def content(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """What the file holds, unchecked. Raises UserError where it is no mapping."""
+    """What the file holds, unchecked. Raises UserError where it cannot be read, or is no mapping."""
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Run from the folder that holds params.yaml.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: no UTF-8, or 2026-02-30
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {found!r}, wanted sections such as run, profiles and backbones.")
     return found
 
 
-def read(kind: Any, key: str, base: str = "") -> Any:
-    """The section at a dotted `key` as `kind`, a type that pydantic knows; base: the key of what it differs from.
+def json_object(path: Path, cure: str) -> dict[str, Any]:
+    """What a JSON file of others holds. Raises UserError, which ends in `cure`, where that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}. {cure}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not keys and values, but {type(found).__name__}. {cure}")
+    return found
 
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """What a stage wrote into a file below metrics/ that git keeps and the stage reads again; None where there is none.
+
+    Raises UserError where the file is damaged, as by a merge.
+    """
+    cure = f"Take back what was recorded by `git checkout {path}`, or remove the file."
+    return json_object(path, cure) if path.is_file() else None
+
+
+def read(kind: Any, key: str, base: str = "") -> Any:
+    """The section at a dotted `key` as `kind`, a type that pydantic knows.
+
+    base: the key of what it differs from, in a section that `key` lies in, too; it may be missing.
     Raises UserError naming every key that is wrong, what was found and what is wanted.
     """
     whole = content()
     section = _at(whole, key)
-    if base and isinstance(section, dict):
-        section = {**_at(whole, base), **section}
+    if base:
+        above, _, name = base.rpartition(".")
+        section = on_base(section, _at(whole, above).get(name), base)
     return checked(kind, section, key)
+
+
+def on_base(section: Any, base: Any, key: str, path: Path = PARAMS_FILE) -> Any:
+    """A section with what it does not have from `base`, which is the content of `key`; null is an empty section.
+
+    A section that is no mapping comes back as it is. Raises UserError where the base is none.
+    """
+    section, base = ({} if found is None else found for found in (section, base))
+    if not isinstance(base, dict):
+        raise UserError(f"{path}:\n  {key}: found {base!r}, wanted keys and values.")
+    return {**base, **section} if isinstance(section, dict) else section
 
 
 def profile() -> str:
@@ -84,7 +117,13 @@ def checked(
     renamed: keys of earlier versions, by the end of their full name, and what took their place.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(section, default=str))
+        text = json.dumps(section, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key; a section that holds itself
+        raise UserError(
+            f"{path}: {key or 'the file'} cannot be read: {error}. Quote such a key, or remove it."
+        ) from None
+    try:
+        return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         raise UserError(
             "\n".join([f"{path}:", *(_explain(e, section, key, renamed or {}) for e in error.errors())])

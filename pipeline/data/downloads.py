@@ -128,15 +128,23 @@ def found_here(local: LocalFiles) -> dict[str, Any]:
     Raises UserError where there is none, and where params.yaml has another hash.
     """
     path = Path(local.path)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # too long a name, or a NUL in it
+        there = False
+    if not there:
         raise UserError(
             f"{path}: no such file or folder. It is not fetched by itself: get it from {local.origin} (licence: "
             f"{local.licence}), put it there, or give another path in params.yaml."
         )
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    files = sorted(each for each in (path.rglob("*") if path.is_dir() else [path]) if each.is_file())
+    if not files:  # a pipe would never end
+        what = "no file in this folder" if path.is_dir() else "neither a file nor a folder"
+        raise UserError(f"{path}: {what}. Get it from {local.origin}, or give another path in params.yaml.")
     hashes = {str(each.relative_to(path)): _digest(each, hashlib.sha256()) for each in files}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
-    found = hashlib.sha256(lines.encode()).hexdigest() if path.is_dir() else next(iter(hashes.values()))
+    listed = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()  # a name's bytes, UTF-8 or not
+    found = listed if path.is_dir() else next(iter(hashes.values()))
     if local.sha256 and found != local.sha256:
         raise UserError(f"{path}: other bytes than params.yaml states: expected sha256 {local.sha256}, found {found}.")
     size = sum(each.stat().st_size for each in files)
@@ -275,7 +283,7 @@ def _folder(address: str, download: Download) -> Listing:
         own = pinned and len(download.files) == 1 and PurePosixPath(address).suffix == PurePosixPath(name).suffix
         url = address if own else f"{address.rstrip('/')}/{quote(name)}"
         length = _ask(_head, url).headers.get("content-length")
-        if length is None:
+        if length is None or (length == "0" and not pinned):  # some servers say 0 for want of a size
             raise UserError(f"{url} does not state its size")
         remotes.append(Remote(name, url, int(length), pinned, None))
     return Listing(address, None, tuple(remotes))

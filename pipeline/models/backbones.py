@@ -7,7 +7,6 @@ residual_head.safetensors where a recipe trained one
 import copy
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
 import zipfile
@@ -18,10 +17,9 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import Compose
@@ -217,26 +215,53 @@ def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, An
 
 
 def empty(folder: Path) -> nn.Module:
-    """The model of a folder on the meta device: names and shapes, and no memory."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    with torch.device("meta"):
-        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    """The model of a folder as `on_meta`."""
+    return on_meta(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
+
+
+def on_meta(architecture: dict[str, Any]) -> nn.Module:
+    """A model of one of open_clip's configurations on the meta device: names and shapes, and no memory.
+
+    Raises UserError where the configuration makes none, or lacks what a folder of a model needs beside.
+    """
+    config = copy.deepcopy(architecture)
+    try:
+        for part, number in (("vision_cfg", "image_size"), ("text_cfg", "vocab_size")):
+            config[part][number] += 0
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        with torch.device("meta"):
+            return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    except Exception as error:  # open_clip, timm and torch raise any
+        raise UserError(
+            f"the architecture makes no model ({type(error).__name__}: {error}). Correct it by the files in "
+            "open_clip/model_configs, or name one of them."
+        ) from error
 
 
 def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
     """The tensors of a checkpoint `source`, if they are those of the folder's model, name by name and shape by shape.
 
-    Raises UserError naming what is missing, left over or of another shape.
+    Raises UserError naming what is missing, left over, of another shape or kind of number, infinite or no number.
     """
-    wanted = {name: tensor.shape for name, tensor in empty(folder).state_dict().items()}
+    wanted = empty(folder).state_dict()
+    both = [(name, tensors[name], tensor) for name, tensor in wanted.items() if name in tensors]
     wrong = [
         *(f"missing: {name}" for name in wanted.keys() - tensors.keys()),
         *(f"left over: {name}" for name in tensors.keys() - wanted.keys()),
         *(
-            f"{name}: {list(tensors[name].shape)} where {list(shape)} is wanted"
-            for name, shape in wanted.items()
-            if name in tensors and tensors[name].shape != shape
+            f"{name}: {list(found.shape)} where {list(tensor.shape)} is wanted"
+            for name, found, tensor in both
+            if found.shape != tensor.shape
+        ),
+        *(
+            f"{name}: {found.dtype} where {tensor.dtype} is wanted"
+            for name, found, tensor in both
+            if found.dtype != tensor.dtype
+        ),
+        *(
+            f"{name}: numbers that are infinite or none"
+            for name, found, _ in both
+            if not found.is_meta and not found.isfinite().all()
         ),
     ]
     if wrong:
@@ -255,19 +280,41 @@ def read_checkpoint(path: Path) -> Tensors:
     Raises UserError for anything else.
     """
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings():  # of pkg_resources, which openai-clip imports; no other format needs either
-                warnings.simplefilter("ignore")
-                import clip
-            model, _ = clip.load(str(path), device="cpu", jit=False)
-            return _float32(model.state_dict())
-        return _float32(load_state_dict(str(path), weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, AttributeError, StopIteration) as error:
-        first, _, _ = str(error).partition("\n")
+        state = _state(path)
+        if not state or not all(isinstance(name, str) and _plain(tensor) for name, tensor in state.items()):
+            raise TypeError
+        return _float32(state)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises any; torch's own words tell how to run what a file holds
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first}). Known formats: "
-            "safetensors, a PyTorch state dict of plain tensors, OpenAI's TorchScript archive."
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}). Known formats: safetensors, a PyTorch "
+            "state dict of plain tensors, OpenAI's TorchScript archive. Fetch it again, or name another file."
         ) from error
+
+
+def _state(path: Path) -> Any:
+    """What a checkpoint holds as its state. open_clip's `load_state_dict` is not taken: after a TypeError it reads a
+    file again and lets torch's settings decide whether its code runs; so does `clip.load` after a RuntimeError."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if _is_torchscript(path):
+        with warnings.catch_warnings():  # of pkg_resources, which openai-clip imports; no other format needs either
+            warnings.simplefilter("ignore")
+            from clip.model import build_model
+
+            archive = torch.jit.load(str(path), map_location="cpu")
+        return build_model(archive.state_dict()).float().state_dict()
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    state = found.get("state_dict", found)
+    if next(iter(state)).startswith("module."):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _plain(tensor: Any) -> bool:
+    """Whether it is a tensor that holds its numbers: neither sparse nor one of the meta device."""
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _is_torchscript(path: Path) -> bool:

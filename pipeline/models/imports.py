@@ -5,7 +5,6 @@ config.json beside model.safetensors, shards of it with an index, or pytorch_mod
 and their vision models, with a projection and without, in any precision.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 from transformers import AutoConfig
 
+from pipeline.core import config
 from pipeline.core.stages import UserError
 from pipeline.models import exports
 from pipeline.models.backbones import Tensors, empty, fitting, read_checkpoint, stored_tensors
@@ -24,6 +24,7 @@ KINDS = {"clip": exports.CLIP, "clip_vision_model": exports.CLIP, "siglip": expo
 KINDS["siglip_vision_model"] = exports.SIGLIP
 POOL, PROJECTION = "visual.trunk.attn_pool.", "visual.proj"
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+AGAIN = "Fetch this checkpoint again."
 SAME = ("hidden_act", "num_attention_heads", "num_hidden_layers", "layer_norm_eps")  # what no tensor's shape tells
 
 
@@ -93,17 +94,26 @@ def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
             "transformers folder or to a checkpoint file."
         )
     stored = _stored(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type")
+    kind = config.json_object(folder / "config.json", AGAIN).get("model_type")
     model = empty(original)
     own = "siglip" if isinstance(model, open_clip.CustomTextCLIP) else "clip"
-    if kind not in KINDS or not kind.startswith(own) or (own == "clip" and kind.startswith("siglip")):
+    if (
+        not isinstance(kind, str)
+        or kind not in KINDS
+        or not kind.startswith(own)
+        or (own == "clip" and kind.startswith("siglip"))
+    ):
         raise UserError(
             f"{folder}/config.json says model_type {kind!r}, but the backbone is a {own} model. Name a checkpoint of "
             f"this backbone; known types: {', '.join(KINDS)}."
         )
     _same_architecture(folder, model)
-    made = {name: _one(name, tensor.shape, stored, KINDS[kind]) for name, tensor in wanted.items()}
+    made = {}
+    for name, tensor in wanted.items():
+        try:
+            made[name] = _one(name, tensor.shape, stored, KINDS[kind])
+        except (RuntimeError, TypeError):  # of torch
+            raise UserError(f"{folder}: the tensors for {name} do not go together. {AGAIN}") from None
     return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
@@ -114,8 +124,11 @@ def _stored(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder} has config.json but no weights. Put one of these there, too: {', '.join(WEIGHTS)}.")
     files = [file]
     if file.suffix == ".json":
-        shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in dict.fromkeys(shards)]
+        shards = config.json_object(file, AGAIN).get("weight_map")
+        names = list(dict.fromkeys(map(str, shards.values()))) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{file}: weight_map names no files beside it. {AGAIN}")
+        files = [folder / name for name in names]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise UserError(f"{file} names {', '.join(missing)}, but {folder} lacks them. Put them there, too.")
@@ -129,15 +142,19 @@ def _stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def _same_architecture(folder: Path, model: nn.Module) -> None:
     """Raises UserError if the towers differ in a setting that changes no tensor's shape (SAME)."""
-    config: Any = AutoConfig.from_pretrained(folder)
+    try:
+        settings: Any = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers and huggingface_hub raise any
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}/config.json: {type(error).__name__}: {why}. {AGAIN}") from error
     visual: Any = model.visual
     trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
     text: Any = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
     towers = {"vision": trunk.blocks if hasattr(trunk, "blocks") else trunk.transformer.resblocks}
-    if hasattr(config, "text_config"):
+    if hasattr(settings, "text_config"):
         towers["text"] = text.transformer.resblocks
     for tower, blocks in towers.items():
-        theirs, ours = getattr(config, f"{tower}_config", config), exports._encoder(blocks)
+        theirs, ours = getattr(settings, f"{tower}_config", settings), exports._encoder(blocks)
         wrong = [f"{key} {getattr(theirs, key)}, not {ours[key]}" for key in SAME if getattr(theirs, key) != ours[key]]
         if wrong:
             raise UserError(

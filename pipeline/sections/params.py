@@ -169,8 +169,10 @@ def load(path: Path = config.PARAMS_FILE) -> Params:
     """Raises UserError naming every key that is wrong, what was found and what is wanted."""
     content = config.content(path)
     profiles = content.get("profiles")
-    for profile in profiles.values() if isinstance(profiles, dict) else ():
+    for key, profile in profiles.items() if isinstance(profiles, dict) else ():
         if isinstance(profile, dict) and isinstance(profile.get("recipes"), dict):
-            base = profile.pop("base_recipe", None) or {}
-            profile["recipes"] = {name: {**base, **(own or {})} for name, own in profile["recipes"].items()}
+            base, where = profile.pop("base_recipe", None), f"profiles.{key}.base_recipe"
+            profile["recipes"] = {
+                name: config.on_base(own, base, where, path) for name, own in profile["recipes"].items()
+            }
     return config.checked(Params, content, path=path, renamed=RENAMED)

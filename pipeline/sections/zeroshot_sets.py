@@ -30,7 +30,15 @@ class PublishedZeroshotSets(Section):
 
     @model_validator(mode="after")
     def _names_sets(self) -> "PublishedZeroshotSets":
-        there = [name for name, revision in self.sets.items() if revision]
+        there = [name for name, revision in self.sets.items() if revision is not None]
+        for name in there:
+            try:
+                self._download(name)
+            except (ValueError, LookupError, AttributeError):  # of format, or of the address that it makes
+                raise ValueError(
+                    f"at, {self.at!r}, makes no address for {name}: {self.sets[name]!r}. Wanted one such as "
+                    "hf://datasets/owner/wds_{name}@{revision}, and a commit, branch or tag without a slash"
+                ) from None
         for name in () if self.run == "all" else self.run:
             if name not in there:
                 raise ValueError(f"run names '{name}', which is none of the sets that are there: {', '.join(there)}")
@@ -42,13 +50,11 @@ class PublishedZeroshotSets(Section):
 
     def downloads(self) -> dict[str, Download]:
         """Of the chosen sets those that are there."""
-        return {
-            name: Download(
-                at=[self.at.format(name=name, revision=revision)], licence=self.licence, match=["test/*", "*.txt"]
-            )
-            for name, revision in self.chosen().items()
-            if revision
-        }
+        return {name: self._download(name) for name, revision in self.chosen().items() if revision is not None}
+
+    def _download(self, name: str) -> Download:
+        at = self.at.format(name=name, revision=self.sets[name])
+        return Download(at=[at], licence=self.licence, match=["test/*", "*.txt"])
 
 
 ZeroshotSets = Annotated[MiniZeroshotSets | PublishedZeroshotSets, Field(discriminator="kind")]
