@@ -7,6 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Of the other formats that Pillow knows, some are read by another program: PostScript is run by Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "JPEG2000")
+
 
 class UndecodableError(Exception):
     """Why bytes are not an image; the caller counts it or names the file."""
@@ -16,7 +19,8 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
     """The image in RGB: of an animation the first frame, 16 bits scaled to 8, white where it is transparent.
 
     upright: turn it as its orientation tag says, as viewers do. Raises UndecodableError for bytes that Pillow cannot
-    decode, for an image without pixels, and for one with more pixels than Pillow's limit.
+    decode, for another format than FORMATS, for an image without pixels, for one with more pixels than Pillow's limit,
+    and for one of numbers whose white is unknown (floating point, 32 bits).
     """
     with stored(source) as image:
         if upright:
@@ -29,7 +33,7 @@ def decode(source: Path | bytes, upright: bool) -> Image.Image:
 def stored(source: Path | bytes) -> Iterator[Image.Image]:
     """The image in the mode of its file, as a mask is read. Raises UndecodableError as `decode` does."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             image.load()
             if 0 in image.size:
                 raise ValueError("it has no pixels")
@@ -37,14 +41,14 @@ def stored(source: Path | bytes) -> Iterator[Image.Image]:
     except MemoryError:  # a lack of the machine, not a fault of the image
         raise
     except UnidentifiedImageError as error:
-        raise UndecodableError("in no format that Pillow reads") from error
+        raise UndecodableError(f"in none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's readers raise a dozen kinds of errors on damaged files
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers in an unknown range")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # in "I" others hold 16 bits
+        raise ValueError("its pixels are numbers in an unknown range")
     if image.mode.startswith("I"):  # Pillow would cut off whatever is lighter than 255 of 65535
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
         image.info.pop("transparency", None)
