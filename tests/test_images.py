@@ -32,12 +32,14 @@ from PIL import Image
 from shrunk import ROOT, read_yaml, run, write_yaml
 
 from pipeline import images
+from pipeline.benchmarks.sets import contents
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
 from pipeline.mini import world
 from pipeline.sections.images import MiniImages
+from pipeline.tools.index import index
 
 OPTIONS = {"size": 64, "shard_size": 4, "min_success": 1.0, "retries": 0, "processes": 1, "threads": 1}
 COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}
@@ -194,9 +196,15 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:input@images"):
+        epoch(Shards(folder), 0)
+
+
+def test_a_shard_in_the_place_of_another(folder: Path) -> None:
+    shutil.copy(folder / "00002.tar", folder / "00001.tar")
     with pytest.raises(
         UserError,
-        match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images",
+        match=r"00001\.tar holds 8 images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images",
     ):
         epoch(Shards(folder), 0)
 
@@ -678,6 +686,56 @@ def test_what_is_no_folder_of_shards(tmp_path: Path, content, message: str) -> N
     with pytest.raises(UserError, match=message):
         shards.index(tmp_path, 512)
     assert not (tmp_path / "shards.json").exists()
+
+
+NOT_WHOLE = {  # what is left of a tar; start and end: of its second member, and of its last; what is said of it
+    "cut between members": (lambda tar, start, end: tar[:start], "cut or damaged"),
+    "cut in a header": (lambda tar, start, end: tar[: start + 100], "cut or damaged"),
+    "cut in a member": (lambda tar, start, end: tar[: start + 1000], "unexpected end of data"),
+    "cut at the end": (lambda tar, start, end: tar[:end], "cut or damaged"),
+    "cut in the end": (lambda tar, start, end: tar[: end + 512], "cut or damaged"),
+    "a damaged header": (lambda tar, start, end: tar[:start] + b"\xff" * 512 + tar[start + 512 :], "cut or damaged"),
+    "a zeroed header": (lambda tar, start, end: tar[:start] + bytes(512) + tar[start + 512 :], "more follows its end"),
+    "zeros after a member": (lambda tar, start, end: tar[:start] + bytes(len(tar) - start), "was not finished"),
+    "two in one file": (lambda tar, start, end: tar + tar, "more follows its end at byte"),
+    "a letter at its end": (lambda tar, start, end: tar + b"x", "more follows its end at byte"),
+}
+
+
+def tar_in_three(path: Path) -> tuple[bytes, int, int]:
+    """A tar, and where its second member starts and its last one ends."""
+    write_tar(path, [(f"{i}.jpg", bytes(9000)) for i in range(3)])
+    with tarfile.open(path) as tar:
+        return path.read_bytes(), tar.getmembers()[1].offset, tar.offset
+
+
+@pytest.mark.parametrize("damage", NOT_WHOLE)
+def test_a_tar_that_is_not_whole_is_no_shorter_one(tmp_path: Path, damage: str) -> None:
+    """Where a mirror's shards, those of an index, or a set come in."""
+    tar = tmp_path / "a.tar"
+    change, said = NOT_WHOLE[damage]
+    tar.write_bytes(change(*tar_in_three(tar)))
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*Choose another mirror"):
+        shards.index(tmp_path, 512)
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*move it out of"):
+        index(tmp_path, "s3://bucket", 512)
+    with pytest.raises(ValueError, match=rf"a\.tar cannot be read \(.*{said}"):
+        contents(tar)
+    with pytest.raises(tarfile.ReadError, match=said):
+        shards._repack(tar, tmp_path / "repacked.tar")
+    tar.rename(tmp_path / "packed")
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "packed").read_bytes()))
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*Choose another mirror"):
+        shards.index(tmp_path, 512)
+
+
+@pytest.mark.parametrize("zeros", [1024, 1536, 10240, 10752])
+def test_a_tar_may_end_in_a_record_of_zeros(tmp_path: Path, zeros: int) -> None:
+    tar = tmp_path / "a.tar"
+    content, _, end = tar_in_three(tar)
+    tar.write_bytes(content[:end] + bytes(zeros))
+    assert list(contents(tar)) == ["0", "1", "2"]
+    assert index(tmp_path, "s3://bucket", 512)["samples"] == shards.index(tmp_path, 512)["images"] == 3
 
 
 # The stage

@@ -1,6 +1,10 @@
-"""From a file to an image: the one decoder, for shards, for the pairs, for masks and for your own photos."""
+"""From a file to an image: the one decoder, for shards, for the pairs, for masks and for your own photos.
+
+Of a tar, the one reader of what it holds.
+"""
 
 import io
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Of the other formats that Pillow knows, some are read by another program: PostScript is run by Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "JPEG2000")
+END = 2 * tarfile.BLOCKSIZE  # bytes, all zero, that end a tar
+LONGEST_END = END + tarfile.RECORDSIZE - tarfile.BLOCKSIZE  # with the zeros that fill up a record, 10,240 bytes
 
 
 class UndecodableError(Exception):
@@ -56,3 +62,25 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """All members of a tar, in its order. Raises tarfile.ReadError for a tar that is not whole.
+
+    For tarfile, whatever is no header is the end: a tar that was cut or damaged, or of which zeros came instead of the
+    rest, would be a shorter one, and of two tars in one file the second would be lost.
+    """
+    found = list(tar)
+    assert tar.fileobj
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(LONGEST_END + 1)
+    if end[:END] != bytes(END):
+        raise tarfile.ReadError(f"cut or damaged at byte {tar.offset}: no file is there, and no end")
+    if end.strip(b"\0"):
+        raise tarfile.ReadError(f"more follows its end at byte {tar.offset}: damaged, or two tars in one file")
+    if len(end) > LONGEST_END:
+        raise tarfile.ReadError(
+            f"more than {LONGEST_END} zeros at its end, from byte {tar.offset} on: its download was not finished, or "
+            f"its records are larger than {tarfile.RECORDSIZE} bytes; if so, write it anew by `tar -b 20`"
+        )
+    return found

@@ -44,7 +44,7 @@ from pipeline.core.compute import generator
 from pipeline.core.outputs import remove, write_json
 from pipeline.core.processes import end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress
-from pipeline.data.decoding import UndecodableError, decode
+from pipeline.data.decoding import UndecodableError, decode, members
 from pipeline.data.remote import RemoteShards
 
 INDEX = "shards.json"
@@ -321,14 +321,17 @@ def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
 
 
 def _repack(source: Path, target: Path) -> int:
-    """Copy the images and captions of a tar in ascending order, without times or owners. Returns the images' number."""
+    """Copy the images and captions of a tar in ascending order, without times or owners. Returns the images' number.
+
+    Raises tarfile.ReadError for a tar that is not whole.
+    """
     with tarfile.open(source) as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
-        members = sorted((m for m in old if m.name.endswith((".jpg", ".txt"))), key=lambda m: m.name)
-        for member in members:
+        kept = sorted((m for m in members(old) if m.name.endswith((".jpg", ".txt"))), key=lambda m: m.name)
+        for member in kept:
             clean = tarfile.TarInfo(member.name)  # mtime, uid and gid are 0
             clean.size = member.size
             new.addfile(clean, old.extractfile(member))
-    return sum(member.name.endswith(".jpg") for member in members)
+    return sum(member.name.endswith(".jpg") for member in kept)
 
 
 def index(folder: Path, size: int) -> dict[str, Any]:
@@ -348,13 +351,13 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):
         name = tar.relative_to(folder).as_posix()
-        members, other = _members(tar, OTHER_MIRROR)
-        if not members:
+        found, other = _members(tar, OTHER_MIRROR)
+        if not found:
             raise UserError(
                 f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. "
                 f"{OTHER_MIRROR}"
             )
-        counts[name], captioned[name] = len(members), sum(member.caption is not None for member in members)
+        counts[name], captioned[name] = len(found), sum(member.caption is not None for member in found)
         others += other
     _write_index(folder, size, counts, captioned)
     return {
@@ -424,18 +427,18 @@ def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[st
 
     A key that occurs several times has as many images, each with the caption in the same place among the key's
     captions; where the numbers differ, no caption is assigned. Raises UserError for a tar that cannot
-    be read.
+    be read or is not whole.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
         with tarfile.open(tar, "r:") as file:
-            members = [member for member in file if not member.isdir()]
+            listed = [member for member in members(file) if not member.isdir()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {remedy}") from error
     found: dict[str, dict[str, list[tuple[int, int]]]] = {}
     others: Counter[str] = Counter()
-    for member in members:
+    for member in listed:
         key, ending = base_plus_ext(member.name)
         ending = (ending or Path(member.name).suffix.removeprefix(".")).lower()
         if key and member.isfile() and ending in (*IMAGES, "txt"):
@@ -456,9 +459,9 @@ def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[st
 
 
 def count(tar: Path) -> tuple[int, int]:
-    """A tar's images, and how many of them have a caption."""
-    members, _ = _members(tar)
-    return len(members), sum(member.caption is not None for member in members)
+    """A tar's images, and how many of them have a caption. Raises UserError for one that is not whole."""
+    found, _ = _members(tar, "Write it anew, or move it out of the folder.")
+    return len(found), sum(member.caption is not None for member in found)
 
 
 @dataclass(frozen=True)
@@ -639,7 +642,7 @@ class Shards:
         else:
             members, _ = _members(self.folder / name)
         captioned = [member for member in members if member.caption]
-        # A tar cut between two members, or in a header, reads like a shorter tar: only the counts show it.
+        # Another shard under this one's name can be whole: only the counts show it.
         if (len(members), len(captioned)) != (wanted := self.found[name]):
             raise UserError(
                 f"{self.folder / name} holds {len(members)} images, {len(captioned)} of them with a caption, where "
