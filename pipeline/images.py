@@ -72,8 +72,12 @@ def mirror(source: Download, folder: Path) -> dict[str, Any]:
 
 
 def indexed(file: Path, folder: Path) -> dict[str, Any]:
-    """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was."""
+    """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was.
+
+    Raises UserError for a file that is missing, is no index, or does not say where its shards are.
+    """
     check_there(file, "index.file")
+    shards.read_index(file, "Write it anew by `python -m pipeline.tools.index`.")
     folder.mkdir(parents=True)
     shutil.copyfile(file, folder / shards.INDEX)
     found = shards.Shards(folder, cache_gb=math.inf)
@@ -82,7 +86,7 @@ def indexed(file: Path, folder: Path) -> dict[str, Any]:
     return {
         "shards": len(found.found),
         "images": len(found),
-        "bytes": sum(stated["bytes"] for stated in found.remote.files.values()),
+        "bytes": sum(stated.bytes for stated in found.remote.files.values()),
         "source": {"at": found.remote.at, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
     }
 
