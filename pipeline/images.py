@@ -105,6 +105,8 @@ def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
 def read_links(tsv: Path, rows: int) -> pyarrow.Table:
     """Read a list of `rows` lines CAPTION TAB URL, without a header; nothing is quoted, and no text means "no value".
 
+    A byte order mark is no part of the first caption.
+
     Raises UserError for a list that is missing, for a line of another form, and for another number of lines.
     """
     check_there(tsv, "links.tsv")
@@ -112,7 +114,7 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
     with tsv.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text, url = line.decode().rstrip("\r\n").split("\t")
+                text, url = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except ValueError:  # a UnicodeDecodeError is one, too
                 raise UserError(
                     f"{tsv}, line {number}: found {line[:200]!r}, wanted a caption, a tab and a URL, in UTF-8. Correct "

@@ -38,6 +38,7 @@ from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
 from pipeline.mini import world
+from pipeline.sections.download import Download
 from pipeline.sections.images import MiniImages
 from pipeline.tools.index import index
 
@@ -307,10 +308,10 @@ def test_unfinished_runs_are_told(tmp_path: Path) -> None:
 
 def test_rare_reasons_are_put_together() -> None:
     reasons = Counter({f"reason {i:02d}": 30 - i for i in range(24)})
-    found = shards._most_frequent(reasons)
+    found = shards._most_frequent(reasons, "other reasons")
     assert list(found) == [f"reason {i:02d}" for i in range(20)] + ["other reasons"]
     assert found["other reasons"] == 10 + 9 + 8 + 7
-    assert shards._most_frequent(Counter(b=1, a=1)) == {"a": 1, "b": 1}
+    assert shards._most_frequent(Counter(b=1, a=1), "others") == {"a": 1, "b": 1}
 
 
 class Web:
@@ -507,6 +508,8 @@ def test_the_list_is_read_as_it_is(tmp_path: Path) -> None:
     assert table["url"].to_pylist() == [f"http://host/{url}" for url in LINES.values()]
     tsv.write_bytes(tsv.read_bytes().replace(b"\n", b"\r\n"))
     assert images.read_links(tsv, len(LINES)) == table
+    tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
+    assert images.read_links(tsv, len(LINES)) == table
 
 
 def test_a_missing_list_and_another_number_of_lines(tmp_path: Path) -> None:
@@ -591,6 +594,22 @@ def test_what_is_no_image_that_is_known_is_counted_by_its_ending(tmp_path: Path)
     assert [(sample.key, bool(sample.caption)) for sample in samples] == [("1", True), ("3", False)]
 
 
+def test_a_mirrors_endings_are_told_in_letters_and_few_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names may be in any encoding, and have a number after each dot."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name in ("1.jpg", "1.caf\xe9", *(f"{i}.v{i}.json" for i in range(100))):
+            tar.addfile(tarfile.TarInfo(name))
+    monkeypatch.setattr(images.downloads, "fetch", lambda source, folder: {})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    others = images.mirror(Download(at=["https://host"], licence="MIT", files={"a.tar": None}), tmp_path)["other_files"]
+    stdout.flush()
+    assert len(others) == 21
+    assert others[".caf\\udce9"] == 1
+    assert others["other endings"] == 81
+    assert b".caf\\udce9, " in stdout.buffer.getvalue()
+
+
 def test_a_key_that_occurs_twice_has_two_images(tmp_path: Path) -> None:
     members = [
         ("a.jpg", jpeg(0)),
@@ -613,7 +632,8 @@ def test_a_key_that_occurs_twice_has_two_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "pack"),
     [("0.tar.gz", gzip.compress), ("0.tgz", gzip.compress), ("0.tar", gzip.compress), ("0.tar.bz2", bz2.compress),
-     ("0.tar.xz", lzma.compress), ("0.tar.gz", bytes), ("0.TAR", bytes)],
+     ("0.tar.xz", lzma.compress), ("0.tar.gz", bytes), ("0.TAR", bytes), ("0.tar.GZ", gzip.compress),
+     ("0.tbz2", bz2.compress)],
 )  # fmt: skip
 def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
     write_mirror(tmp_path)
@@ -625,6 +645,14 @@ def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "more", "shards.json"]
     assert (tmp_path / "0.tar").read_bytes() == plain
     assert len(epoch(Shards(tmp_path), 0)) == 9
+
+
+@pytest.mark.parametrize("ending", ["md5", "sha256", "sha512sum", "json", "idx", "asc"])
+def test_what_is_about_a_tar_is_none(tmp_path: Path, ending: str) -> None:
+    write_mirror(tmp_path)
+    (tmp_path / f"train-0000.tar.{ending}").write_text("0" * 32)
+    assert shards.index(tmp_path, 512)["shards"] == 2
+    assert (tmp_path / f"train-0000.tar.{ending}").is_file()
 
 
 def test_compressed_tars_that_cannot_be_unpacked_are_told(tmp_path: Path) -> None:

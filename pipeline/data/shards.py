@@ -56,9 +56,10 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
+PACKERS = "gz|gzip|bz2?|bzip2|xz|lzma|zst|zstd|lz4|br|z"  # endings after .tar; one of another kind is about the tar
 WINDOW = 16  # shards whose images are mixed with each other
 STUCK = 1800  # seconds without a byte written: longer than any link may take
-REASONS = 20  # reasons of failure that are counted by name; three million URLs fail in thousands of ways
+NAMED = 20  # reasons of failure, or endings, that are counted by name; three million URLs fail in thousands of ways
 REMEDY = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
 OTHER_MIRROR = "Choose another mirror, or leave this file out of images.shards in params.yaml."
 OPTIONS = {
@@ -130,7 +131,7 @@ def download(
         "urls": links.num_rows,
         "downloaded": downloaded,
         "success_rate": rate,
-        "failures": _most_frequent(reasons),
+        "failures": _most_frequent(reasons, "other reasons"),
     }
     if not enough:
         table = "\n".join(f"{count:>10}  {reason}" for reason, count in report["failures"].items())
@@ -294,12 +295,13 @@ def _failed(links: pyarrow.Table, scratch: Path, names: list[str]) -> pyarrow.Ta
     return links.filter(pyarrow.compute.invert(pyarrow.compute.is_in(links["row"], value_set=came)))
 
 
-def _most_frequent(reasons: Counter[str]) -> dict[str, int]:
-    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    failures = dict(ranked[:REASONS])
-    if len(ranked) > REASONS:
-        failures["other reasons"] = sum(count for _, count in ranked[REASONS:])
-    return failures
+def _most_frequent(counts: Counter[str], others: str) -> dict[str, int]:
+    """The most frequent, and under `others` how many the rest are."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    found = dict(ranked[:NAMED])
+    if len(ranked) > NAMED:
+        found[others] = sum(count for _, count in ranked[NAMED:])
+    return found
 
 
 def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
@@ -366,7 +368,7 @@ def index(folder: Path, size: int) -> dict[str, Any]:
         "shards": len(counts),
         "images": sum(counts.values()),
         "captioned": sum(captioned.values()),
-        "other_files": dict(sorted(others.items())),
+        "other_files": dict(sorted(_most_frequent(others, "other endings").items())),
     }
 
 
@@ -378,7 +380,7 @@ def _unpacked(folder: Path) -> list[Path]:
     """The tars in a folder. Those that are compressed are unpacked first, since images are read where they lie."""
     tars = []
     for path in sorted(folder.rglob("*")):
-        stem = re.fullmatch(r"(?i)(.+)\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)", path.name)
+        stem = re.fullmatch(rf"(?i)(.+)\.(tar(\.({PACKERS}))?|tgz|tbz2?|txz|tzst)", path.name)
         if not stem or not path.is_file():
             continue
         with path.open("rb") as file:
@@ -443,6 +445,7 @@ def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[st
     for member in listed:
         key, ending = base_plus_ext(member.name)
         ending = (ending or Path(member.name).suffix.removeprefix(".")).lower()
+        ending = ending.encode(errors="backslashreplace").decode()  # of a name in another encoding than UTF-8
         if key and member.isfile() and ending in (*IMAGES, "txt"):
             found.setdefault(key, {}).setdefault(ending, []).append((member.offset_data, member.size))
         else:
@@ -465,7 +468,7 @@ class ShardIndex(Section):
 
     size: Count
     samples: Count
-    shards: dict[str, Annotated[int, Field(ge=0)]]
+    shards: dict[str, Count]
     captioned: dict[str, Annotated[int, Field(ge=0)]] | None = None
     at: Annotated[str, Field(min_length=1)] | None = None
     files: dict[str, ShardFile] | None = None
