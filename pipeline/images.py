@@ -72,8 +72,12 @@ def mirror(source: Download, folder: Path) -> dict[str, Any]:
 
 
 def indexed(file: Path, folder: Path) -> dict[str, Any]:
-    """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was."""
+    """Fill `folder` with an index of shards that stay where they are. Returns their counts, and which index it was.
+
+    Raises UserError for a file that is missing, is no index, or does not say where its shards are.
+    """
     check_there(file, "index.file")
+    shards.read_index(file, "Write it anew by `python -m pipeline.tools.index`.")
     folder.mkdir(parents=True)
     shutil.copyfile(file, folder / shards.INDEX)
     found = shards.Shards(folder, cache_gb=math.inf)
@@ -82,7 +86,7 @@ def indexed(file: Path, folder: Path) -> dict[str, Any]:
     return {
         "shards": len(found.found),
         "images": len(found),
-        "bytes": sum(stated["bytes"] for stated in found.remote.files.values()),
+        "bytes": sum(stated.bytes for stated in found.remote.files.values()),
         "source": {"at": found.remote.at, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
     }
 
@@ -101,6 +105,8 @@ def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
 def read_links(tsv: Path, rows: int) -> pyarrow.Table:
     """Read a list of `rows` lines CAPTION TAB URL, without a header; nothing is quoted, and no text means "no value".
 
+    A byte order mark is no part of the first caption.
+
     Raises UserError for a list that is missing, for a line of another form, and for another number of lines.
     """
     check_there(tsv, "links.tsv")
@@ -108,7 +114,7 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
     with tsv.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text, url = line.decode().rstrip("\r\n").split("\t")
+                text, url = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except ValueError:  # a UnicodeDecodeError is one, too
                 raise UserError(
                     f"{tsv}, line {number}: found {line[:200]!r}, wanted a caption, a tab and a URL, in UTF-8. Correct "

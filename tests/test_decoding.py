@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from pipeline.data.decoding import UndecodableError, decode
 
@@ -129,6 +129,10 @@ WRONG = {
     "a jpeg without pixels": chunked("JPEG").replace(b"\0\x28\0\x3c", b"\0\0\0\0", 1),
     "a png with a damaged chunk": chunked("PNG").replace(b"IDAT", b"ID\xffT", 1),
     "floating point, whose white is unknown": stored(Image.fromarray(DOTS[..., 0].astype(np.float32)), "TIFF"),
+    "integers of 32 bits, whose white is unknown": stored(Image.fromarray(DOTS[..., 0].astype(np.int32)), "TIFF"),
+    "integers with a sign, whose white is unknown": stored(
+        Image.fromarray(DOTS[..., 0].astype(np.uint16)), "TIFF", tiffinfo={339: 2}
+    ),
 }
 
 
@@ -141,6 +145,18 @@ def test_what_is_no_image_raises_one_error(what: str, tmp_path: Path) -> None:
         with pytest.raises(UndecodableError) as error:
             decode(source, upright=True)
         assert "0x" not in str(error.value)  # no address of an object, which would differ from run to run
+
+
+def test_postscript_is_never_run_whatever_a_file_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pillow hands it over to Ghostscript."""
+    run = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: run.append(arguments))
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    for source in (path, path.read_bytes()):
+        with pytest.raises(UndecodableError, match="in none of the formats JPEG, PNG"):
+            decode(source, upright=True)
+    assert not run
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -168,6 +168,15 @@ def test_text_files_are_utf8_whatever_the_locale(file: Path) -> None:
         assert binary or encodings in (["'utf-8'"], ["'utf-8-sig'"]), f"{file}:{call.lineno}: {ast.unparse(call)}"
 
 
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_images_are_opened_in_named_formats_alone(file: Path) -> None:
+    """Else Pillow goes by the content, and hands PostScript over to another program."""
+    calls = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+    for call in calls:
+        if ast.unparse(call.func) == "Image.open" and file.name != "figures.py":  # which reads figures made here
+            assert "formats" in [keyword.arg for keyword in call.keywords], f"{file}:{call.lineno}"
+
+
 # dvc.yaml
 
 

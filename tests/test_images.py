@@ -32,12 +32,15 @@ from PIL import Image
 from shrunk import ROOT, read_yaml, run, write_yaml
 
 from pipeline import images
+from pipeline.benchmarks.sets import contents
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
 from pipeline.mini import world
+from pipeline.sections.download import Download
 from pipeline.sections.images import MiniImages
+from pipeline.tools.index import index
 
 OPTIONS = {"size": 64, "shard_size": 4, "min_success": 1.0, "retries": 0, "processes": 1, "threads": 1}
 COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}
@@ -194,9 +197,15 @@ def test_truncated_between_members(folder: Path, member: str) -> None:
     with tarfile.open(path) as tar:
         end = tar.getmember(member).offset
     path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read.*--force \S+:input@images"):
+        epoch(Shards(folder), 0)
+
+
+def test_a_shard_in_the_place_of_another(folder: Path) -> None:
+    shutil.copy(folder / "00002.tar", folder / "00001.tar")
     with pytest.raises(
         UserError,
-        match=r"00001\.tar holds [89] images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images",
+        match=r"00001\.tar holds 8 images, 8 of .* where shards\.json says 16 and 16.*--force \S+:input@images",
     ):
         epoch(Shards(folder), 0)
 
@@ -238,7 +247,7 @@ def test_a_folder_of_which_nothing_can_be_decoded_is_told_whatever_is_allowed(tm
         ("{", "damaged"),
         ('{"size": 64}', "damaged"),
         ("[]", "damaged"),
-        ('{"size": 64, "samples": 0, "shards": {}}', "do not add up"),
+        ('{"size": 64, "samples": 0, "shards": {}}', "samples: found 0"),
         (json.dumps({"size": 64, "samples": 41, "shards": COUNTS}), "do not add up"),
     ],
 )
@@ -299,10 +308,10 @@ def test_unfinished_runs_are_told(tmp_path: Path) -> None:
 
 def test_rare_reasons_are_put_together() -> None:
     reasons = Counter({f"reason {i:02d}": 30 - i for i in range(24)})
-    found = shards._most_frequent(reasons)
+    found = shards._most_frequent(reasons, "other reasons")
     assert list(found) == [f"reason {i:02d}" for i in range(20)] + ["other reasons"]
     assert found["other reasons"] == 10 + 9 + 8 + 7
-    assert shards._most_frequent(Counter(b=1, a=1)) == {"a": 1, "b": 1}
+    assert shards._most_frequent(Counter(b=1, a=1), "others") == {"a": 1, "b": 1}
 
 
 class Web:
@@ -499,6 +508,8 @@ def test_the_list_is_read_as_it_is(tmp_path: Path) -> None:
     assert table["url"].to_pylist() == [f"http://host/{url}" for url in LINES.values()]
     tsv.write_bytes(tsv.read_bytes().replace(b"\n", b"\r\n"))
     assert images.read_links(tsv, len(LINES)) == table
+    tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
+    assert images.read_links(tsv, len(LINES)) == table
 
 
 def test_a_missing_list_and_another_number_of_lines(tmp_path: Path) -> None:
@@ -583,6 +594,22 @@ def test_what_is_no_image_that_is_known_is_counted_by_its_ending(tmp_path: Path)
     assert [(sample.key, bool(sample.caption)) for sample in samples] == [("1", True), ("3", False)]
 
 
+def test_a_mirrors_endings_are_told_in_letters_and_few_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names may be in any encoding, and have a number after each dot."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name in ("1.jpg", "1.caf\xe9", *(f"{i}.v{i}.json" for i in range(100))):
+            tar.addfile(tarfile.TarInfo(name))
+    monkeypatch.setattr(images.downloads, "fetch", lambda source, folder: {})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    others = images.mirror(Download(at=["https://host"], licence="MIT", files={"a.tar": None}), tmp_path)["other_files"]
+    stdout.flush()
+    assert len(others) == 21
+    assert others[".caf\\udce9"] == 1
+    assert others["other endings"] == 81
+    assert b".caf\\udce9, " in stdout.buffer.getvalue()
+
+
 def test_a_key_that_occurs_twice_has_two_images(tmp_path: Path) -> None:
     members = [
         ("a.jpg", jpeg(0)),
@@ -605,7 +632,8 @@ def test_a_key_that_occurs_twice_has_two_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "pack"),
     [("0.tar.gz", gzip.compress), ("0.tgz", gzip.compress), ("0.tar", gzip.compress), ("0.tar.bz2", bz2.compress),
-     ("0.tar.xz", lzma.compress), ("0.tar.gz", bytes), ("0.TAR", bytes)],
+     ("0.tar.xz", lzma.compress), ("0.tar.gz", bytes), ("0.TAR", bytes), ("0.tar.GZ", gzip.compress),
+     ("0.tbz2", bz2.compress)],
 )  # fmt: skip
 def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
     write_mirror(tmp_path)
@@ -617,6 +645,14 @@ def test_compressed_tars_are_unpacked(tmp_path: Path, name: str, pack: Callable[
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "more", "shards.json"]
     assert (tmp_path / "0.tar").read_bytes() == plain
     assert len(epoch(Shards(tmp_path), 0)) == 9
+
+
+@pytest.mark.parametrize("ending", ["md5", "sha256", "sha512sum", "json", "idx", "asc"])
+def test_what_is_about_a_tar_is_none(tmp_path: Path, ending: str) -> None:
+    write_mirror(tmp_path)
+    (tmp_path / f"train-0000.tar.{ending}").write_text("0" * 32)
+    assert shards.index(tmp_path, 512)["shards"] == 2
+    assert (tmp_path / f"train-0000.tar.{ending}").is_file()
 
 
 def test_compressed_tars_that_cannot_be_unpacked_are_told(tmp_path: Path) -> None:
@@ -678,6 +714,56 @@ def test_what_is_no_folder_of_shards(tmp_path: Path, content, message: str) -> N
     with pytest.raises(UserError, match=message):
         shards.index(tmp_path, 512)
     assert not (tmp_path / "shards.json").exists()
+
+
+NOT_WHOLE = {  # what is left of a tar; start and end: of its second member, and of its last; what is said of it
+    "cut between members": (lambda tar, start, end: tar[:start], "cut or damaged"),
+    "cut in a header": (lambda tar, start, end: tar[: start + 100], "cut or damaged"),
+    "cut in a member": (lambda tar, start, end: tar[: start + 1000], "unexpected end of data"),
+    "cut at the end": (lambda tar, start, end: tar[:end], "cut or damaged"),
+    "cut in the end": (lambda tar, start, end: tar[: end + 512], "cut or damaged"),
+    "a damaged header": (lambda tar, start, end: tar[:start] + b"\xff" * 512 + tar[start + 512 :], "cut or damaged"),
+    "a zeroed header": (lambda tar, start, end: tar[:start] + bytes(512) + tar[start + 512 :], "more follows its end"),
+    "zeros after a member": (lambda tar, start, end: tar[:start] + bytes(len(tar) - start), "was not finished"),
+    "two in one file": (lambda tar, start, end: tar + tar, "more follows its end at byte"),
+    "a letter at its end": (lambda tar, start, end: tar + b"x", "more follows its end at byte"),
+}
+
+
+def tar_in_three(path: Path) -> tuple[bytes, int, int]:
+    """A tar, and where its second member starts and its last one ends."""
+    write_tar(path, [(f"{i}.jpg", bytes(9000)) for i in range(3)])
+    with tarfile.open(path) as tar:
+        return path.read_bytes(), tar.getmembers()[1].offset, tar.offset
+
+
+@pytest.mark.parametrize("damage", NOT_WHOLE)
+def test_a_tar_that_is_not_whole_is_no_shorter_one(tmp_path: Path, damage: str) -> None:
+    """Where a mirror's shards, those of an index, or a set come in."""
+    tar = tmp_path / "a.tar"
+    change, said = NOT_WHOLE[damage]
+    tar.write_bytes(change(*tar_in_three(tar)))
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*Choose another mirror"):
+        shards.index(tmp_path, 512)
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*move it out of"):
+        index(tmp_path, "s3://bucket", 512)
+    with pytest.raises(ValueError, match=rf"a\.tar cannot be read \(.*{said}"):
+        contents(tar)
+    with pytest.raises(tarfile.ReadError, match=said):
+        shards._repack(tar, tmp_path / "repacked.tar")
+    tar.rename(tmp_path / "packed")
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "packed").read_bytes()))
+    with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*Choose another mirror"):
+        shards.index(tmp_path, 512)
+
+
+@pytest.mark.parametrize("zeros", [1024, 1536, 10240, 10752])
+def test_a_tar_may_end_in_a_record_of_zeros(tmp_path: Path, zeros: int) -> None:
+    tar = tmp_path / "a.tar"
+    content, _, end = tar_in_three(tar)
+    tar.write_bytes(content[:end] + bytes(zeros))
+    assert list(contents(tar)) == ["0", "1", "2"]
+    assert index(tmp_path, "s3://bucket", 512)["samples"] == shards.index(tmp_path, 512)["images"] == 3
 
 
 # The stage

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from filelock import lock_descriptor
 from shrunk import ROOT, read_yaml, run, write_shards, write_yaml
 
 from pipeline import images
@@ -100,6 +102,123 @@ def indexed(local: Path, at: str, **changes: Any) -> Path:
         found["files"]["00002.tar"][name] = change
     (folder / "shards.json").write_text(json.dumps(found))
     return folder
+
+
+BAD = {  # what is wrong with an index: how it comes to be, and what is said of it
+    "a shard without sha256": (lambda found: found["files"]["00002.tar"].pop("sha256"), r"files\.00002\.tar\.sha256"),
+    "a sha256 that is null": (lambda found: found["files"]["00002.tar"].update(sha256=None), r"sha256: found None"),
+    "a sha256 that leaves the cache": (
+        lambda found: found["files"]["00002.tar"].update(sha256="../../evil/evil"), r"sha256: found '\.\./\.\./evil/",
+    ),
+    "no bytes": (lambda found: found["files"]["00002.tar"].update(bytes=0), r"bytes: found 0\. .*greater than 0"),
+    "fewer than no bytes": (lambda found: found["files"]["00002.tar"].update(bytes=-1), r"bytes: found -1"),
+    "a part of a byte": (lambda found: found["files"]["00002.tar"].update(bytes=1.5), r"bytes: found 1\.5"),
+    "an unknown key of a shard": (lambda found: found["files"]["00002.tar"].update(md5="0"), r"00002\.tar\.md5"),
+    "a shard that is not listed": (lambda found: found["files"].pop("00002.tar"), "files lacks 00002.tar"),
+    "captions that are not counted": (lambda found: found["captioned"].pop("00002.tar"), "captioned lacks 00002.tar"),
+    "more captions than images": (
+        lambda found: found["captioned"].update({"00002.tar": 11}), "00002.tar has 10 images, but 11 with a caption",
+    ),
+    "a count that is no integer": (lambda found: found["shards"].update({"00002.tar": 10.0}), r"tar: found 10\.0"),
+    "a count below zero": (lambda found: found["shards"].update({"00002.tar": -10}), r"tar: found -10"),
+    "a size in words": (lambda found: found.update(size="64"), r"size: found '64'"),
+    "an unknown key": (lambda found: found.update(ad="s3://bucket"), "ad: found 's3://bucket'"),
+    "no list of files": (lambda found: found.pop("files"), "at and files belong together"),
+    "no counts": (lambda found: found.pop("shards"), "shards: found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_index_is_checked_where_it_comes_in(local: Path, what: str) -> None:
+    """By the name that its owner knows it by; and again where it is read, by any other process."""
+    change, said = BAD[what]
+    found = index.index(local, str(local), 64)
+    change(found)
+    refused(json.dumps(found), said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("\ufeff{}", "Invalid JSON"), ('{"size": 64', "Invalid JSON: EOF"), ("[]", "found"), ("", "EOF")],
+)
+def test_an_index_that_is_no_json_is_told_by_its_name(local: Path, content: str, said: str) -> None:
+    refused(content, said)
+
+
+def refused(content: str, said: str) -> None:
+    file, folder = Path("data/index.json"), Path("data/images")
+    folder.mkdir(parents=True)
+    for path in (file, folder / "shards.json"):
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^data/index\.json is damaged: .*{said}.*python -m pipeline\.tools\.index"):
+        images.indexed(file, Path("data/new"))
+    with pytest.raises(UserError, match=rf"^data/images/shards\.json is damaged: .*{said}.*dvc repro --force"):
+        Shards(folder)
+
+
+def test_an_index_that_does_not_say_where_its_shards_are(local: Path) -> None:
+    with pytest.raises(UserError, match=r"shards\.json does not say where its shards are"):
+        images.indexed(local / "shards.json", Path("data/new"))
+
+
+def test_a_damaged_file_of_the_cache_is_named(local: Path) -> None:
+    """No stage makes it."""
+    folder = indexed(local, str(local))
+    shards = Shards(folder)
+    window, _ = shards.place(7, 0)
+    shards.open(window)
+    paths = sorted(remote.CACHE.glob("*.tar"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:8192])
+    with pytest.raises(
+        UserError, match=r"data/\.shards/\w{64}\.tar cannot be read .*Remove data/\.shards/\w{64}\.tar:"
+    ):
+        epoch(Shards(folder))
+    for path in paths:
+        shutil.copy(local / "00000.tar", path)
+    with pytest.raises(UserError, match=r"holds 8 images.*shards\.json says .*Remove data/\.shards/\w{64}\.tar: "):
+        epoch(Shards(folder))
+    for path in paths:
+        path.unlink()
+    assert epoch(Shards(folder)) == epoch(Shards(local))
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing"])
+def test_a_cache_that_is_no_folder_is_told(local: Path, what: str) -> None:
+    folder = indexed(local, str(local))
+    if what == "a file":
+        remote.CACHE.write_text("")
+    else:
+        remote.CACHE.symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"data/\.shards is no folder, .*Remove it, or make the folder that it links to"
+    ):
+        epoch(Shards(folder))
+
+
+def test_who_waits_long_for_another_process_says_so(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, told, said = Shards(indexed(local, str(local))), threading.Event(), list[str]()
+    assert shards.remote
+    path = shards.remote.path("00000.tar").with_suffix(".partial")
+    path.parent.mkdir()
+    other = os.open(path, os.O_RDWR | os.O_CREAT)
+    assert lock_descriptor(other, blocking=False)
+
+    def tell(message: str, **options: Any) -> None:
+        monkeypatch.setattr(remote, "PATIENCE", 60.0)
+        said.append(message)
+        told.set()
+
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    monkeypatch.setattr(remote, "print", tell, raising=False)
+    waiting = threading.Thread(target=shards.remote.fetch, args=["00000.tar"], daemon=True)
+    waiting.start()
+    assert told.wait(60)
+    os.close(other)
+    waiting.join()
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: another process has had it for")
+    assert shards.remote.path("00000.tar").is_file()
 
 
 def epoch(shards: Shards) -> list[tuple[str, bytes, str]]:

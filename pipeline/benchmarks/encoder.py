@@ -28,6 +28,7 @@ from pipeline.benchmarks.sets import BenchmarkSet, SetImage
 from pipeline.core.code import program
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress
+from pipeline.data.decoding import FORMATS
 from pipeline.models.backbones import Backbone
 
 AHEAD = 2  # batches that threads fill while one is computed
@@ -109,7 +110,7 @@ class Encoder:
         for sample, pixels_HWC in zip(samples, pixels_BHWC.numpy(), strict=True):
             content = sample.read()
             try:
-                with Image.open(io.BytesIO(content)) as image:
+                with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                     # As clip_benchmark does: what is transparent stays black.
                     pixels_HWC[...] = self.backbone.resize(image.convert("RGB"))
             except MemoryError:  # says something of the machine, and nothing of the image

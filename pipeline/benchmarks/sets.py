@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from pipeline.core.stages import UserError
+from pipeline.data.decoding import members
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
 IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")  # that clip-benchmark reads as images; of several, the first
@@ -146,12 +147,12 @@ def _samples(tar: Path, kind: str, classes: int) -> list[SetImage]:
 def contents(tar: Path) -> dict[str, dict[str, Stored]]:
     """The files of a tar in its order, by their key and ending; files of one key differ in what follows the first dot.
 
-    Raises ValueError for a tar that cannot be read, and for a file that it holds twice.
+    Raises ValueError for a tar that cannot be read or is not whole, and for a file that it holds twice.
     """
     found: dict[str, dict[str, Stored]] = {}
     try:
         with tarfile.open(tar, "r:") as file:
-            for member in file:
+            for member in members(file):
                 folder, _, name = member.name.rpartition("/")
                 key, _, ending = name.partition(".")
                 files = found.setdefault(f"{folder}/{key}".removeprefix("/"), {})

@@ -10,17 +10,21 @@ import hashlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import aiohttp
 import fsspec
 from filelock import lock_descriptor
+from pydantic import Field
 
+from pipeline.core.config import Count
 from pipeline.core.stages import UserError
 
 CACHE = Path("data/.shards")
@@ -34,18 +38,30 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 HTTP = ("http://", "https://")
 
 
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """What an index says of a shard."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # it names a file of the cache
+
+
 class RemoteShards:
     """The shards of an index. Threads and processes may call `reading` and `fetch` at the same time."""
 
-    def __init__(self, index: Path, at: str, files: dict[str, dict[str, Any]], limit: float, at_once: int) -> None:
+    def __init__(self, index: Path, at: str, files: dict[str, ShardFile], limit: float, at_once: int) -> None:
         """limit: bytes of the cache. at_once: shards that it must hold. Raises UserError if these do not fit."""
         self.index, self.at, self.files, self.limit = index, at.rstrip("/"), files, limit
-        needed = sum(sorted((file["bytes"] for file in files.values()), reverse=True)[:at_once])
+        needed = sum(sorted((file.bytes for file in files.values()), reverse=True)[:at_once])
         if needed > limit:
             raise UserError(
                 f"launch.cache_gb is {limit / 1e9:g}, but the {at_once} shards of {index} that are in use at once take "
                 f"{needed / 1e9:.3g} GB. Raise launch.cache_gb, or make smaller shards."
             )
+
+    def path(self, name: str) -> Path:
+        """Where a shard lies in the cache, once it is there."""
+        return CACHE / f"{self.files[name].sha256}.tar"
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
@@ -67,13 +83,19 @@ class RemoteShards:
 
     def fetch(self, name: str) -> Path:
         """The shard's file in the cache. Raises UserError if the bytes that the index describes cannot be fetched."""
-        path = CACHE / f"{self.files[name]['sha256']}.tar"
+        path = self.path(name)
         if path.exists():
             return path
-        CACHE.mkdir(parents=True, exist_ok=True)
+        try:
+            CACHE.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{CACHE} is no folder, and cannot become one ({_words(error)}). Remove it, or make the folder that it "
+                "links to."
+            ) from error
         partial = path.with_suffix(".partial")
         with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT), "r+b") as target:
-            lock_descriptor(target.fileno())
+            _lock(target.fileno(), partial)
             if path.exists():  # another process has fetched it meanwhile
                 if os.fstat(target.fileno()).st_size == 0:  # made by this one, after the other's had its name
                     partial.unlink(missing_ok=True)
@@ -87,7 +109,7 @@ class RemoteShards:
         return path
 
     def _fetch(self, name: str, target: BinaryIO) -> None:
-        url, size = f"{self.at}/{name}", self.files[name]["bytes"]
+        url, size = f"{self.at}/{name}", self.files[name].bytes
         for number in range(1, TRIES + 1):
             try:
                 self._make_room(size, target)
@@ -121,30 +143,30 @@ class RemoteShards:
             "the shard back, name another index in params.yaml (images.index.file), or run again later."
         )
 
-    def _copy(self, url: str, target: BinaryIO, stated: dict[str, Any]) -> None:
+    def _copy(self, url: str, target: BinaryIO, stated: ShardFile) -> None:
         """Copy a shard. Raises OSError for other bytes than the index states, and for a server that is too slow."""
         found, start, done = hashlib.sha256(), time.monotonic(), 0
-        with _open(url, stated["bytes"]) as source:
+        with _open(url, stated.bytes) as source:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
                 found.update(chunk)
                 done += len(chunk)
-                if done > stated["bytes"]:
+                if done > stated.bytes:
                     break
                 seconds = time.monotonic() - start
                 if seconds > PATIENCE and done < SLOWEST * seconds:
-                    raise TimeoutError(f"received only {done} of {stated['bytes']} bytes in {seconds:.0f} s")
-        if done != stated["bytes"]:
-            raise OSError(f"received {done} bytes, but the index says {stated['bytes']}")
-        if found.hexdigest() != stated["sha256"]:
-            raise OSError(f"its sha256 is {found.hexdigest()}, but the index says {stated['sha256']}")
+                    raise TimeoutError(f"received only {done} of {stated.bytes} bytes in {seconds:.0f} s")
+        if done != stated.bytes:
+            raise OSError(f"received {done} bytes, but the index says {stated.bytes}")
+        if found.hexdigest() != stated.sha256:
+            raise OSError(f"its sha256 is {found.hexdigest()}, but the index says {stated.sha256}")
         target.flush()
         os.fsync(target.fileno())
 
     def _make_room(self, size: int, own: BinaryIO) -> None:
         """Remove what was used longest ago, until `size` bytes more fit."""
         with (CACHE / ".lock").open("ab") as lock:
-            lock_descriptor(lock.fileno())
+            _lock(lock.fileno(), CACHE / ".lock")
             there = {}
             for path in CACHE.iterdir():
                 with suppress(FileNotFoundError):
@@ -157,6 +179,20 @@ class RemoteShards:
                 if path.suffix == ".tar" or _abandoned(path):
                     path.unlink(missing_ok=True)
                     total -= stat.st_size
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Wait for a file's lock. A wait that is longer than a fetch may be silent is told, once."""
+    if lock_descriptor(descriptor, blocking=False):
+        return
+    said = f"{path}: another process has had it for {PATIENCE:.0f} s. Waiting for that (on Linux, `lslocks` names it)"
+    long = threading.Timer(PATIENCE, lambda: print(said, file=sys.stderr, flush=True))
+    long.daemon = True
+    long.start()
+    try:
+        lock_descriptor(descriptor)
+    finally:
+        long.cancel()
 
 
 def _reserve(target: BinaryIO, size: int) -> None:

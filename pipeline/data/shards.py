@@ -34,18 +34,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow.compute
 import pyarrow.parquet
 from PIL import Image
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.compute import generator
+from pipeline.core.config import Count, Section
 from pipeline.core.outputs import remove, write_json
 from pipeline.core.processes import end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress
-from pipeline.data.decoding import UndecodableError, decode
-from pipeline.data.remote import RemoteShards
+from pipeline.data.decoding import UndecodableError, decode, members
+from pipeline.data.remote import RemoteShards, ShardFile
 
 INDEX = "shards.json"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # of several with one key, the first
@@ -54,9 +56,10 @@ COMPRESSED: dict[bytes, Any] = {  # by the bytes that they begin with
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
+PACKERS = "gz|gzip|bz2?|bzip2|xz|lzma|zst|zstd|lz4|br|z"  # endings after .tar; one of another kind is about the tar
 WINDOW = 16  # shards whose images are mixed with each other
 STUCK = 1800  # seconds without a byte written: longer than any link may take
-REASONS = 20  # reasons of failure that are counted by name; three million URLs fail in thousands of ways
+NAMED = 20  # reasons of failure, or endings, that are counted by name; three million URLs fail in thousands of ways
 REMEDY = "Run `dvc repro --force pipeline/dvc.yaml:input@images`."
 OTHER_MIRROR = "Choose another mirror, or leave this file out of images.shards in params.yaml."
 OPTIONS = {
@@ -128,7 +131,7 @@ def download(
         "urls": links.num_rows,
         "downloaded": downloaded,
         "success_rate": rate,
-        "failures": _most_frequent(reasons),
+        "failures": _most_frequent(reasons, "other reasons"),
     }
     if not enough:
         table = "\n".join(f"{count:>10}  {reason}" for reason, count in report["failures"].items())
@@ -292,12 +295,13 @@ def _failed(links: pyarrow.Table, scratch: Path, names: list[str]) -> pyarrow.Ta
     return links.filter(pyarrow.compute.invert(pyarrow.compute.is_in(links["row"], value_set=came)))
 
 
-def _most_frequent(reasons: Counter[str]) -> dict[str, int]:
-    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    failures = dict(ranked[:REASONS])
-    if len(ranked) > REASONS:
-        failures["other reasons"] = sum(count for _, count in ranked[REASONS:])
-    return failures
+def _most_frequent(counts: Counter[str], others: str) -> dict[str, int]:
+    """The most frequent, and under `others` how many the rest are."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    found = dict(ranked[:NAMED])
+    if len(ranked) > NAMED:
+        found[others] = sum(count for _, count in ranked[NAMED:])
+    return found
 
 
 def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
@@ -321,14 +325,17 @@ def _pack(scratch: Path, name: str, expected: int, output: Path) -> None:
 
 
 def _repack(source: Path, target: Path) -> int:
-    """Copy the images and captions of a tar in ascending order, without times or owners. Returns the images' number."""
+    """Copy the images and captions of a tar in ascending order, without times or owners. Returns the images' number.
+
+    Raises tarfile.ReadError for a tar that is not whole.
+    """
     with tarfile.open(source) as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
-        members = sorted((m for m in old if m.name.endswith((".jpg", ".txt"))), key=lambda m: m.name)
-        for member in members:
+        kept = sorted((m for m in members(old) if m.name.endswith((".jpg", ".txt"))), key=lambda m: m.name)
+        for member in kept:
             clean = tarfile.TarInfo(member.name)  # mtime, uid and gid are 0
             clean.size = member.size
             new.addfile(clean, old.extractfile(member))
-    return sum(member.name.endswith(".jpg") for member in members)
+    return sum(member.name.endswith(".jpg") for member in kept)
 
 
 def index(folder: Path, size: int) -> dict[str, Any]:
@@ -348,20 +355,20 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):
         name = tar.relative_to(folder).as_posix()
-        members, other = _members(tar, OTHER_MIRROR)
-        if not members:
+        images, other = _members(tar, OTHER_MIRROR)
+        if not images:
             raise UserError(
                 f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. "
                 f"{OTHER_MIRROR}"
             )
-        counts[name], captioned[name] = len(members), sum(member.caption is not None for member in members)
+        counts[name], captioned[name] = len(images), sum(member.caption is not None for member in images)
         others += other
     _write_index(folder, size, counts, captioned)
     return {
         "shards": len(counts),
         "images": sum(counts.values()),
         "captioned": sum(captioned.values()),
-        "other_files": dict(sorted(others.items())),
+        "other_files": dict(sorted(_most_frequent(others, "other endings").items())),
     }
 
 
@@ -373,7 +380,7 @@ def _unpacked(folder: Path) -> list[Path]:
     """The tars in a folder. Those that are compressed are unpacked first, since images are read where they lie."""
     tars = []
     for path in sorted(folder.rglob("*")):
-        stem = re.fullmatch(r"(?i)(.+)\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)", path.name)
+        stem = re.fullmatch(rf"(?i)(.+)\.(tar(\.({PACKERS}))?|tgz|tbz2?|txz|tzst)", path.name)
         if not stem or not path.is_file():
             continue
         with path.open("rb") as file:
@@ -424,20 +431,21 @@ def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[st
 
     A key that occurs several times has as many images, each with the caption in the same place among the key's
     captions; where the numbers differ, no caption is assigned. Raises UserError for a tar that cannot
-    be read.
+    be read or is not whole.
     """
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
         with tarfile.open(tar, "r:") as file:
-            members = [member for member in file if not member.isdir()]
+            listed = [member for member in members(file) if not member.isdir()]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{tar} cannot be read ({error.__class__.__name__}: {error.args[0]}). {remedy}") from error
     found: dict[str, dict[str, list[tuple[int, int]]]] = {}
     others: Counter[str] = Counter()
-    for member in members:
+    for member in listed:
         key, ending = base_plus_ext(member.name)
         ending = (ending or Path(member.name).suffix.removeprefix(".")).lower()
+        ending = ending.encode(errors="backslashreplace").decode()  # of a name in another encoding than UTF-8
         if key and member.isfile() and ending in (*IMAGES, "txt"):
             found.setdefault(key, {}).setdefault(ending, []).append((member.offset_data, member.size))
         else:
@@ -455,10 +463,47 @@ def _members(tar: Path, remedy: str = REMEDY) -> tuple[list[_Member], Counter[st
     return sorted(samples, key=lambda member: member.image), +others
 
 
+class ShardIndex(Section):
+    """`shards.json`; of shards that lie elsewhere (data/remote.py) with `at` and `files`."""
+
+    size: Count
+    samples: Count
+    shards: dict[str, Count]
+    captioned: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    at: Annotated[str, Field(min_length=1)] | None = None
+    files: dict[str, ShardFile] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ShardIndex":
+        if sum(self.shards.values()) != self.samples:
+            raise ValueError("its shards do not add up to its number of samples")
+        if (self.at is None) != (self.files is None):
+            raise ValueError("at and files belong together, and one of them is missing")
+        for key, stated in (("captioned", self.captioned), ("files", self.files)):
+            if stated is not None and (missing := next((name for name in self.shards if name not in stated), None)):
+                raise ValueError(f"{key} lacks {missing}")
+        for name, captions in (self.captioned or {}).items():
+            if captions > (images := self.shards.get(name, captions)):
+                raise ValueError(f"{name} has {images} images, but {captions} with a caption")
+        return self
+
+
+def read_index(path: Path, remedy: str = REMEDY) -> ShardIndex:
+    """Raises UserError for a file that is no index; it says what is wrong first."""
+    try:
+        return ShardIndex.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = f"{'.'.join(map(str, wrong['loc']))}: " if wrong["loc"] else ""
+        raise UserError(
+            f"{path} is damaged: {where}found {repr(wrong['input'])[:80]}. {wrong['msg']}. {remedy}"
+        ) from None
+
+
 def count(tar: Path) -> tuple[int, int]:
-    """A tar's images, and how many of them have a caption."""
-    members, _ = _members(tar)
-    return len(members), sum(member.caption is not None for member in members)
+    """A tar's images, and how many of them have a caption. Raises UserError for one that is not whole."""
+    found, _ = _members(tar, "Write it anew, or move it out of the folder.")
+    return len(found), sum(member.caption is not None for member in found)
 
 
 @dataclass(frozen=True)
@@ -509,23 +554,16 @@ class Shards:
         path = folder / INDEX
         if not path.is_file():
             raise UserError(f"{folder} is no folder of shards: it has no {INDEX}. Run `dvc repro`.")
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            self.size: int = index["size"]
-            self.found: dict[str, tuple[int, int]] = {  # images, and how many of them have a caption
-                name: (count, index.get("captioned", index["shards"])[name])
-                for name, count in sorted(index["shards"].items())
-            }
-            self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
-            self.remote = None
-            if "at" in index:
-                files = {name: index["files"][name] for name in self.found}
-                self.remote = RemoteShards(path, index["at"], files, 1e9 * cache_gb, 2 * WINDOW + 1)
-            adds_up = sum(count for count, _ in self.found.values()) == index["samples"] > 0
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}). {REMEDY}") from error
-        if not adds_up:
-            raise UserError(f"{path} is damaged: its shards do not add up to its number of samples. {REMEDY}")
+        index = read_index(path)
+        captions = index.shards if index.captioned is None else index.captioned
+        self.size = index.size
+        # Images, and how many of them have a caption.
+        self.found = {name: (count, captions[name]) for name, count in sorted(index.shards.items())}
+        self.counts = {name: both[captioned] for name, both in self.found.items() if both[captioned]}
+        self.remote = None
+        if index.at is not None and index.files is not None:
+            files = {name: index.files[name] for name in self.found}
+            self.remote = RemoteShards(path, index.at, files, 1e9 * cache_gb, 2 * WINDOW + 1)
         if not self.counts:
             raise UserError(
                 f"{folder}: none of its {len(self.found)} shards has an image with a caption (KEY.jpg, KEY.txt), but "
@@ -582,13 +620,16 @@ class Shards:
                     raise UserError(
                         f"{self.folder / name}: {len(failed)} of its {len(members)} images cannot be decoded, more "
                         f"than the share {self.max_undecodable:g} allowed; one is {member.key} ({error}). If they came "
-                        f"like this, raise train.max_undecodable in params.yaml or choose other images; else {REMEDY}"
+                        "like this, raise train.max_undecodable in params.yaml or choose other images; else "
+                        f"{self._again(name)}"
                     ) from error
                 continue
             where = member.caption
             caption = self._read(name, where).decode(errors="replace") if where else ""
             return Sample(member.key, image, caption, name)
-        raise UserError(f"{self.folder}: no image of {', '.join(window.shards)} can be decoded. {REMEDY}")
+        raise UserError(
+            f"{self.folder}: no image of {', '.join(window.shards)} can be decoded. {self._again(*window.shards)}"
+        )
 
     def validation(self) -> list[Image.Image]:
         """The images that are kept from the order, those that cannot be decoded left out."""
@@ -635,17 +676,27 @@ class Shards:
     def _members(self, name: str) -> list[_Member]:
         if self.remote:
             with self.remote.reading(name) as file:
-                members, _ = _members(Path(file.name))
+                members, _ = _members(Path(file.name), self._again(name))
         else:
             members, _ = _members(self.folder / name)
         captioned = [member for member in members if member.caption]
-        # A tar cut between two members, or in a header, reads like a shorter tar: only the counts show it.
+        # Another shard under this one's name can be whole: only the counts show it.
         if (len(members), len(captioned)) != (wanted := self.found[name]):
             raise UserError(
                 f"{self.folder / name} holds {len(members)} images, {len(captioned)} of them with a caption, where "
-                f"{INDEX} says {wanted[0]} and {wanted[1]}. {REMEDY}"
+                f"{INDEX} says {wanted[0]} and {wanted[1]}. {self._again(name)}"
             )
         return captioned if self.captioned else members
+
+    def _again(self, *names: str) -> str:
+        """What to do about shards that are damaged."""
+        if not self.remote:
+            return REMEDY
+        files = ", ".join(str(self.remote.path(name)) for name in names)
+        return (
+            f"Remove {files}: what is missing there is fetched anew. If that does not help, write the "
+            "index anew by `python -m pipeline.tools.index`."
+        )
 
 
 def _permutation(n: int, *purpose: str | int) -> list[int]:

@@ -45,6 +45,7 @@ from pipeline.core.compute import deterministic_device, seeded
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress, stage
+from pipeline.data.decoding import FORMATS
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import step
 from pipeline.diva.feedback import Feedback
@@ -366,7 +367,7 @@ def _decode(preprocessing: dict[str, Any], samples: list[SetImage]) -> None:
     """Read, decode and resize as a backbone does, and nothing else; the work of a process that does so alone."""
     backbone: Any = SimpleNamespace(preprocessing=preprocessing, resizing={})  # what is read of it
     for sample in samples:
-        with Image.open(io.BytesIO(sample.read())) as image:
+        with Image.open(io.BytesIO(sample.read()), formats=FORMATS) as image:
             Backbone.resize(backbone, image.convert("RGB"))
 
 

@@ -17,7 +17,7 @@ from pipeline.data import shards
 
 
 def index(folder: Path, at: str, size: int) -> dict:
-    """The index of a folder. Raises UserError if it has no tar, and for a tar that is packed or has no image."""
+    """The index of a folder. Raises UserError if it has no tar, and for one that is packed, cut or without image."""
     tars = sorted(path for path in folder.rglob("*.tar") if path.is_file())
     if not tars:
         raise UserError(
