@@ -411,12 +411,18 @@ def test_a_list_of_ids_that_is_none_is_refused(ids: bytes, said: str) -> None:
     ("changes", "said"),
     [
         ({"at": "elsewhere"}, r"elsewhere/sets/train.txt: no such file. Fetch the set by hand"),
-        ({"masks": "nowhere/{id}.png", "ids": None}, "has no masks of split 'train'"),
+        ({"masks": "nowhere/{split}/{id}.png", "ids": None}, "has no masks of split 'train'"),
+        ({"masks": "masks/{id}.png", "ids": None}, "sets.voc: masks is 'masks/{id}.png', .* the same images"),
+        ({"ids": "sets/all.txt"}, "sets.voc: ids is 'sets/all.txt', .* both would be the same images"),
+        ({"test": "train"}, "train 'train' and test 'train', so both would be the same images"),
         ({"images": "JPEGImages/{id}.png"}, r"0.png: no such file"),
         ({"classes": ["cat", "cat"]}, "sets.voc.classes: found 'cat' 2 times, wanted each class once"),
         ({"classes": ["cat", "dog, "]}, "sets.voc.classes: found 'dog, ', wanted a name before and after"),
         ({"classes": ["cat", ""]}, "sets.voc.classes: found '', wanted a name"),
-        ({"masks": "/ma/{id}.png", "ids": None}, "sets.voc.masks: found '/ma/{id}.png', wanted a path below `at`"),
+        (
+            {"masks": "/ma/{split}/{id}.png", "ids": None},
+            "sets.voc.masks: found '/ma/{split}/{id}.png', wanted a path below `at`",
+        ),
     ],
 )
 def test_sets_that_are_not_there_are_refused(changes: dict, said: str) -> None:

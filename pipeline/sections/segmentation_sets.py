@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.config import Count, Name, Section
 
@@ -50,6 +50,16 @@ class LocalSet(Section):
         if times > 1:
             raise ValueError(f"found '{name}' {times} times, wanted each class once")
         return value
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> "LocalSet":
+        key = "masks" if self.ids is None else "ids"
+        if "{split}" not in (found := getattr(self, key)) or self.train == self.test:
+            raise ValueError(
+                f"{key} is '{found}', train '{self.train}' and test '{self.test}', so both would be the same images; "
+                f"name {{split}} in {key}, and two splits"
+            )
+        return self
 
 
 def synonyms(names: str) -> list[str]:

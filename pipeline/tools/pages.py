@@ -21,6 +21,7 @@ import pandas as pd
 
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
+from pipeline.evidence import downstream
 from pipeline.evidence.results import COLUMNS
 from pipeline.evidence.statistics import over_seeds
 from pipeline.models.registry import complete
@@ -92,6 +93,11 @@ def upper_bound() -> str:
     figures = {COLUMNS.get(name, name): value for name, value in found.items() if name != "patterns"}
     rows = [(name, f"{value:.1f}") for name, value in figures.items()]
     return table([("oracle upper bound", "%"), *rows])
+
+
+def downstream_of(*files: Path) -> str:
+    """Scores, gains and effects of segmentation and the small LLaVA, of files that hold them by column."""
+    return table(downstream.table({name: of for file in files for name, of in json.loads(text(file)).items()}))
 
 
 def denoiser() -> str:
@@ -181,6 +187,10 @@ BLOCKS = {
     "timings": timings,
     "reference": reference,
     "upper bound": upper_bound,
+    "downstream": lambda: downstream_of(Path("metrics/downstream/mini.json")),
+    "downstream upper bound": lambda: downstream_of(
+        *(MINI / "oracle" / f"mini-{benchmark}.json" for benchmark in downstream.FILES)
+    ),
     "denoiser": denoiser,
     "sensitivity": sensitivity,
     "backbones": backbones,
