@@ -294,7 +294,8 @@ NO_CHECKPOINTS = {
     "a zip cut by a byte": ZIP[:-1],
     "a zip cut in its directory": ZIP[:-30],
     "a zip with a damaged directory": ZIP.replace(b"PK\x01\x02", b"PK\x09\x09"),
-    **{f"{end} bytes of an older file": LEGACY[:end] for end in (10, 30, 100, 200, len(LEGACY) - 100)},
+    **{f"{end} bytes of an older file": LEGACY[:end] for end in (10, 30, 100, 200)},
+    "an older file that lacks its end": LEGACY[:-100],  # its length is no part of a name: it differs between processes
     "an archive of another model": of_another_model(),
     "a cut archive": of_another_model()[:-30],
     "a list": state_in([torch.zeros(2)]),
