@@ -182,7 +182,10 @@ def main(backbone: str, recipe: str) -> None:
             f"profile {profile} has no recipe '{recipe}'. Choose one of these: {', '.join(p.profile.recipes)}."
         )
     if not any(loss.conditions for loss in losses_of(recipe, p.profile.recipes[recipe])):
-        raise UserError(f"recipe '{recipe}' has no loss that conditions the denoiser on images: there is no condition.")
+        raise UserError(
+            f"recipe '{recipe}' has no loss that conditions the denoiser on images, so there is none to measure. "
+            "Name one that has, such as diva."
+        )
     stem = Path("metrics", profile, "sensitivity", f"{backbone}-{recipe}")
     with atomic(stem.with_suffix(".csv"), stem.with_suffix(".png")) as (table_file, figure_file):
         clip = Backbone.load(Path("models", profile, "pretrained", backbone)).to(compute)
