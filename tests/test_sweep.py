@@ -122,10 +122,11 @@ def test_a_seed_without_a_benchmark_s_figures_is_run_again_and_gets_them() -> No
 @pytest.mark.usefixtures("folder")
 def test_rows_of_another_recipe_or_backbone_stay(capsys: pytest.CaptureFixture[str]) -> None:
     add(1, 1.0)
-    other = TABLE.read_text() + TABLE.read_text().splitlines()[1].replace("mini,", "openai_224,") + "\n"
-    TABLE.write_text(other)
+    row = TABLE.read_text().splitlines()[1].replace("mini,", "openai_224,")
+    unnamed = row.replace("224,", "336,").rpartition(",")[0] + ","  # a row that names no run
+    TABLE.write_text(TABLE.read_text() + f"{row}\n{unnamed}\n")
     add(1, 2.0, ("two_stage", "two_stage-drift"), **{"run.recipes": ["two_stage"]})
-    assert found() == [("diva", 1, 1.0), ("diva", 1, 1.0)]
+    assert found() == [("diva", 1, 1.0)] * 3
     assert found("two_stage") == found("two_stage-drift") == [("two_stage", 1, 2.0)]
     assert capsys.readouterr().out == ""
 

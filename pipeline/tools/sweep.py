@@ -85,7 +85,7 @@ def add(p: params.Params, text: str) -> None:
             table = table[~stale]
     table = pd.DataFrame([*table.to_dict("records"), *rows], columns=table.columns)
     order = ["", *CONTROLS]
-    whole = table.groupby([*SEEDS, "run"], sort=False, as_index=False).first()[table.columns]
+    whole = table.groupby([*SEEDS, "run"], sort=False, as_index=False, dropna=False).first()[table.columns]
     table = whole.sort_values(
         SEEDS,
         key=lambda key: key.map(lambda w: order.index(recipe_and_control(w)[1])) if key.name == "weights" else key,
