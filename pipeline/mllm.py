@@ -11,8 +11,6 @@ by all GPUs of the machine. A training that was stopped goes on from its checkpo
 """
 
 import hashlib
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.benchmarks import mllm as benchmark
@@ -36,7 +34,7 @@ from pipeline.core.compute import deterministic_device, generator, seeded
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.processes import cpus, on_every_gpu
 from pipeline.core.stages import UserError, progress, stage
-from pipeline.engine import checkpoints
+from pipeline.engine.scratch import Scratch, digest
 from pipeline.models.backbones import Backbone
 from pipeline.models.exports import OpenClipOnly, tokenizer, transformers_model
 from pipeline.models.residual_head import WithHead
@@ -128,38 +126,24 @@ def _tokens(backbone: Backbone, vision, images: list[SetImage], p: Mllm) -> Patc
     return PatchTokens(vision, pixels, len(images), p.batch, p.precision)
 
 
-class Kept:
+class Kept(Scratch):
     """The checkpoint of a scoring. finished: of every seed that was trained, its losses by phase and its answers.
 
-    losses: of the seed at hand, by phase. With `minutes` 0 it is written after every step, without `path` never.
+    losses: of the seed at hand, by phase.
     """
 
     def __init__(self, path: Path | None, fingerprint: dict[str, Any], minutes: float, processes: PartialState) -> None:
-        self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
-        state = checkpoints.read_state(path) if path else None
-        if state and state["fingerprint"] != fingerprint:
-            print(f"{path} is of another scoring: training starts anew", flush=True)
-            state = None
-        self.finished: list[dict[str, Any]] = state["finished"] if state else []
-        self.losses: list[list[float]] = state["losses"] if state else []
+        super().__init__(path, fingerprint, minutes, processes)
+        state = self.state() or {"finished": [], "losses": []}
+        self.finished: list[dict[str, Any]] = state["finished"]
+        self.losses: list[list[float]] = state["losses"]
         self.resumed = bool(self.losses)
-        self.saved = time.monotonic()
-        if state and processes.is_main_process:
+        if (self.finished or self.resumed) and processes.is_main_process:
             steps = sum(map(len, self.losses))
             print(f"going on after step {steps} of seed {len(self.finished)}, from {path}", flush=True)
 
     def save(self, tensors: dict[str, torch.Tensor]) -> None:
-        """If the disk is full, print a warning and keep the previous one."""
-        if self.processes.is_main_process and self.path:
-            state = {"fingerprint": self.fingerprint, "finished": self.finished, "losses": self.losses}
-            try:
-                checkpoints.save(self.path, tensors, state)
-            except (OSError, SafetensorError) as error:
-                print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
-        self.saved = time.monotonic()
-
-    def due(self) -> bool:
-        return self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
+        self.write(tensors, finished=self.finished, losses=self.losses)
 
     def finish(self, right: dict[str, list[bool]]) -> None:
         """The seed at hand is trained and has answered."""
@@ -190,7 +174,7 @@ def _train(
         values = phase.model_dump(include={"trained", "steps", "lr", "warmup_ratio", "weight_decay"})
         fit = Fit(llava, **values)
         if number == stands and kept.resumed and kept.path:
-            fit.restore(checkpoints.tensors(kept.path), len(losses))
+            fit.restore(load_file(kept.path), len(losses))
         bar = {"initial": len(losses), "total": phase.steps, "disable": not llava.processes.is_main_process}
         for chosen in progress(drawn[len(losses) :], f"{phase.trained}, seed {seed}", **bar):
             losses.append(fit.step([conversations[i] for i in chosen.tolist()], tokens[phase.split], phase.prompt))
@@ -200,13 +184,10 @@ def _train(
 
 def _fingerprint(backbone: Backbone, root: Path, p: Mllm, *asked: Any) -> dict[str, Any]:
     """All that the answers depend on; the number of processes, which changes rounding alone, is left out."""
-    language = hashlib.sha256()
-    for file in sorted((root / "language").glob("*")):
-        language.update(file.read_bytes())
     return {
         "mllm": p.model_dump(mode="json", exclude={"checkpoint_minutes"}),
         "weights": backbone.sha256,
-        "language": language.hexdigest(),
+        "language": digest(sorted((root / "language").glob("*"))),
         "asked": hashlib.sha256(repr(asked).encode()).hexdigest(),
         "code": program("mllm.py"),
         "torch": torch.__version__,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from shrunk import DATA, METRICS, MODELS, read_yaml, run, write_params, write_shards, write_yaml
 from test_stages import CPU, trained
 from test_training import both, build
@@ -30,7 +31,8 @@ from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise, InfoNCE
 from pipeline.diva.rules import TokenRule
 from pipeline.diva.step import MicroBatch, terms
-from pipeline.engine import assemble, checkpoints, hosts
+from pipeline.engine import assemble, resume, scratch
+from pipeline.engine.curves import CURVES, ends
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
@@ -41,7 +43,6 @@ from pipeline.tools import bench, growth
 
 EXHAUSTIVE = pytest.mark.exhaustive
 RULE = TokenRule("random", 5)
-CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
 
 
 # -------------------------------------------------------------------------------------------------- what steps are fed
@@ -368,7 +369,7 @@ class KilledError(Exception):
 @contextmanager
 def killed_after(saves: int) -> Iterator[None]:
     """Let the stage die just after it has written so many checkpoints."""
-    save, left = checkpoints.save, [saves]
+    save, left = scratch.save, [saves]
 
     def save_and_die(*arguments) -> None:
         save(*arguments)
@@ -377,7 +378,7 @@ def killed_after(saves: int) -> Iterator[None]:
             raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save", save_and_die)
+        patch.setattr(scratch, "save", save_and_die)
         yield
 
 
@@ -413,9 +414,9 @@ def change_the_seed() -> None:
 
 def change_the_backbone() -> None:
     path = MODELS / "pretrained/mini/open_clip_model.safetensors"
-    tensors = checkpoints.tensors(path)
+    tensors = load_file(path)
     tensors["visual.proj"] += 1e-3
-    checkpoints.save(path, tensors, None)
+    scratch.save(path, tensors, None)
 
 
 @pytest.mark.slow
@@ -468,18 +469,34 @@ def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) ->
 
     before = mark()
     files[what].write_text(files[what].read_text() + "\n")
-    assert hosts.differences(before, mark()) == [what]
+    assert scratch.differences(before, mark()) == [what]
 
 
 def test_a_checkpoint_tells_what_all_processes_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the first of two: what the other would send is added here."""
-    monkeypatch.setattr(assemble, "gather_object", lambda own: [*own, ("0.tar", {"b"}), ("1.tar", {"a"})])
-    feedback, checkpoint = build(), assemble.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
+    monkeypatch.setattr(resume, "gather_object", lambda own: [*own, ("0.tar", {"b"}), ("1.tar", {"a"})])
+    feedback, checkpoint = build(), resume.Checkpoint(tmp_path / "checkpoint", {}, 0.0, Accelerator(cpu=True))
     record = step_.Record("projection", 0, 1.0, {"denoise": 1.0}, 0.1, 1.0, 1.0, 1.0, None)
-    checkpoint.save(feedback, both(feedback)[0], assemble.RunState([record], {"0.tar": {"a"}}))
+    checkpoint.save(feedback, both(feedback)[0], resume.RunState([record], {"0.tar": {"a"}}))
     found = checkpoint.resume(feedback)
     assert found is not None
     assert found.undecodable == {"0.tar": {"a", "b"}, "1.tar": {"a"}}
+
+
+def test_a_scratch_file_is_of_one_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def scratched(rate: float, minutes: float = 0, path: Path | None = tmp_path / "checkpoint") -> scratch.Scratch:
+        return scratch.Scratch(path, {"of": {"rate": rate}}, minutes, Accelerator(cpu=True))
+
+    scratched(0.5).write({"a": torch.ones(1)}, steps=3)
+    assert scratched(0.5).state() == {"fingerprint": {"of": {"rate": 0.5}}, "steps": 3}
+    assert capsys.readouterr().out == ""
+    assert scratched(0.25).state() is None
+    said = f"{tmp_path}/checkpoint is of another run, which differs in of.rate (0.5, now 0.25): training starts anew"
+    assert capsys.readouterr().out.strip() == said
+    assert scratched(0.5).due()
+    assert not scratched(0.5, minutes=60).due()
+    scratched(0.5, path=None).write({}, steps=3)
+    assert scratched(0.5, path=None).state() is None
 
 
 @contextmanager
@@ -495,11 +512,11 @@ def full_disk(size: int = 1000) -> Iterator[None]:
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / ".x.checkpoint"
-    checkpoints.save(path, {"a": torch.arange(3.0)}, {"step": 1})
+    scratch.save(path, {"a": torch.arange(3.0)}, {"step": 1})
     with pytest.raises((OSError, SafetensorError)), full_disk():
-        checkpoints.save(path, {"a": torch.zeros(5000)}, {"step": 2})
-    assert checkpoints.read_state(path) == {"step": 1}
-    assert checkpoints.tensors(path)["a"].tolist() == [0, 1, 2]
+        scratch.save(path, {"a": torch.zeros(5000)}, {"step": 2})
+    assert scratch.read_state(path) == {"step": 1}
+    assert load_file(path)["a"].tolist() == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [".x.checkpoint"]
 
 
@@ -508,13 +525,13 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
-    save = checkpoints.save
+    save = scratch.save
 
     def save_on_a_full_disk(*arguments) -> None:
         with full_disk():
             save(*arguments)
 
-    monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
+    monkeypatch.setattr(scratch, "save", save_on_a_full_disk)
     run(train, "mini", "diva")
     assert capsys.readouterr().err.count("warning: no checkpoint written to models/mini/diva/.mini.checkpoint") == 7
     weights = f"{MODELS}/diva/mini/open_clip_model.safetensors"
@@ -526,7 +543,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path: Path, content: bytes | None) ->
     path = tmp_path / "checkpoint"
     if content is not None:
         path.write_bytes(content)
-    assert checkpoints.read_state(path) is None
+    assert scratch.read_state(path) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ to watch
@@ -554,11 +571,10 @@ def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
         return step_.Record(phase, step, float(step), {"denoise": 2.0 * step}, 0.0, 0.0, 0.0, 0.0, measured)
 
     records = [*(record("projection", step) for step in range(5)), *(record("tower", step) for step in range(31))]
-    found = assemble.summary(records, recipe(), 42, 0)
+    found = ends(records)
     assert (found["loss_first_tenth"], found["loss_last_tenth"]) == (1, 29)  # of 0 1 2 and of 28 29 30
     assert found["terms_last_tenth"] == {"denoise": 58}
     assert (found["validation_loss_first"], found["validation_loss_last"]) == (0, 30)
-    assert found["images"] == 36 * 8
 
 
 # ---------------------------------------------------------------------------------------------------------- to measure

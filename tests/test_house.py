@@ -229,7 +229,7 @@ def test_every_stage_before_the_report_decides_gains() -> None:
     [
         ("diva/losses.py", "import torch\n", "import torch  # which it needs\n\n\n", True),
         ("engine/assemble.py", '"""Post-training', '"""The post-training', True),
-        ("engine/assemble.py", "len(tower) // 10", "len(tower) // 20", False),
+        ("engine/curves.py", "len(tower) // 10", "len(tower) // 20", False),
         ("diva/diffusion.py", "\n\ndef ", "\n\nNEW = 1\n\n\ndef ", False),
         ("report.py", "import argparse", "import argparse, json", True),
     ],

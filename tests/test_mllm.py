@@ -434,6 +434,29 @@ metric_list:
     assert len({*answers}) > 1
 
 
+# Its checkpoint
+
+
+def test_a_scoring_goes_on_where_its_own_checkpoint_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def kept(steps: int) -> mllm.Kept:
+        return mllm.Kept(tmp_path / "checkpoint", {"mllm": {"steps": steps}}, 0, PartialState(cpu=True))
+
+    first = kept(2)
+    first.losses = [[2.0, 1.0]]
+    first.finish({"mmvp": [True]})
+    first.losses = [[3.0]]
+    first.save({"a": torch.ones(1)})
+    again = kept(2)
+    assert again.resumed
+    assert (again.finished, again.losses) == ([{"losses": [[2.0, 1.0]], "right": {"mmvp": [True]}}], [[3.0]])
+    assert "going on after step 1 of seed 1, from " in capsys.readouterr().out
+    other = kept(4)
+    assert (other.finished, other.losses, other.resumed) == ([], [], False)
+    assert "which differs in mllm.steps (2, now 4): training starts anew" in capsys.readouterr().out
+
+
 # The interval over seeds and answers
 
 

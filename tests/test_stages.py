@@ -45,6 +45,7 @@ from pipeline.diva.pairs import matching, score_pairs
 from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
 from pipeline.engine import assemble
+from pipeline.engine.resume import Checkpoint
 from pipeline.mini import pretrain, world
 from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.models.stable_diffusion import Denoiser
@@ -271,7 +272,7 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     losses = assemble.losses_of("recipe", recipe)
     t = assemble.Training(section, recipe, own, losses, seed, backbone, denoiser, shards)
     feedback = assemble.build_feedback(t, processes.device)
-    checkpoint = assemble.Checkpoint(Path("checkpoint"), {}, 60, processes)
+    checkpoint = Checkpoint(None, {}, 60, processes)
     end = assemble.train(t, feedback, Path("curves"), processes, checkpoint)
     return backbone, denoiser, end.records
 

@@ -6,10 +6,8 @@ it.
 """
 
 import dataclasses
-import hashlib
 import math
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.core import config
@@ -33,9 +29,12 @@ from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.losses import Denoise, Given, Loss
 from pipeline.diva.rules import CLASS_TOKEN, Condition, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
-from pipeline.engine import checkpoints, hosts
+from pipeline.engine import hosts
+from pipeline.engine.curves import ends, plot
 from pipeline.engine.feed import Feed
 from pipeline.engine.losses import losses_of
+from pipeline.engine.resume import Checkpoint, Projection, RunState, of_all
+from pipeline.engine.scratch import digest
 from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.frozen_encoder import FrozenEncoder
@@ -47,9 +46,6 @@ from pipeline.sections.recipe import Head, Lora, Recipe, Sgd
 from pipeline.sections.train import Train
 
 FITTED = "fitted.safetensors"
-CURVES = ("loss", "lr", "gradient_norm", "parameter_norm", "update_norm", "validation_loss")
-
-
 PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of the names of a trained part's parameters
 
 
@@ -208,80 +204,6 @@ def phases(feedback: Feedback, recipe: Recipe, found: list[Loss]) -> list[Phase]
     return [of_projection, of_tower]
 
 
-Undecodable = dict[str, set[str]]  # keys of images by shard
-Projection = dict[str, torch.Tensor]
-
-
-@dataclasses.dataclass
-class RunState:
-    """How far a run has come. undecodable: images that were skipped. start: the projector at the start of the tower
-    phase. optimizer: its state, with the name of the phase that the checkpoint was written in."""
-
-    records: list[step.Record]
-    undecodable: Undecodable
-    start: Projection | None = None
-    optimizer: tuple[str, dict[str, torch.Tensor]] | None = None
-
-
-class Checkpoint:
-    """The scratch file from which a killed run resumes; with `minutes` 0 it is written after every step."""
-
-    def __init__(self, path: Path, fingerprint: dict[str, Any], minutes: float, processes: Accelerator) -> None:
-        """fingerprint: all that the numbers of a run depend on, as JSON holds it."""
-        self.path, self.fingerprint, self.minutes, self.processes = path, fingerprint, minutes, processes
-        self.saved = time.monotonic()
-
-    def resume(self, feedback: Feedback) -> RunState | None:
-        """Restore the saved state if its fingerprint is this run's; else print what differs and return None."""
-        state = checkpoints.read_state(self.path) if self.processes.is_main_process else None
-        if state and (changed := hosts.differences(state["fingerprint"], self.fingerprint)):
-            print(f"{self.path} is of another run, which differs in {', '.join(changed)}: training starts anew")
-            state = None
-        (state,) = broadcast_object_list([state])
-        if not state:
-            return None
-        records = [step.Record(**record) for record in state["records"]]
-        own = checkpoints.tensors(self.path) if self.processes.is_main_process else None
-        last, tensors = records[-1], hosts.to_all(self.processes, own)
-        step.restore(feedback, tensors)
-        if self.processes.is_main_process:
-            print(f"going on after step {last.step} of phase '{last.phase}', from {self.path}")
-        start = None
-        if last.phase == "tower":
-            start = {name: tensors[f"start.{name}"] for name in feedback.projection.state_dict()}
-        undecodable = {shard: set(keys) for shard, keys in state["undecodable"].items()}
-        return RunState(records, undecodable, start, (last.phase, tensors))
-
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint; only the main process decides."""
-        return self.processes.is_main_process and time.monotonic() - self.saved >= 60 * self.minutes
-
-    def save(self, feedback: Feedback, phase: Phase, so_far: RunState) -> None:
-        """Write a checkpoint. If the disk is full, print a warning and keep the previous one."""
-        passed_over = of_all(so_far.undecodable)
-        tensors = step.tensors_of(feedback, phase)
-        tensors |= {f"start.{name}": tensor for name, tensor in (so_far.start or {}).items()}
-        if self.processes.is_main_process:
-            state = {
-                "fingerprint": self.fingerprint,
-                "records": [dataclasses.asdict(record) for record in so_far.records],
-                "undecodable": {shard: sorted(keys) for shard, keys in sorted(passed_over.items())},
-            }
-            try:
-                checkpoints.save(self.path, tensors, state)
-            except (OSError, SafetensorError) as error:
-                print(f"warning: no checkpoint written to {self.path} ({error}); make room there", file=sys.stderr)
-        self.saved = time.monotonic()
-
-
-def of_all(undecodable: Undecodable) -> Undecodable:
-    """The undecodable images of all processes together."""
-    together: Undecodable = {}
-    for shard, keys in gather_object([(shard, set(keys)) for shard, keys in list(undecodable.items())]):
-        together.setdefault(shard, set()).update(keys)
-    return together
-
-
 def save_fitted(feedback: Feedback, start: Projection, path: Path) -> None:
     """Write what the tower phase started from: the projector, and the denoiser if it was trained in the warm-up."""
     tensors = {f"projection.{name}": tensor for name, tensor in start.items()}
@@ -318,15 +240,6 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
         "code": program("engine/assemble.py"),
         "torch": torch.__version__,
     }
-
-
-def digest(files: list[Path]) -> str:
-    """sha256 of the sha256 of each file."""
-    together = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            together.update(hashlib.file_digest(file, "sha256").digest())
-    return together.hexdigest()
 
 
 def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint) -> RunState:
@@ -388,37 +301,6 @@ def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
     """The CLIP's state after training, with LoRA merged into its weights."""
     adapters.merge(backbone.clip.visual)
     return backbone.clip.state_dict()
-
-
-def plot(curves: Path, record: step.Record) -> None:
-    """Add a step to the curves, a file each, which `dvc plots` reads; they are there to look at while it runs."""
-    for curve, value in {**record.terms, **{curve: getattr(record, curve) for curve in CURVES}}.items():
-        if value is not None:
-            path = curves / "plots/metrics" / record.phase / f"{curve}.tsv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{record.step}\t{value}\n" if file.tell() else f"step\t{curve}\n{record.step}\t{value}\n")
-
-
-def summary(records: list[step.Record], recipe: Recipe, seed: int, undecodable: int) -> dict[str, Any]:
-    """metrics.json: the tower's losses at both ends of training, and the images that it was trained on."""
-    tower = [record for record in records if record.phase == "tower"]
-    window = max(1, len(tower) // 10)
-    validation = [record.validation_loss for record in tower if record.validation_loss is not None]
-    return {
-        "seed": seed,
-        "steps": recipe.steps,
-        "images": len(records) * recipe.batch,
-        "undecodable_images": undecodable,
-        "loss_first_tenth": round(sum(record.loss for record in tower[:window]) / window, 5),
-        "loss_last_tenth": round(sum(record.loss for record in tower[-window:]) / window, 5),
-        "terms_last_tenth": {
-            name: round(sum(record.terms[name] for record in tower[-window:]) / window, 5) for name in tower[0].terms
-        },
-    } | ({
-        "validation_loss_first": round(validation[0], 5),
-        "validation_loss_last": round(validation[-1], 5),
-    } if validation else {})  # fmt: skip
 
 
 def post_train(name: str, recipe_name: str, control: str = "") -> None:
@@ -485,7 +367,13 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
             ) from None
         tensors = tuned(t.backbone)
         if processes.is_main_process:
-            result = summary(end.records, recipe, seed, sum(map(len, end.undecodable.values())))
+            result = {
+                "seed": seed,
+                "steps": recipe.steps,
+                "images": len(end.records) * recipe.batch,
+                "undecodable_images": sum(map(len, end.undecodable.values())),
+                **ends(end.records),
+            }
             save_like(original, tensors, folder)
             if not fitted:
                 assert end.start

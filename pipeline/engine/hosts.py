@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -30,6 +30,7 @@ from pipeline.core.compute import deterministic_device
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.processes import STARTED_BY, on_every_gpu
 from pipeline.core.stages import UserError
+from pipeline.engine.scratch import differences
 from pipeline.sections.launch import Launch
 
 T = TypeVar("T")
@@ -158,19 +159,6 @@ def _refuse(problem: str) -> NoReturn:
 def packages() -> dict[str, str]:
     """Versions of what decides the numbers, by name."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], word: str = "now") -> list[str]:
-    """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
-    found = []
-    for key in {**old, **new}:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += [f"{key}.{inner}" for inner in differences(before, after, word)]
-        elif before != after:
-            short = max(len(str(before)), len(str(after))) < 40
-            found.append(f"{key} ({before}, {word} {after})" if short else key)
-    return found
 
 
 def to_all(processes: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:

@@ -44,9 +44,10 @@ from pipeline.core.processes import cpus, end_with_parent_of_pool
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
-from pipeline.engine.assemble import FITTED, Checkpoint, Training, build_feedback, save_fitted, train
+from pipeline.engine.assemble import FITTED, Training, build_feedback, save_fitted, train
 from pipeline.engine.assemble import tuned as tuned_weights
 from pipeline.engine.losses import losses_of
+from pipeline.engine.resume import Checkpoint
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import CONFIDENCE, Interval, over_groups
 from pipeline.mini import world
@@ -256,8 +257,8 @@ class Assets:
         encoder = FrozenEncoder.load(self.encoder()) if any(loss.encodes for loss in losses) else None
         t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted, encoder)
         feedback = build_feedback(t, self.compute)
-        curves, never = (folder.with_name(f"{folder.name}.{what}") for what in ("curves", "checkpoint"))
-        checkpoint = Checkpoint(never, {}, float("inf"), self.processes)
+        curves = folder.with_name(f"{folder.name}.curves")
+        checkpoint = Checkpoint(None, {}, float("inf"), self.processes)
         end = train(t, feedback, curves, self.processes, checkpoint)
         remove(curves)
         save_like(original, tuned_weights(backbone), folder)
