@@ -41,7 +41,7 @@ def generators(*images: int) -> list[torch.Generator]:
 
 def tokens(patches: int, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """(pooled [2, D], patches [2, N, D]) of two made-up images."""
-    noise = torch.randn(2, patches + 1, width, generator=generator("tokens"), dtype=torch.float64)
+    noise = torch.randn(2, patches + 1, width, generator=generator("test", "tokens"), dtype=torch.float64)
     return noise[:, 0], noise[:, 1:]
 
 

@@ -17,7 +17,7 @@ SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noising_and_target_are_those_of_ddpm(prediction_type: str) -> None:
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    latent, noise = torch.randn(2, 5, 4, 2, 2, generator=generator("latent"))
+    latent, noise = torch.randn(2, 5, 4, 2, 2, generator=generator("test", "latent"))
     times = torch.tensor([0, 1, 500, 998, 999])
     noised = add_noise(latent, noise, times, scheduler.alphas_cumprod)
     torch.testing.assert_close(noised, scheduler.add_noise(latent, noise, times))
@@ -39,7 +39,7 @@ def test_a_sample_is_drawn_alike_in_every_batch() -> None:
 
 
 def test_timesteps_fill_their_range() -> None:
-    generators = [generator("range", sample) for sample in range(200)]
+    generators = [generator("test", "range", sample) for sample in range(200)]
     times = draw(torch.Size([1, 1, 1]), 1, TokenRule("none"), (3, 7), generators).timestep_B
     assert times.unique().tolist() == [3, 4, 5, 6]
 
@@ -60,10 +60,10 @@ def test_crop_is_inside_and_of_the_wanted_area_and_ratio(size: tuple[int, int]) 
 
 def test_crop_follows_a_narrow_scale_and_ratio() -> None:
     for i in range(50):
-        left, top, right, bottom = crop_box(1000, 1000, (0.25, 0.26), (2.0, 2.1), generator("narrow", i))
+        left, top, right, bottom = crop_box(1000, 1000, (0.25, 0.26), (2.0, 2.1), generator("test", "narrow", i))
         assert 0.249 < (right - left) * (bottom - top) / 1e6 < 0.261
         assert 1.99 < (right - left) / (bottom - top) < 2.11
-    corners = {crop_box(1000, 1000, (0.25, 0.26), (1.0, 1.0), generator("corner", i))[:2] for i in range(50)}
+    corners = {crop_box(1000, 1000, (0.25, 0.26), (1.0, 1.0), generator("test", "corner", i))[:2] for i in range(50)}
     lefts, tops = zip(*corners, strict=True)
     assert max(lefts) > 400 > 100 > min(lefts)
     assert max(tops) > 400 > 100 > min(tops)
@@ -74,7 +74,7 @@ def test_crop_of_an_elongated_image_is_the_largest_centred_one(size: tuple[int, 
     """No crop of 90 % has an allowed ratio, so nothing is random and torchvision's rule can be asked itself."""
     image = torch.empty(3, size[1], size[0])
     top, left, height, width = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
-    assert crop_box(*size, SCALE, RATIO, generator("elongated")) == (left, top, left + width, top + height)
+    assert crop_box(*size, SCALE, RATIO, generator("test", "elongated")) == (left, top, left + width, top + height)
 
 
 def test_crop_is_determined_by_its_generator() -> None:
@@ -83,7 +83,7 @@ def test_crop_is_determined_by_its_generator() -> None:
 
 
 def test_generator_pixels_are_nominal_with_the_same_statistics() -> None:
-    pixels = torch.rand(2, 3, 4, 4, generator=generator("pixels"))
+    pixels = torch.rand(2, 3, 4, 4, generator=generator("test", "pixels"))
     for statistics in (OPENAI, IMAGENET):
         torch.testing.assert_close(generator_pixels(pixels, statistics, statistics), 2 * pixels - 1, atol=1e-6, rtol=0)
 
@@ -104,7 +104,7 @@ def test_generator_pixels_as_published_are_narrower() -> None:
 
 
 def test_tower_pixels_of_the_right_size_are_only_normalised() -> None:
-    pixels = torch.rand(1, 3, 8, 8, generator=generator("pixels"))
+    pixels = torch.rand(1, 3, 8, 8, generator=generator("test", "pixels"))
     assert tower_pixels(pixels, OPENAI, 8, antialias=True).equal(OPENAI.apply(pixels))
     torch.testing.assert_close(OPENAI.undo(OPENAI.apply(pixels)), pixels)
     pooled = torch.nn.functional.avg_pool2d(OPENAI.apply(pixels), 2)  # halving without antialiasing averages 2 x 2

@@ -74,7 +74,7 @@ def refusal(what: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> str
 
 
 def pixels(count: int, *size: int) -> torch.Tensor:
-    return torch.randint(256, (count, 3, *size), generator=generator("pixels"), dtype=torch.uint8)
+    return torch.randint(256, (count, 3, *size), generator=generator("test", "pixels"), dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.core import code
+from pipeline.core.compute import PURPOSES
 from pipeline.evidence import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,18 @@ def test_packages_enter_through_models_data_and_benchmarks() -> None:
 def test_no_two_classes_share_a_name() -> None:
     found = [node.name for file in FILES for node in ast.walk(tree(file)) if isinstance(node, ast.ClassDef)]
     assert not [name for name, count in Counter(found).items() if count > 1]
+
+
+def test_every_purpose_of_a_draw_is_in_the_list_and_used() -> None:
+    """Of calls with a word in them; `generator` refuses others at run time. The mini world's images have their own."""
+    words = set()
+    for file in set(FILES) - {Path("pipeline/mini/world.py"), Path("pipeline/core/compute.py")}:
+        for call in (node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in ("generator", "seeded", "_permutation"):
+                found = [each.value for each in call.args if isinstance(each, ast.Constant)]
+                words |= {next((each for each in found if isinstance(each, str)), "")} - {""}
+    by_loop = {"images", "spare images"}  # of a window of shards
+    assert words | by_loop | {"test"} == PURPOSES.keys()
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def tok() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def pixels() -> torch.Tensor:
-    return torch.randn(2, 3, 16, 16, generator=generator("pixels"))
+    return torch.randn(2, 3, 16, 16, generator=generator("test", "pixels"))
 
 
 def made(vision: nn.Module, tok: PreTrainedTokenizerFast, seed: int = 0, **settings: Any) -> Llava:

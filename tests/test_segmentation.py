@@ -94,7 +94,7 @@ def test_windows_cover_the_image_and_constant_logits_stay() -> None:
 
 def test_overlapping_windows_are_averaged() -> None:
     logits = torch.randn(
-        2, 1, 4, 4, generator=generator("windows")
+        2, 1, 4, 4, generator=generator("test", "windows")
     )  # a grid as fine as the window: nothing to upsample
     stitched = benchmark.stitch(logits, [(0, 0), (0, 2)], 4, 4, 6)
     expected = torch.cat([logits[0, 0, :, :2], (logits[0, 0, :, 2:] + logits[1, 0, :, :2]) / 2, logits[1, 0, :, 2:]], 1)
@@ -151,7 +151,7 @@ def naive_tokens(visual: nn.Module, pixels: torch.Tensor, attention: str, deviat
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["key_key", "value", "query_query_key_key"])
 def test_text_space_tokens_as_a_naive_loop_has_them(visual: nn.Module, attention: benchmark.Attention) -> None:
-    pixels = torch.randn(2, 3, 24, 24, generator=generator("pixels"))
+    pixels = torch.randn(2, 3, 24, 24, generator=generator("test", "pixels"))
     found = benchmark.text_space_tokens(visual, pixels, attention, 1.5)
     expected = torch.stack([naive_tokens(visual, image, attention, 1.5) for image in pixels])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -215,7 +215,7 @@ def test_cells_are_counted_pixel_by_pixel_and_go_back_to_their_place() -> None:
 
 def test_the_loss_of_counts_is_that_of_pixels() -> None:
     mask = np.random.default_rng(1).choice([0, 1, 2, UNLABELLED], (8, 8)).astype(np.uint8)
-    logits = torch.randn(4, 3, 4, generator=generator("logits"))
+    logits = torch.randn(4, 3, 4, generator=generator("test", "logits"))
     found = benchmark.pixel_loss(logits, benchmark.cell_counts(mask, [(0, 0)], 8, 2, 2, 3))
     grids = F.pixel_shuffle(logits.flatten(1).T.reshape(1, 12, 2, 2), 2)
     pixels = F.interpolate(grids, (8, 8), mode="nearest")

@@ -38,7 +38,7 @@ class Told:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction_type: diffusion.Prediction) -> None:
-    latent, noise = torch.randn(2, 4, 3, 2, 2, generator=generator("latent"))
+    latent, noise = torch.randn(2, 4, 3, 2, 2, generator=generator("test", "latent"))
     condition = torch.tensor([1.0, 2.0, 3.0, 0.5])[:, None, None].expand(-1, 2, 5)
     found = sensitivity.wrong_minus_right(Told(latent, noise, prediction_type), latent, noise, 30, condition)
     torch.testing.assert_close(found, torch.tensor([3.0, -3.0, -8.75, 8.75]))  # squares: 4 - 1, 1 - 4, 1/4 - 9, 9 - 1/4

@@ -36,7 +36,7 @@ from pipeline.benchmarks.encoder import Encoder
 from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import read, write_split
-from pipeline.core.compute import generator
+from pipeline.core.compute import generator, seeded
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import TIMINGS, UserError, stage
 from pipeline.data.shards import Shards
@@ -162,7 +162,7 @@ def test_a_denoiser_comes_back_as_it_was_saved(here: Path, vae: Callable[[], nn.
     assert type(loaded.vae) is type(denoiser.vae)
     assert equal(loaded, denoiser)
     assert loaded.prediction_type == denoiser.prediction_type == "v_prediction"
-    pixels = torch.randn(2, 3, 64, 64, generator=generator("pixels"))
+    pixels = torch.randn(2, 3, 64, 64, generator=generator("test", "pixels"))
     with torch.no_grad():
         latent = loaded.vae.encode(pixels).latent_dist
         assert torch.equal(latent.mean, latent.mode())
@@ -549,12 +549,27 @@ def test_a_stage_whose_time_cannot_be_noted_has_ended_well(
 
 
 def test_a_generator_is_a_pure_function_of_its_purpose() -> None:
-    purposes = [(1, "noise", 2), (1, "noise", "2"), ("noise", 1, 2), (1, "noise"), (1, "noise", 2, 0), (12, "noise")]
+    purposes = [(1, "test", 2), (1, "test", "2"), ("test", 1, 2), (1, "test"), (1, "test", 2, 0), (12, "test")]
     draws = [torch.rand(3, generator=generator(*purpose)).tolist() for purpose in purposes]
     torch.manual_seed(5)
     assert draws == [torch.rand(3, generator=generator(*purpose)).tolist() for purpose in purposes]
     assert len({tuple(draw) for draw in draws}) == len(purposes)
     assert torch.initial_seed() == 5
+
+
+def test_what_a_purpose_draws_never_changes() -> None:
+    """Else other weights would come from the same params.yaml."""
+    assert generator(42, "crop", "tower", 3, 7).initial_seed() == 3957238335221144144
+    with seeded("mini", "clip"):
+        assert torch.initial_seed() == 3452578113337391563
+
+
+def test_a_purpose_that_is_not_in_the_list_is_refused() -> None:
+    for purpose in [(1, "noise", 2), ("noise",), (1, 2), ()]:
+        with pytest.raises(ValueError, match="not in PURPOSES"):
+            generator(*purpose)
+    with pytest.raises(ValueError, match="not in PURPOSES"), seeded(1, "noise"):
+        pass
 
 
 # ----------------------------------------------------------------------------------------------------------------- MMVP
@@ -833,7 +848,7 @@ class Blurred(Raw):
     def __init__(self, tokenizer) -> None:
         super().__init__(64)
         self.tokenizer = tokenizer
-        self.words = torch.randn(100, 48, generator=generator("words"))
+        self.words = torch.randn(100, 48, generator=generator("test", "words"))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         coarse = F.avg_pool2d(pixels, 16).flatten(1)
@@ -985,7 +1000,7 @@ def test_a_byte_order_mark_and_empty_last_lines_are_no_part_of_a_name(tmp_path: 
 def test_an_image_of_several_texts_is_retrieved_as_clip_benchmark_does(tmp_path: Path) -> None:
     """Five texts for some images, one for others; each text is noted with its image."""
     numbers = [5, 1, 2, 5, 3, 1]
-    draws = generator("texts")
+    draws = generator("test", "texts")
     images = torch.randn(6, 8, generator=draws)
     of_text = [i for i, n in enumerate(numbers) for _ in range(n)]
     texts = images[of_text] + 1.5 * torch.randn(len(of_text), 8, generator=draws)

@@ -8,6 +8,33 @@ from contextlib import contextmanager
 
 from pipeline import PINS
 
+# What every random draw is for, by the first word of its purpose. Others are of numpy: the images of the mini world
+# (mini/world.py), the bootstraps of evidence/statistics.py and made-up inputs of tools, all with fixed seeds.
+PURPOSES = {
+    "shards": "the order of the shards in an epoch",
+    "images": "the order of the images in a window of shards",
+    "spare images": "the images that stand in for those that cannot be decoded",
+    "crop": "the crop of an image of a step",
+    "view": "its second crop, for losses that compare two",
+    "mismatched": "which other image of the step the tower sees in the mismatched-image control",
+    "draw": "timestep, noise and token positions of an image, for each draw of a step",
+    "validation": "crops and draws of the validation loss, the same in every run",
+    "projection": "the fresh projection's weights",
+    "lora": "the fresh LoRA's weights",
+    "head": "the fresh residual head's weights",
+    "trial": "random weights and draws of a training that measures memory",
+    "drift": "the direction of a tensor in the norm-matched control",
+    "read-out": "token positions of the published pooling",
+    "segmentation": "the probe's weights, and the rows that it learns from",
+    "mllm": "the small LLaVA's fresh weights, and the order of its conversations",
+    "mllm_sets": "which conversations of a published set are kept",
+    "mini": "weights, texts and noise in the training of the mini world's models",
+    "sensitivity": "positions and noise of the figure of conditioning sensitivity",
+    "study": "the settings that a study of the recipes tries",
+    "bench": "random weights and images of measurements",
+    "test": "whatever tests draw",
+}
+
 
 def deterministic_device():
     """The torch device to compute on (the first GPU where there is one), with deterministic kernels asked for.
@@ -31,12 +58,16 @@ def deterministic_device():
 
 
 def generator(*purpose: str | int):
-    """A CPU `torch.Generator` that is a pure function of its purpose, e.g. `generator(seed, "noise", step, sample)`.
+    """A CPU `torch.Generator` that is a pure function of its purpose, e.g. `generator(seed, "crop", phase, step, i)`.
 
-    CPU generators give the same numbers whatever device computes with them.
+    CPU generators give the same numbers whatever device computes with them. Raises ValueError where the first word of
+    the purpose is not in PURPOSES.
     """
     import torch
 
+    word = next((part for part in purpose if isinstance(part, str)), None)
+    if word not in PURPOSES:
+        raise ValueError(f"purpose {purpose}: '{word}' is not in PURPOSES of pipeline/core/compute.py. Add it there.")
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -125,7 +125,10 @@ class Nuisance:
 
 
 def generator(set_name: str, *index: int) -> np.random.Generator:
-    """The generator of one image (or one group of images) of a set. Raises ValueError for an unknown set."""
+    """The generator of one image (or one group of images) of a set. Raises ValueError for an unknown set.
+
+    It is numpy's, as the images are drawn without torch; SETS is its list, as PURPOSES of core/compute.py is of others.
+    """
     return np.random.default_rng([WORLD_SEED, SETS.index(set_name), *index])
 
 
