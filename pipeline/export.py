@@ -15,8 +15,6 @@ from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
 from pipeline.evidence import provenance
-from pipeline.evidence.results import COLUMNS
-from pipeline.evidence.statistics import Interval
 from pipeline.evidence.templates import fill
 from pipeline.models import exports
 from pipeline.models.backbones import Backbone
@@ -25,22 +23,6 @@ from pipeline.models.residual_head import HEAD
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.images import Images, MiniImages, PublishedImages
 from pipeline.sections.source import CheckpointSource
-
-
-def table(profile: str, name: str, weights: str) -> tuple[list[list[str]], dict, dict[str, list[str]]]:
-    """(rows: figure, original, these weights, gain with its interval; these weights' part of evidence.json; sets)."""
-    report, evidence = (
-        json.loads(Path("metrics", profile, file).read_text(encoding="utf-8"))[name]
-        for file in ("report.json", "evidence.json")
-    )
-    found, rows = evidence["weights"].get(weights, {}), []
-    for column, before in report["score"]["pretrained"].items():
-        row = [COLUMNS[column], f"{before:.1f}"]
-        if column in found.get("gain", {}):
-            gain = Interval(*found["gain"][column])
-            row += [f"{report['score'][weights][column]:.1f}", gain.text()]
-        rows.append(row)
-    return rows, found, {COLUMNS[column]: names for column, names in evidence["sets"].items()}
 
 
 def card(
@@ -52,7 +34,7 @@ def card(
     notes: what training saved beside them, if they were trained here. no_transformers: why there is no transformers
     format, if there is none. headed: whether the model has a residual head.
     """
-    rows, found, sets = table(profile, name, weights)
+    scores = json.loads(Path("metrics", profile, "cards", f"{name}-{weights}.json").read_text(encoding="utf-8"))
     entry: BackboneEntry = config.read(BackboneEntry, f"backbones.{name}")
     images: MiniImages | PublishedImages = config.read(Images, f"profiles.{profile}.images")
     source = complete(name, entry.source)
@@ -64,7 +46,7 @@ def card(
         "checkpoint": entry.checkpoints.get(weights),
         "images": images.shards if isinstance(images, PublishedImages) and images.kind == "shards" else images.kind,
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else None,
-        "rows": rows, "found": found, "sets": sets, "distances": distances, "no_transformers": no_transformers,
+        **scores, "distances": distances, "no_transformers": no_transformers,
         "captions": bool(notes and notes["captions"]),
         "headed": headed, "sha256": sha256, "code": notes and notes["code"],
         "made_from": provenance.hashes([f"models/{profile}/{weights}/{name}"]),

@@ -2,6 +2,7 @@
 
     metrics/<profile>/report.json     a few headline figures per backbone, for `dvc metrics diff`
     metrics/<profile>/evidence.json   intervals, exact tests, controls, verdicts (evidence/results.py says what each is)
+    metrics/<profile>/cards/<backbone>-<weights>.json    what the model card of an export says of its scores
     metrics/<profile>/patterns.csv    pairs right per pattern, for `dvc plots`
     metrics/<profile>/report.html     one self-contained page; report.md: the same tables for a terminal or a code host
 
@@ -29,30 +30,33 @@ from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import downstream, figures, results, statistics
-from pipeline.evidence.page import FOUR_CELLS, TESTS, cells, section
+from pipeline.evidence.page import card, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, Claim, Scores, label, without_controls
 from pipeline.evidence.templates import fill
 from pipeline.sections import reported
-from pipeline.sections.backbone import BackboneEntry
+from pipeline.sections.backbone import BackboneEntry, Published
 from pipeline.sections.reported import Reported
 
 
-def summary(scores: dict[str, Scores], found: dict, published: tuple[float, float] | None) -> dict[str, dict]:
+PUBLISHED = "diva"  # the recipe of the paper, whose claim no other recipe and no control makes
+
+
+def summary(scores: dict[str, Scores], found: dict, paper: Published | None) -> dict[str, dict]:
     """A backbone's part of report.json: figures in % by weights, controls aside; gains in points; the paper's."""
     return {
         "score": {weights: scores[weights].headline() for weights in without_controls(scores)},
         "gain": {w: {c: gain[0] for c, gain in result["gain"].items()} for w, result in found["weights"].items()},
-        **({"published": dict(zip(("pairs_stock", "pairs_published"), published, strict=True))} if published else {}),
+        **({"published": {"pairs_stock": paper.before, "pairs_published": paper.after}} if paper else {}),
     }
 
 
 def claims(p: Reported, entry: BackboneEntry) -> dict[str, Claim]:
-    """What is published, by weights: of what was trained here and its controls the paper's, of a checkpoint its own."""
+    """What is published, by weights: of recipe PUBLISHED the paper's, of a checkpoint its own."""
     paper = entry.published
     if not paper:
         return {}
-    found = {weights: Claim(paper.before, paper.after, "published") for weights in p.run.trained}
+    found = {name: Claim(paper.before, paper.after, "published") for name in p.run.recipes if name == PUBLISHED}
     for name in p.run.checkpoints:
         if figure := entry.checkpoints[name].published:
             found[name] = Claim(paper.before, figure.pairs, figure.pooling)
@@ -67,37 +71,35 @@ def known(entry: BackboneEntry) -> dict[str, float]:
     return {"pairs": paper.before, **({"imagenet1k": paper.imagenet1k} if paper.imagenet1k else {})}
 
 
-def build(p: Reported) -> tuple[dict, dict, pd.DataFrame, dict]:
-    """(report.json, evidence.json, patterns.csv, what the page shows) of what the stages before left."""
+def build(p: Reported) -> tuple[dict, dict, dict[str, dict], pd.DataFrame, dict]:
+    """(report.json, evidence.json, cards by name, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
     metrics = Path("metrics", profile)
-    report, evidence, tables, sections = {}, {}, [], []
+    report, evidence, cards, tables, sections = {}, {}, {}, [], []
     for backbone in p.run.backbones:
         entry = p.backbones[backbone]
-        published = (entry.published.before, entry.published.after) if entry.published else None
+        claimed = claims(p, entry)
         scores: dict[str, Scores] = {w: Scores.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
-        found = evidence[backbone] = results.evidence(scores, claims(p, entry), known(entry))
+        found = evidence[backbone] = results.evidence(scores, claimed, known(entry))
         readings = {w: downstream.read(profile, backbone, w, p.run.benchmarks) for w in p.run.weights}
         if readings["pretrained"]:
             found["downstream"] = downstream.evidence(readings)
-        report[backbone] = summary(scores, found, published)
+        report[backbone] = summary(scores, found, entry.published)
+        cards |= {f"{backbone}-{weights}": card(scores, found, weights) for weights in without_controls(scores)}
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
-        sections.append(section(p, backbone, scores, found, report[backbone]["gain"]))
+        sections.append(section(p, backbone, scores, claimed, found, report[backbone]["gain"]))
     reconstructions = Path("data", profile, "denoiser", "reconstructions.png")
     shown = {
         "profile": profile,
         "seed": p.seed,
         "recipes": p.run.recipes,
-        "columns": list(COLUMNS.values()),
-        "four_cells": FOUR_CELLS,
-        "tests": TESTS,
         "sections": sections,
         "denoiser": json.loads((metrics / "denoiser.json").read_text(encoding="utf-8")) if p.run.recipes else {},
         "reconstructions": reconstructions if reconstructions.exists() else None,
         "provenance": provenance(p),
         "params": PARAMS_FILE.read_text(encoding="utf-8"),
     }
-    return report, evidence, pd.concat(tables), shown
+    return report, evidence, cards, pd.concat(tables), shown
 
 
 def print_table(report: dict[str, dict], evidence: dict[str, dict], page: Path) -> None:
@@ -168,24 +170,27 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 @stage
 def main(*arguments: str) -> None:
     asked, p = parsed(arguments), reported.load()
-    names = ("report.json", "evidence.json", "patterns.csv", "report.html", "report.md")
+    names = ("report.json", "evidence.json", "cards", "patterns.csv", "report.html", "report.md")
     outputs = [Path("metrics", p.run.profile, name) for name in names]
     if asked.compare is not None:
         first, second = [*asked.compare, None, None][:2]
         failed = compare(p, first or "HEAD", second)
     else:
         if not (asked.show or asked.check):
-            with atomic(*outputs) as (report_file, evidence_file, patterns_file, html_file, markdown_file):
-                report, evidence, patterns, shown = build(p)
+            with atomic(*outputs) as (report_file, evidence_file, folder, patterns_file, html_file, markdown_file):
+                report, evidence, cards, patterns, shown = build(p)
                 write_json(report_file, report)
                 write_json(evidence_file, evidence)
+                folder.mkdir()
+                for name, content in cards.items():
+                    write_json(folder / f"{name}.json", content)
                 patterns.to_csv(patterns_file, index=False)
                 html_file.write_text(fill("report.html.jinja", shown, url=figures.image_url), encoding="utf-8")
                 markdown_file.write_text(fill("report.md.jinja", shown), encoding="utf-8")
         if not outputs[0].exists():
             raise UserError(f"{outputs[0]}: no report yet. Run `dvc repro`.")
         report, evidence = (json.loads(path.read_text(encoding="utf-8")) for path in outputs[:2])
-        print_table(report, evidence, outputs[3])
+        print_table(report, evidence, outputs[4])
         failed = results.failures(evidence)
     if asked.check and failed:
         raise UserError("the check fails:\n  " + "\n  ".join(failed))

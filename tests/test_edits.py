@@ -27,6 +27,17 @@ def comment(name: str) -> Callable[[Path], None]:
     return edit
 
 
+def message(name: str, old: str) -> Callable[[Path], None]:
+    """Another word in a message of a file."""
+
+    def edit(root: Path) -> None:
+        text = (root / name).read_text()
+        assert text.count(old) == 1
+        (root / name).write_text(text.replace(old, f"{old} indeed"))
+
+    return edit
+
+
 def values(**changes: Any) -> Callable[[Path], None]:
     """A change's key is dotted, with two underscores for a dot."""
 
@@ -44,11 +55,13 @@ EDITS = {
     "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | EXPORT),
     "a comment in data": (comment("pipeline/data/shards.py"), {"plan"} | TRAIN),
     "a comment in diva": (comment("pipeline/diva/losses.py"), {"plan"} | TRAIN),
+    "a message in core": (message("pipeline/core/outputs.py", "Wait for it"), {"plan", "report"} | TRAIN | EXPORT),
+    "a message in data": (message("pipeline/data/shards.py", "is no folder of shards"), {"plan"} | TRAIN),
     "a schema that many read": (comment("pipeline/sections/download.py"), {"plan", "report"} | EXPORT),
     "the recipes' schema": (comment("pipeline/sections/recipe.py"), {"plan"} | TRAIN),
     "a scoring's schema": (comment("pipeline/sections/mmvp.py"), {"plan"}),
     "a value of the recipe": (values(profiles__mini__recipes__diva__steps=5), {"plan"} | TRAIN),
-    "a new key of the recipe": (values(profiles__mini__recipes__diva__clip_norm=2.0), {"plan"} | TRAIN),
+    "another value than the base recipe's": (values(profiles__mini__recipes__diva__clip_norm=2.0), {"plan"} | TRAIN),
     "a value of another recipe": (values(profiles__mini__recipes__text_anchored__steps=5), {"plan"}),
     "a new recipe": (
         values(
@@ -63,7 +76,18 @@ EDITS = {
         {"plan", "report", "backbone@other", "train@other-diva"}
         | {each.replace("mini", "other") for each in SCORE | EXPORT},
     ),
+    "a new control": (
+        values(run__controls=["shuffled"]),
+        {"plan", "report", "control@mini-diva-shuffled"}
+        | {f"score-controls@{benchmark}-mini-diva-shuffled" for benchmark in ("mmvp", "zeroshot")},
+    ),
     "a larger benchmark": (values(profiles__mini__zeroshot_sets__retrieval=7), {"plan"}),
+    "a zero-shot set of another profile": (values(profiles__paper__zeroshot_sets__sets__other="main"), set()),
+}
+REMADE = {  # once plan has run, which finds that what these are made of has changed
+    "a message in core": FETCH | SCORE,
+    "a message in data": {"input@images"},
+    "a larger benchmark": {"zeroshot_sets"},
 }
 
 
@@ -77,8 +101,10 @@ def test_an_edit_runs_what_it_touches(reproduced: Clone, tmp_path: Path, name: s
     assert stale(clone) == expected
     if "plan" in expected:  # whose answers are the same, but where what an input is made of has changed
         clone.run("dvc", "repro", "-s", "pipeline/dvc.yaml:plan")
-        remade = {"zeroshot_sets"} if "benchmark" in name else set()
-        assert stale(clone) == expected - {"plan"} | remade
+        assert stale(clone) == expected - {"plan"} | REMADE.get(name, set())
+    if name in ("a new recipe", "a new control"):  # what follows from their report
+        clone.run("dvc", "repro", "report")
+        assert stale(clone) == {stage for stage in expected if stage.startswith("export")}
 
 
 def stale(clone: Clone) -> set[str]:

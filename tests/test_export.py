@@ -356,11 +356,11 @@ def test_a_mismatch_fails_the_stage_and_leaves_nothing(handed_over: Path, monkey
 def test_cards_of_published_backbones_tell_base_licence_and_data(here: Path) -> None:
     p = params.load()
     p = p.model_copy(update={"run": p.run.model_copy(update={"profile": "paper"})})
-    evidence = json.loads((METRICS / "evidence.json").read_text())["mini"]
-    Path("metrics/paper").mkdir()
-    Path("metrics/paper/evidence.json").write_text(json.dumps({"dfn_224": evidence}))
-    report = json.loads((METRICS / "report.json").read_text())["mini"]
-    Path("metrics/paper/report.json").write_text(json.dumps({"dfn_224": report}))
+    cards = Path("metrics/paper/cards")
+    cards.mkdir(parents=True)
+    for weights in ("pretrained", "diva", "text_anchored", "released"):
+        own = weights if weights == "pretrained" else "diva"
+        shutil.copy(METRICS / f"cards/mini-{own}.json", cards / f"dfn_224-{weights}.json")
     distances = {"open_clip": {"image": 0.0, "text": 0.0}}
 
     card = export.card("paper", "dfn_224", "diva", "0123", notes(p, "diva"), distances, "no class for it", headed=False)

@@ -20,7 +20,7 @@ from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Claim, Scores
 from pipeline.mini import world
-from pipeline.sections import params
+from pipeline.sections import params, reported
 
 PATTERNS = ["Color"] * 2 + ["Text"] * 3
 
@@ -283,14 +283,33 @@ def test_a_gain_at_the_cost_of_zero_shot_ability_is_called_so() -> None:
 
 def test_over_seeds_a_published_gain_is_judged_with_its_pooling_rule() -> None:
     """Gains by the published pooling, plus what the pooling rule alone gives: as the paper's table counts."""
+    paper = Claim(20.0, 26.6, "published")
     group = pd.DataFrame({"pairs_stock": [9, 9, 9], "pairs_published": [1.0, 2, 3], "zeroshot": [0.1, 0.0, -0.1]})
     assert "pairs reproduced, +6.0 [+3.5, +8.5]; zero-shot classification preserved" in page.seeds_verdict(
-        group, {"pooling": [4.0, 3.0, 5.0]}, (20.0, 26.6)
+        group, {"pooling": [4.0, 3.0, 5.0]}, paper
     )
-    assert "pairs not reproduced, +2.0 [" in page.seeds_verdict(group, {"pooling": [0.0, 0.0, 0.0]}, (20.0, 26.6))
+    assert "pairs not reproduced, +2.0 [" in page.seeds_verdict(group, {"pooling": [0.0, 0.0, 0.0]}, paper)
     assert "pairs gained, +9.0" in page.seeds_verdict(group, {"pooling": [4.0, 3.0, 5.0]}, None)
     unscored = group.assign(pairs_stock=np.nan, pairs_published=np.nan)
-    assert "training seeds: pairs not measured; zero-shot" in page.seeds_verdict(unscored, {}, (20.0, 26.6))
+    assert "training seeds: pairs not measured; zero-shot" in page.seeds_verdict(unscored, {}, paper)
+
+
+def test_the_paper_s_claim_is_of_its_own_recipe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_params(**{"run.recipes": ["diva", "captions"], "run.checkpoints": ["released", "genhancer"]})
+    p = reported.load()
+    claims = report.claims(p, p.backbones["openai_224"])
+    assert claims == {
+        "diva": Claim(19.3, 25.9, "published"), "released": Claim(19.3, 25.9, "published"),
+        "genhancer": Claim(19.3, 31.9, "stock"),
+    }  # fmt: skip
+    scores = {name: replace(AFTER, cosines=np.ones(2)) for name in ("pretrained", "diva", "captions")}
+    found = results.evidence(scores, claims)
+    assert {w: result["verdict"]["pairs"] for w, result in found["weights"].items()} == {
+        "diva": "not distinguishable", "captions": "not distinguishable"
+    }  # fmt: skip
+    (row,) = (row for row in page.overview(scores, found) if row[0] == "pairs: published gain, points")
+    assert row[1:] == ["", "+6.6 (published pooling)", ""]
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
@@ -364,6 +383,14 @@ def both(here: Path) -> Path:
     write_yaml(Path("params.yaml"), content)
     run(report)
     return here
+
+
+def test_a_second_recipe_leaves_the_cards_of_the_others(finished: Path, both: Path) -> None:
+    before, after = (
+        {file.name: file.read_bytes() for file in (f / METRICS / "cards").iterdir()} for f in (finished, both)
+    )
+    assert before.keys() == {"mini-pretrained.json", "mini-diva.json"}
+    assert after == before | {"mini-text_anchored.json": after["mini-text_anchored.json"]}
 
 
 def rows(table: str) -> list[list[str]]:

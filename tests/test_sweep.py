@@ -15,6 +15,7 @@ import pytest
 from shrunk import read_yaml, run_of, write_params
 
 from pipeline.core.outputs import write_json
+from pipeline.core.stages import UserError
 from pipeline.evidence.provenance import run
 from pipeline.evidence.results import COLUMNS, PAIRS, seeds_table
 from pipeline.sections import params
@@ -77,6 +78,8 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
     ("key", "value", "same"),
     [
         ("profiles.mini.train.checkpoint_minutes", 7, True),
+        ("profiles.mini.mllm.seeds", 7, True),
+        ("profiles.mini.segmentation_sets.test", 7, True),
         ("profiles.mini.recipes.two_stage.steps", 7, True),
         ("profiles.paper.mmvp.draws", 7, True),
         ("run.controls", [], True),
@@ -187,6 +190,10 @@ stages:
     deps: [pipeline/report.py, metrics/mini/train/mini-diva/metrics.json, metrics/seeds/mini.csv]
     outs: [metrics/mini/seen: {cache: false}]
     metrics: [metrics/mini/report.json: {cache: false}]
+  export:
+    cmd: cp metrics/mini/report.json exported && echo >>exports
+    deps: [metrics/mini/report.json]
+    outs: [exported: {cache: false}]
 """
 
 
@@ -215,7 +222,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     TABLE.write_text(",".join(["backbone", "recipe", "weights", "seed", *COLUMNS, "run"]) + "\n")
     Path(".dvc").mkdir()
     Path(".dvc/config").touch()
-    Path(".gitignore").write_text("runs\nran\ntrap\nwaiting\n/.dvc/cache\n/.dvc/tmp\n")
+    Path(".gitignore").write_text("runs\nran\nexports\ntrap\nwaiting\n/.dvc/cache\n/.dvc/tmp\n")
     do("git", "init", "--quiet")
     do(*sweep.DVC, "repro", "--quiet")
     do("git", "add", "--all")
@@ -241,6 +248,7 @@ def test_a_sweep_goes_on_and_leaves_the_workspace_as_it_was(
     assert Path("params.yaml").read_bytes() == parameters
     assert json.loads(Path("metrics/mini/report.json").read_text())["mini"]["gain"]["diva"]["probe"] == 4.2
     assert Path("metrics/mini/seen").read_text() == "4"  # the report saw the new table
+    assert Path("exports").read_text() == "\n"  # no seed is exported but the workspace's own
     written = TABLE.read_bytes()
     assert pd.read_csv(TABLE).seed.tolist() == [1, 2, 42]
     sweep.show(result)
@@ -311,5 +319,7 @@ def test_a_slurm_array_has_a_task_for_each_missing_seed() -> None:
     written = sweep.array(params.load(), [1, 2, 3])
     assert "#SBATCH --array 1,3\n" in written
     name = sweep.name_of(params.load(), sweep.runs(params.load()), 7).removesuffix("7")
-    assert f"dvc exp run --temp --name {name}$SLURM_ARRAY_TASK_ID -S seed=$SLURM_ARRAY_TASK_ID >" in written
+    assert f"dvc exp run report --temp --name {name}$SLURM_ARRAY_TASK_ID -S seed=$SLURM_ARRAY_TASK_ID >" in written
     subprocess.run(["bash", "-n"], input=written, text=True, check=True)
+    with pytest.raises(UserError, match="seeds 2 are all there"):
+        sweep.array(params.load(), [2])

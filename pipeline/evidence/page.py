@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.evidence import downstream, figures, provenance, results, statistics
-from pipeline.evidence.results import COLUMNS, CONTROLS, Scores, label, recipe_and_control, without_controls
+from pipeline.evidence.results import COLUMNS, CONTROLS, Claim, Scores, label, recipe_and_control, without_controls
 from pipeline.evidence.statistics import Interval
 from pipeline.sections.reported import Reported
 
@@ -24,18 +24,20 @@ COMPARISON = [
 ]  # fmt: skip
 NEAR = 0.1  # points of accuracy that rounding and other kernels explain
 
-Pair = tuple[float, float]  # the paper's pairs before and after, in %
 
+def section(
+    p: Reported, backbone: str, scores: dict[str, Scores], claims: dict[str, Claim], found: dict, gain: dict[str, dict]
+) -> dict:
+    """What the page shows of one backbone; a table's first row has its headings, and a table without rows is empty.
 
-def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, gain: dict[str, dict]) -> dict:
-    """What the page shows of one backbone. found: its part of evidence.json. gain: its part of report.json."""
+    claims: what was published, by weights. found: the backbone's part of evidence.json. gain: its part of report.json.
+    """
     profile, entry = p.run.profile, p.backbones[backbone].published
-    published = (entry.before, entry.after) if entry else None
     table = results.seeds_table(profile).query("backbone == @backbone")
     runs = table.recipe.map({recipe: provenance.run(profile, backbone, recipe) for recipe in p.run.recipes})
     counting, others = table[table.run == runs], table[runs.notna() & (table.run != runs)]
     groups = {str(w): group for w, group in counting.groupby("weights", sort=False) if len(group) > 1}
-    judged = {w: seeds_verdict(groups[w], found, published) for w in p.run.recipes if w in groups}
+    judged = {w: seeds_verdict(groups[w], found, claims.get(w)) for w in p.run.recipes if w in groups}
     curves = {w: Path("metrics", profile, "train", f"{backbone}-{w}", "plots", "metrics") for w in scores}
     drawn = [
         figures.patterns(scores, entry),
@@ -49,7 +51,7 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
         "overview": overview(scores, found),
         "baseline": baseline(found["baseline"], scores["pretrained"]),
         "verdicts": [f"{text} {judged.get(w, '')}".strip() for w, text in verdicts(found).items()],
-        "headline": headline_rows(scores, found),
+        "headline": headline(scores, found),
         "sets": "; ".join(f"{COLUMNS[column]}: {', '.join(names)}" for column, names in found["sets"].items()),
         "comparison": comparison(found),
         "claims": [
@@ -58,25 +60,36 @@ def section(p: Reported, backbone: str, scores: dict[str, Scores], found: dict, 
             if checkpoint.published
         ],
         "downstream": downstream.table(found.get("downstream", {})),
-        "published_downstream": [
-            [model, test, before, after, f"{after - before:+.1f}"]
-            for model, tests in p.published_downstream.get(backbone, {}).items()
-            for test, (before, after) in tests.items()
-        ],
+        "published_downstream": headed(
+            ["model", "test", "original encoder", "DIVA", "gain"],
+            [
+                [model, test, before, after, f"{after - before:+.1f}"]
+                for model, tests in p.published_downstream.get(backbone, {}).items()
+                for test, (before, after) in tests.items()
+            ],
+        ),
         "four_cells": four_cells(scores),
         "matching": matching(scores) if scores["pretrained"].mmvp else [],
         "published": entry,
         "figures": [figures.url(figure) for figure in drawn if figure],
-        "tests": [
-            [label(w), pooling, *test.values(), "{:.3f} [{:.3f}, {:.3f}]".format(*result["cosine"])]
-            for w, result in found["weights"].items()
-            for pooling, test in result.get("pairs", {}).items()
-        ],
+        "tests": headed(
+            TESTS,
+            [
+                [label(w), pooling, *test.values(), "{:.3f} [{:.3f}, {:.3f}]".format(*result["cosine"])]
+                for w, result in found["weights"].items()
+                for pooling, test in result.get("pairs", {}).items()
+            ],
+        ),
         "seeds": seeds(groups, gain, p.seed),
         "other_seeds": ", ".join(map(str, sorted(set(others.seed)))),
         "changed": pairs_changed(scores, Path("data", profile, "mmvp")) if scores["pretrained"].mmvp else [],
         "weights": {weights: s.mmvp["weights_sha256"] for weights, s in scores.items() if s.mmvp},
     }
+
+
+def headed(headings: list[str], rows: list[list]) -> list[list]:
+    """A table: its headings before its rows, or nothing where there are none."""
+    return [headings, *rows] if rows else []
 
 
 def cell(interval: list[float] | None) -> str:
@@ -107,7 +120,7 @@ def baseline(compared: dict[str, dict], before: Scores) -> str:
 
 
 def comparison(found: dict) -> list[list[str]]:
-    """Every two sets of weights compared, after a row of headings. Empty if there are only two sets."""
+    """Every two sets of weights compared. Empty if there are only two sets."""
     rows = []
     for name, tests in found["comparison"].items():
         second, _, first = name.partition(" minus ")
@@ -116,11 +129,11 @@ def comparison(found: dict) -> list[list[str]]:
         rows.append(
             [name, *cells(change, ("pairs_stock", "zeroshot")), *counts, f"{tests['p']:g}", f"{tests['p_holm']:g}"]
         )
-    return [COMPARISON, *rows] if len(rows) > 1 else []
+    return headed(COMPARISON, rows) if len(rows) > 1 else []
 
 
 def overview(scores: dict[str, Scores], found: dict) -> list[list[str]]:
-    """Recipes side by side, with their controls: what was gained and what it cost; the first row has the headings."""
+    """Recipes side by side, with their controls: what was gained and what it cost."""
     shown = without_controls(scores)
     claimed = any("published" in result for result in found["weights"].values())
     rows = [["", *("original" if weights == "pretrained" else weights for weights in shown)]]
@@ -147,9 +160,9 @@ def overview(scores: dict[str, Scores], found: dict) -> list[list[str]]:
     return rows
 
 
-def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
+def headline(scores: dict[str, Scores], found: dict) -> list[list[str]]:
     """A row for each set of weights, each gain and each effect, with every column."""
-    rows = []
+    rows = [["weights", *COLUMNS.values()]]
     for weights, of_weights in scores.items():
         values = of_weights.headline()
         rows.append([label(weights), *(f"{values[c]:.1f}" if c in values else "" for c in COLUMNS)])
@@ -158,6 +171,22 @@ def headline_rows(scores: dict[str, Scores], found: dict) -> list[list[str]]:
         recipe, control = recipe_and_control(weights)
         rows.append([f"effect: {recipe} over {CONTROLS[control]}", *cells(effect)])
     return rows
+
+
+def card(scores: dict[str, Scores], found: dict, weights: str) -> dict:
+    """What a model card says of these weights' scores, and of no others but the pretrained ones.
+
+    rows: figure, original and, of tuned weights, theirs and the gain. sets: names of the zero-shot sets by figure.
+    verdict, cosine: as in evidence.json; the pretrained weights have none.
+    """
+    of_weights, own, rows = scores[weights].headline(), found["weights"].get(weights, {}), []
+    for column, before in scores["pretrained"].headline().items():
+        row = [COLUMNS[column], f"{before:.1f}"]
+        if column in own.get("gain", {}):
+            row += [f"{of_weights[column]:.1f}", cell(own["gain"][column])]
+        rows.append(row)
+    sets = {COLUMNS[column]: names for column, names in found["sets"].items()}
+    return {"rows": rows, "sets": sets, "verdict": own.get("verdict"), "cosine": own.get("cosine")}
 
 
 def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
@@ -181,7 +210,7 @@ def four_cells(scores: dict[str, Scores]) -> list[list[str]]:
                 was, now = ({pattern: strata[pattern]} if pattern else strata for strata in chosen)
                 row.append(results.change(was, now).text())
             rows.append(row)
-    return rows
+    return headed(FOUR_CELLS, rows)
 
 
 def claim(result: dict) -> str:
@@ -193,7 +222,7 @@ def claim(result: dict) -> str:
 
 
 def matching(scores: dict[str, Scores]) -> list[list[str]]:
-    """Pairs right by MMVP's rule and by the better of the two matchings, after a row of headings."""
+    """Pairs right by MMVP's rule and by the better of the two matchings."""
     rows = [["weights", "pooling rule", "pairs right, %", "gain", "right by the better matching, %", "gain"]]
     before = scores["pretrained"]
     for weights in without_controls(scores):
@@ -251,15 +280,15 @@ def _cost(result: dict) -> str:
     return said
 
 
-def seeds_verdict(group: pd.DataFrame, found: dict, published: Pair | None) -> str:
-    """The verdict by the interval over training seeds. found: the backbone's part of evidence.json."""
+def seeds_verdict(group: pd.DataFrame, found: dict, claim: Claim | None) -> str:
+    """The verdict by the interval over training seeds; claim: the paper's. found: the backbone's part of evidence.json."""
     zeroshot, said = group.zeroshot.dropna(), f"Over {len(group)} training seeds: pairs "
     if group.pairs_stock.isna().any() or "pooling" not in found:
         said += results.NOT_MEASURED
     else:
         judged, gain = group.pairs_stock, None
-        if published:
-            judged, gain = group.pairs_published + found["pooling"][0], published[1] - published[0]
+        if claim:
+            judged, gain = group.pairs_published + found["pooling"][0], claim.gain
         over = statistics.over_seeds(judged.tolist())
         said += f"{statistics.gain_verdict(over, gain)}, {over.text()}"
     if len(zeroshot) == len(group):
@@ -278,13 +307,13 @@ def seeds(groups: dict[str, pd.DataFrame], gain: dict[str, dict], seed: int) -> 
     columns = [column for column in COLUMNS if len(table) and table[column].notna().all()]
     if not columns:
         return None
-    rows = [
+    rows = [["weights", "seeds", *(COLUMNS[column] for column in columns)]]
+    rows += [
         [label(w), str(len(g)), *(f"{statistics.over_seeds(g[c]).text()} (s.d. {g[c].std():.1f})" for c in columns)]
         for w, g in groups.items()
     ]
     own = table[(table.seed == seed) & table.weights.isin(gain)]
     return {
-        "columns": [COLUMNS[column] for column in columns],
         "rows": rows,
         "seeds": ", ".join(map(str, sorted(set(table.seed)))),
         "same": all(row[c] == gain[row.weights].get(c, row[c]) for _, row in own.iterrows() for c in columns),

@@ -4,7 +4,7 @@
     python -m pipeline.tools.sweep --seeds 1..8 --at-once 4     by default as many as there are GPUs, each on its own
     python -m pipeline.tools.sweep --seeds 1..50 --slurm        print a SLURM array that runs what is missing
 
-One at a time, it is a plain loop over `dvc exp run -S seed=N`, which trains every recipe of run.recipes with its
+One at a time, it is a plain loop over `dvc exp run report -S seed=N`, which trains every recipe of run.recipes with its
 controls. Several at once, each is a `dvc exp run --temp` in a folder of its own, under a name that tells run and seed;
 what it found is read from its commit. Each seed that ends is added to metrics/seeds/<profile>.csv, gains in points, and
 is not run again: the same command goes on after an interruption, takes up what a SLURM array has made, and seeds of
@@ -131,14 +131,13 @@ def name_of(p: params.Params, own: Runs, seed: int | str) -> str:
 
 
 def command(p: params.Params, own: Runs, seed: int | str) -> list[str]:
-    return ["exp", "run", "--temp", "--name", name_of(p, own, seed), "-S", f"seed={seed}"]
+    return ["exp", "run", "report", "--temp", "--name", name_of(p, own, seed), "-S", f"seed={seed}"]
 
 
 def collect(p: params.Params, own: Runs, seed: int) -> bool:
     """Add the report in an experiment's commit to the table; False if there is no such experiment."""
-    refs = ["git", "for-each-ref", "--format=%(refname)", "refs/exps/**"]
-    listed = subprocess.run(refs, check=True, capture_output=True, text=True).stdout.split()
-    found = [ref for ref in listed if ref.endswith(f"/{name_of(p, own, seed)}")]
+    refs = ["git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name_of(p, own, seed)}"]
+    found = subprocess.run(refs, check=True, capture_output=True, text=True).stdout.split()
     if not found:
         return False
     show = ["git", "show", f"{found[0]}:{report_of(p).as_posix()}"]
@@ -159,7 +158,7 @@ def one_by_one(p: params.Params, own: Runs, ahead: list[int], group: int) -> Non
     for i, seed in enumerate(ahead):
         left = f", about {(time.monotonic() - start) / i * (len(ahead) - i) / 60:.0f} min left" if i else ""
         print(f"--- seed {seed}, {i + 1} of {len(ahead)}{left}", flush=True)
-        status = subprocess.run([*DVC, "exp", "run", "-S", f"seed={seed}"], process_group=group).returncode
+        status = subprocess.run([*DVC, "exp", "run", "report", "-S", f"seed={seed}"], process_group=group).returncode
         if status:
             raise UserError(
                 f"seed {seed}: `dvc exp run` ended with status {status}; the lines above say why. Correct that and run "
@@ -211,8 +210,10 @@ def side_by_side(p: params.Params, own: Runs, ahead: list[int], group: int, at_o
 
 
 def array(p: params.Params, seeds: list[int]) -> str:
-    """A SLURM script that runs the missing seeds, one a task."""
+    """A SLURM script that runs the missing seeds, one a task. Raises UserError if none is missing."""
     ahead, own = seeds_to_run(p, seeds), runs(p)
+    if not ahead:
+        raise UserError(f"seeds {', '.join(map(str, seeds))} are all there: no task is left for an array.")
     return f"""#!/bin/bash
 # Submit it from here, at this commit, with `sbatch`; then the sweep's own command collects what the tasks have found.
 #SBATCH --job-name diva-seeds
@@ -244,9 +245,11 @@ def sweep(p: params.Params, seeds: list[int], at_once: int = 1) -> pd.DataFrame:
         else:
             one_by_one(p, own, ahead, group)
     if new:
-        subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the workspace's own seed, from DVC's memory of it
+        subprocess.run(
+            [*DVC, "repro", "report", "--quiet"], check=True
+        )  # the workspace's own seed, from DVC's memory of it
         add(p, report_of(p).read_text(encoding="utf-8"))
-        subprocess.run([*DVC, "repro", "--quiet"], check=True)  # the report with the new table
+        subprocess.run([*DVC, "repro", "report", "--quiet"], check=True)  # the report with the new table
     table = seeds_table(p.run.profile)
     return table[table.run.isin(own.values())]
 
