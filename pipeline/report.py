@@ -38,7 +38,6 @@ from pipeline.sections import reported
 from pipeline.sections.backbone import BackboneEntry, Published
 from pipeline.sections.reported import Reported
 
-
 PUBLISHED = "diva"  # the recipe of the paper, whose claim no other recipe and no control makes
 
 

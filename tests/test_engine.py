@@ -582,7 +582,7 @@ def test_the_ends_of_a_curve_are_tenths_of_it(here: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(bench, "mini", "--rounds", "2", "--micro-batch", "2")
+    run(bench, "mini", "--rounds", "2")
     (written,) = Path("metrics/bench").glob("*.json")
     figures = json.loads(written.read_text())["subjects"]["mini"]
     speed, flops = figures["images_per_second"], figures["gflop_per_image"]
@@ -596,6 +596,18 @@ def test_the_bench_times_both_schedules_and_the_loader(here: Path, capsys: pytes
     figures = json.loads(written.read_text())
     assert figures["threads_1"]["images"] == 160
     assert not bench.SCRATCH.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("subjects", [("loader", "mini"), ("mllm", "mini"), ("elsewhere",)], ids=" ".join)
+def test_the_bench_says_what_can_be_measured_together(
+    subjects: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(bench, *subjects)
+    said = "wanted one of loader, growth, scoring, or some of mllm, segmentation or some of block, mini, openai_224, "
+    assert f"found {' '.join(subjects)}, {said}" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

@@ -131,7 +131,6 @@ def test_the_verdict_on_zero_shot(change: tuple[float, float, float], verdict: s
 
 def test_an_interval_reads_well() -> None:
     assert Interval(1.94, -0.04, 4.06).text() == "+1.9 [+0.0, +4.1]"
-    assert Interval(93.2, 91, 95).text("") == "93.2 [91.0, 95.0]"
 
 
 # --------------------------------------------------------------------------------------------------------------- power

@@ -281,7 +281,7 @@ def _cost(result: dict) -> str:
 
 
 def seeds_verdict(group: pd.DataFrame, found: dict, claim: Claim | None) -> str:
-    """The verdict by the interval over training seeds; claim: the paper's. found: the backbone's part of evidence.json."""
+    """The verdict by the interval over training seeds; claim: of these weights. found: the part of evidence.json."""
     zeroshot, said = group.zeroshot.dropna(), f"Over {len(group)} training seeds: pairs "
     if group.pairs_stock.isna().any() or "pooling" not in found:
         said += results.NOT_MEASURED

@@ -32,8 +32,8 @@ LIBRARIES = {"MKL": r"Math Kernel Library Version ([\d.]+)", "oneDNN": r"MKL-DNN
 PROCESSOR = {"cpu family": "family", "model": "model", "stepping": "stepping"}
 
 
-# Whatever the gains of the seeds table depend on; tests/test_house.py holds that these are all stages but those that come
-# after the scores, and those of the two benchmarks whose gains are not in that table.
+# Whatever the gains of the seeds table depend on; tests/test_house.py holds that these are all stages but those that
+# come after the scores, and those of the two benchmarks whose gains are not in that table.
 DECIDE = (
     "images.py", "mmvp_vlm.py", "zeroshot_sets.py", "denoiser.py", "encoder.py", "backbone.py", "train.py",
     "shuffled.py", "drift.py", "mmvp.py", "zeroshot.py", "evidence/results.py",

@@ -20,9 +20,9 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def text(self, sign: str = "+") -> str:
+    def text(self) -> str:
         """E.g. '+1.9 [-0.3, +4.1]'."""
-        value, low, high = (f"{round(part, 1) + 0.0:{sign}.1f}" for part in self)
+        value, low, high = (f"{round(part, 1) + 0.0:+.1f}" for part in self)
         return f"{value} [{low}, {high}]"
 
 
@@ -93,9 +93,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     """The mean over training seeds and its t interval. Raises ValueError for fewer than two."""
     if len(values) < 2:
         raise ValueError(f"found {len(values)} seeds, wanted two at least")
-    mean, error = float(np.mean(values)), stats.sem(values)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error)
-    return Interval(mean, mean - half, mean + half)
+    return interval(float(np.mean(values)), [(float(np.var(values, ddof=1)) / len(values), len(values) - 1)])
 
 
 def over_groups(changes: np.ndarray, level: float = CONFIDENCE) -> tuple[Interval, Interval]:

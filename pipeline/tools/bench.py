@@ -8,8 +8,7 @@
 
 Weights are random and of true shape, images are made here. Both schedules take turns, A B A B, step by step, in one
 process, fed by the same loader; the released one runs the tower once for each draw, one UNet batch a draw, under
-autocast with float32 weights. The first step counts operations, the second warms up, the last is profiled. Results
-go to metrics/bench/.
+autocast with float32 weights. The first step counts operations, the second warms up. Results go to metrics/bench/.
 """
 
 import argparse
@@ -21,15 +20,13 @@ import re
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -38,6 +35,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from webdataset import TarWriter
 
 from pipeline.benchmarks.encoder import CHUNK, Encoder
 from pipeline.benchmarks.sets import SetImage, read
@@ -50,7 +48,7 @@ from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import step
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise
-from pipeline.diva.rules import Condition, TokenRule
+from pipeline.diva.rules import Condition
 from pipeline.diva.schedule import Phase
 from pipeline.engine.assemble import phases, pixel_rule
 from pipeline.engine.feed import Feed
@@ -63,7 +61,8 @@ from pipeline.sections.params import Params
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.train import Train
 from pipeline.tools import true_size
-from pipeline.tools.growth import growth
+from pipeline.tools.growth import growth, large_feed
+from pipeline.tools.pages import table
 
 OUTPUT, SCRATCH = Path("metrics/bench"), Path("data/.bench.scratch")
 LARGE = ["openai_224", "siglip_384", "dfn_378", "metaclip_h14"]
@@ -81,11 +80,9 @@ ONE_BLOCK: dict[str, dict[str, Any]] = {  # that UNet's first block, down and up
 # ------------------------------------------------------------------------------------------------- what is timed
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A backbone with a denoiser, and how they train; `text`: [1, L, D], random."""
 
-    name: str
     backbone: Backbone
     denoiser: Denoiser
     text: torch.Tensor
@@ -93,19 +90,15 @@ class Subject:
     train: Train
     recipe: Recipe
 
-    def feedback(self, projection: torch.nn.Linear) -> Feedback:
-        pixels, own = pixel_rule(self.backbone, self.train), self.condition
-        return Feedback(self.backbone.tower, projection, self.denoiser, self.text, own.tokens, own.text, pixels)
 
-
-def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device) -> Subject:
+def subject(name: str, p: Params, compute: torch.device) -> Subject:
     """By name: a backbone of params.yaml, or `block`, one layer of openai_224's tower and of its denoiser."""
     key = "openai_224" if name == "block" else name
     entry = p.backbone(key)
     source = complete(key, entry.source)
     section = p.profiles[entry.profile].train
-    size = micro_batch or (section.micro_batch if entry.profile == "mini" or compute.type == "cuda" else 1)
     on_gpu = compute.type == "cuda"
+    size = section.micro_batch if entry.profile == "mini" or on_gpu else 1
     changes = {"micro_batch": size, "compile": section.compile and on_gpu}
     precision = "bfloat16" if on_gpu and entry.profile == "paper" else "float32"
     config, shape = model_config(source.architecture), STABLE_DIFFUSION_2_1_BASE
@@ -116,7 +109,7 @@ def subject(name: str, p: Params, micro_batch: int | None, compute: torch.device
         denoiser = random_denoiser(p.profiles[entry.profile].denoiser, shape)
         text = torch.randn(1, 77, denoiser.unet.config.cross_attention_dim)
     return Subject(
-        name, backbone, denoiser, text, entry.condition,
+        backbone, denoiser, text, entry.condition,
         section.model_copy(update=changes | {"precision": precision}),
         p.profiles[entry.profile].recipes["diva"].model_copy(update={"batch": 2 * size}),
     )  # fmt: skip
@@ -169,13 +162,13 @@ def published_steps(phase: Phase, feedback: Feedback, feed: Feed, precision: tor
 # ------------------------------------------------------------------------------------------------------- the timing
 
 
-def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute: torch.device) -> dict[str, Any]:
+def compare(name: str, p: Params, rounds: int, compute: torch.device) -> dict[str, Any]:
     """Time both schedules step by step in turns; the figures of one subject."""
     steps: dict[str, Iterator[Any]] = {}
     fed: dict[str, Feed] = {}
     compiled: list[Callable[[], None]] = []
     for schedule in ("engine", "published"):
-        s = subject(name, p, micro_batch, compute)
+        s = subject(name, p, compute)
         precision = getattr(torch, s.train.precision)
         with seeded("bench", "projection"):
             projection = torch.nn.Linear(s.backbone.width, s.text.shape[-1])
@@ -183,10 +176,11 @@ def compare(name: str, p: Params, rounds: int, micro_batch: int | None, compute:
             s.denoiser.for_feedback(precision)
         else:
             s.denoiser.__class__, s.denoiser.precision = ReleasedDenoiser, precision
-        feedback = s.feedback(projection).to(compute)
+        tokens, rule, pixels = s.condition.tokens, s.condition.text, pixel_rule(s.backbone, s.train)
+        feedback = Feedback(s.backbone.tower, projection, s.denoiser, s.text, tokens, rule, pixels).to(compute)
         if schedule == "engine" and s.train.compile:
             compiled += [feedback.tower.compile, s.denoiser.compile, s.denoiser.vae.encoder.compile]
-        recipe = s.recipe.model_copy(update={"steps": rounds + 3, "warmup": None})
+        recipe = s.recipe.model_copy(update={"steps": rounds + 2, "warmup": None})
         (phase,) = phases(feedback, recipe, [Denoise(1.0)])
         schedule_of = [(phase.name, number) for number in range(phase.steps)]
         shards = Shards(photo_shards(s.train.size, 64))
@@ -272,20 +266,12 @@ def photo_shards(size: int, count: int) -> Path:
     counts = {}
     for shard, first in enumerate(progress(range(0, count, 5000), "shards of images")):
         name, numbers = f"{shard:05d}.tar", range(first, min(count, first + 5000))
-        with tarfile.open(folder / name, "w") as tar:
+        with TarWriter(str(folder / name)) as tar:
             for i in numbers:
-                _add(tar, i, jpg=encoded[i % len(encoded)], txt=b"-")
+                tar.write({"__key__": f"{i:07d}", "jpg": encoded[i % len(encoded)], "txt": b"-"})
         counts[name] = len(numbers)
     write_json(folder / INDEX, {"size": size, "samples": count, "shards": counts})
     return folder
-
-
-def _add(tar: tarfile.TarFile, number: int, **files: bytes) -> None:
-    """A sample's files, by extension."""
-    for extension, data in files.items():
-        member = tarfile.TarInfo(f"{number:07d}.{extension}")
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
 
 
 def _jpeg(shape: tuple[int, int], number: int) -> bytes:
@@ -305,15 +291,10 @@ def loader(p: Params, images: int) -> dict[str, Any]:
     section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
     folder, cores = photo_shards(section.size, images), cpus()
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    clip: Any = SimpleNamespace(patches=256)  # what is read of the models
-    denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
     result: dict[str, Any] = {"cores": cores, "images": images, "kilobytes_per_image": round(size / images / 1e3, 1)}
     for threads, number in ((1, min(images, 4000)), (cores, images)):
         steps = [("tower", i) for i in range(max(2, number // recipe.batch))]
-        feed = Feed(
-            Shards(folder), clip, denoiser, TokenRule("random", 76), section, recipe, [Denoise(1.0)], 0,
-            torch.device("cpu"), steps, threads=threads,
-        )  # fmt: skip
+        feed = large_feed(p, Shards(folder), steps, threads)
         done, memory, times = 0, [], []
         for coming in progress(feed.coming, f"{threads} threads", len(steps) * recipe.batch // section.micro_batch):
             wait(coming.filling)
@@ -341,9 +322,9 @@ def photo_set(root: Path, count: int) -> None:
     (folder / "test").mkdir(parents=True)
     encoded = [_jpeg((500, 375), i) for i in range(min(64, count))]
     for shard in range(SHARDS):
-        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+        with TarWriter(str(folder / "test" / f"{shard}.tar")) as tar:
             for i in range(shard * count // SHARDS, (shard + 1) * count // SHARDS):
-                _add(tar, i, jpg=encoded[i % len(encoded)], cls=b"%d" % (i % len(classes)))
+                tar.write({"__key__": f"{i:07d}", "jpg": encoded[i % len(encoded)], "cls": i % len(classes)})
     for file, lines in {
         "test/nshards.txt": [str(SHARDS)], "dataset_type.txt": ["classification"], "classnames.txt": classes,
         "zeroshot_classification_templates.txt": ["a photo of a {c}"],
@@ -447,24 +428,21 @@ def bar_seconds(said: str) -> float:
 
 def markdown(results: dict[str, dict[str, Any]], machine: str) -> str:
     """A table with a row for each subject."""
-    lines = [
-        f"Engine against the released schedule on {machine}; random weights, A B A B in one process.",
-        "",
-        "| subject | precision | at once | images/s, engine | images/s, released | ratio (range) | GFLOP an image | "
-        "of the matmul rate | waiting for images | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[str]] = [[
+        "subject", "precision", "at once", "images/s, engine", "images/s, released", "ratio (range)", "GFLOP an image",
+        "of the matmul rate", "waiting for images", "peak GB",
+    ]]  # fmt: skip
     for name, r in results.items():
         keys = ("images_per_second", "ratio", "gflop_per_image", "peak_memory_gb")
         speed, ratio, flop, memory = (r.get(key, {}) for key in keys)
-        cells = [
-            name, r["precision"], r["micro_batch"], f"{speed['engine']:g}", f"{speed['published']:g}",
+        rows.append([
+            name, r["precision"], str(r["micro_batch"]), f"{speed['engine']:g}", f"{speed['published']:g}",
             f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
             f"{flop['engine']:g} / {flop['published']:g}", f"{r['utilisation']['engine']:.0%}",
             f"{r['waiting_for_images']:.1%}", " / ".join(f"{value:g}" for value in memory.values()) or "-",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        ])  # fmt: skip
+    said = f"Engine against the released schedule on {machine}; random weights, A B A B in one process."
+    return f"{said}\n\n{table(rows)}\n"
 
 
 @stage
@@ -473,8 +451,7 @@ def main(*arguments: str) -> None:
         prog="python -m pipeline.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT")
-    parser.add_argument("--rounds", type=int, help="by default 8, of scoring 2")
-    parser.add_argument("--micro-batch", type=int)
+    parser.add_argument("--rounds", type=int, help="by default 8, of scoring 2, of mllm and segmentation 1 on a CPU")
     parser.add_argument("--images", type=int, help="by default 100,000, of scoring 20,000, of growth 5,000 in a shard")
     asked = parser.parse_args(arguments)
     p, compute = params.load(), deterministic_device()
@@ -487,25 +464,28 @@ def main(*arguments: str) -> None:
             "growth": lambda: growth(p, photo_shards(p.profiles["paper"].train.size, asked.images or 5000)),
             "scoring": lambda: scoring(p, asked.images or 20_000, asked.rounds or 2, compute),
         }
-        if len(asked.subjects) == 1 and asked.subjects[0] in alone:
-            (what,) = asked.subjects
+        names = asked.subjects or (LARGE if gpu else ["mini", "block"])
+        together = [*true_size.SUBJECTS], ["block", *p.backbones]
+        if names[1:] or names[0] not in alone:
+            if not any({*names} <= {*kind} for kind in together):
+                some = " or ".join(f"some of {', '.join(kind)}" for kind in together)
+                raise UserError(f"found {' '.join(names)}, wanted one of {', '.join(alone)}, or {some}")
+        else:
+            (what,) = names
             with atomic(OUTPUT / f"{what}-{stem}.json") as (file,):
                 result = {"machine": machine, "torch": torch.__version__, **alone[what]()}
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
-        if asked.subjects and true_size.SUBJECTS.keys() >= {*asked.subjects}:
+        if names[0] in true_size.SUBJECTS:
             with atomic(OUTPUT / "downstream.json") as (file,):
                 rounds = asked.rounds or (8 if gpu else 1)
                 result = {"machine": machine, "torch": torch.__version__, "transformers": version("transformers")}
-                result |= {
-                    name: true_size.SUBJECTS[name](p, rounds, true_size.OF_PARAMS, compute) for name in asked.subjects
-                }
+                result |= {name: true_size.SUBJECTS[name](p, rounds, true_size.OF_PARAMS, compute) for name in names}
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return
-        names = asked.subjects or (LARGE if gpu else ["mini", "block"])
-        results = {name: compare(name, p, asked.rounds or 8, asked.micro_batch, compute) for name in names}
+        results = {name: compare(name, p, asked.rounds or 8, compute) for name in names}
         with atomic(OUTPUT / f"{stem}.json", OUTPUT / f"{stem}.md") as (json_file, markdown_file):
             write_json(json_file, {"machine": machine, "torch": torch.__version__, "subjects": results})
             markdown_file.write_text(markdown(results, machine), encoding="utf-8")

@@ -31,6 +31,17 @@ MILLIONS = 1, 3, 10, 400
 LINE = "index_mb", "index_seconds"  # what a line through all but the last is to foretell for the last
 
 
+def large_feed(p: Params, shards: Shards, steps: list[tuple[str, int]], threads: int | None = None) -> Feed:
+    """What feeds openai_224 with these steps of profile paper's recipe, without its models."""
+    clip: Any = SimpleNamespace(patches=256)  # what is read of the models
+    denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
+    section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
+    return Feed(
+        shards, clip, denoiser, TokenRule("random", 76), section, recipe, [Denoise(1.0)], 0, torch.device("cpu"), steps,
+        threads=threads,
+    )  # fmt: skip
+
+
 def growth(p: Params, folder: Path) -> dict[str, Any]:
     """folder: one shard, whose images stand for all. Each number of images is measured in a process of its own."""
     seconds, found = _timed(lambda: index(folder, str(folder.resolve()), p.profiles["paper"].train.size))
@@ -61,9 +72,7 @@ def _measured(p: Params, folder: Path, images: int) -> dict[str, float]:
     The seconds to start and to resume, there in the middle of the second epoch, include the index; the MB are those of
     a loader with the tables of three windows, as many as it keeps.
     """
-    section, recipe = p.profiles["paper"].train, p.profiles["paper"].recipes["diva"]
-    clip: Any = SimpleNamespace(patches=256)  # what is read of the models
-    denoiser: Any = SimpleNamespace(latent_shape=lambda size: torch.Size([4, size // 8, size // 8]))
+    batch = p.profiles["paper"].recipes["diva"].batch
     before = psutil.Process().memory_full_info().uss
 
     def grown() -> float:
@@ -71,9 +80,7 @@ def _measured(p: Params, folder: Path, images: int) -> dict[str, float]:
 
     def first_batch(epochs: float) -> Shards:
         shards = Shards(Path())
-        steps = [("tower", int(epochs * len(shards)) // recipe.batch)]
-        compute, rule = torch.device("cpu"), TokenRule("random", 76)
-        for coming in Feed(shards, clip, denoiser, rule, section, recipe, [Denoise(1.0)], 0, compute, steps).coming:
+        for coming in large_feed(p, shards, [("tower", int(epochs * len(shards)) // batch)]).coming:
             for image in coming.filling:
                 image.result()
         return shards

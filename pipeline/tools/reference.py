@@ -28,11 +28,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as students_t
 
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.evidence.results import POOLINGS, recipe_and_control, without_controls
+from pipeline.evidence.statistics import interval
 
 METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
@@ -120,13 +120,9 @@ def judged(row: dict[str, float], weights: str = "pretrained") -> dict[str, floa
     return {key: row.get(key, np.nan) for key in (OF_CONTROLS if recipe_and_control(weights)[1] else HEADLINES)}
 
 
-def flat(nested: Any, key: str = "") -> dict[str, Any]:
-    """The numbers and words of nested dictionaries, under names such as gain.diva.pairs_stock."""
-    if isinstance(nested, dict):
-        return {
-            name: value for part in nested for name, value in flat(nested[part], f"{key}.{part}".strip(".")).items()
-        }
-    return {key: nested} if isinstance(nested, int | float | str) else {}
+def flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one, under names such as gain.diva.pairs_stock."""
+    return pd.json_normalize(nested).to_dict("records")[0]
 
 
 def agreement(right: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
@@ -145,8 +141,9 @@ def agreement(right: pd.DataFrame, others: pd.DataFrame) -> dict[str, float]:
 
 def band(values: list[float]) -> tuple[float, float]:
     """The prediction interval of one more value."""
-    half = students_t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    n, variance = len(values), float(np.var(values, ddof=1))
+    _, low, high = interval(float(np.mean(values)), [(variance * (1 + 1 / n), n - 1)], LEVEL)
+    return low, high
 
 
 def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
