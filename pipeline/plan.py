@@ -289,10 +289,10 @@ def check_gpu(p: params.Params) -> str | None:
 
 def pins(p: params.Params) -> dict[str, dict]:
     """What decides the bytes of every input, by the name of its file."""
-    inputs = ("images", "denoiser", "mmvp_vlm", "zeroshot_sets", "segmentation_sets", "mllm_sets")
-    sections = {name: section for name in inputs if (section := getattr(p.profile, name))}
-    if isinstance(sets := p.profile.zeroshot_sets, PublishedZeroshotSets):
-        sections["zeroshot_sets"] = sets.model_copy(update={"sets": sets.chosen(), "run": "all"})
+    sets = [name for name in params.Profile.model_fields if name.endswith("_sets")]
+    sections = {name: getattr(p.profile, name) for name in ("images", "denoiser", "mmvp_vlm", *sets)}
+    if isinstance(zeroshot := p.profile.zeroshot_sets, PublishedZeroshotSets):
+        sections["zeroshot_sets"] = zeroshot.model_copy(update={"sets": zeroshot.chosen(), "run": "all"})
     found = {name: _pinned(section, name, p.profile.threads) for name, section in sections.items()}
     encoder, encode = p.profile.encoder, _encode(p)
     for name in p.run.recipes:

@@ -1,4 +1,4 @@
-"""Who may import whom, and whether dvc.yaml, params.yaml, the lock and the README tell all of it."""
+"""Who may import whom, and whether dvc.yaml, params.yaml, the lock and the Makefile tell all of it."""
 
 import ast
 import importlib.util
@@ -311,7 +311,7 @@ def test_a_new_profile_needs_no_file_that_no_stage_makes(stage: str) -> None:
         assert any(all(a == b or "${item." in a + b for a, b in parts) for parts in named), dep
 
 
-# The lock, the Makefile and the README
+# The lock and the Makefile
 
 
 @pytest.mark.parametrize("repository", [False, True])

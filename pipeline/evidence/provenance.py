@@ -32,13 +32,12 @@ LIBRARIES = {"MKL": r"Math Kernel Library Version ([\d.]+)", "oneDNN": r"MKL-DNN
 PROCESSOR = {"cpu family": "family", "model": "model", "stepping": "stepping"}
 
 
-# Whatever the gains of the seeds table depend on; tests/test_house.py holds that these are all stages but those that
-# come after the scores, and those of the two benchmarks whose gains are not in that table.
+# Whatever the gains of the seeds table depend on, and the profile's sections of these names; tests/test_house.py holds
+# that these are all stages but those that come after the scores, and the benchmarks whose gains are not in that table.
 DECIDE = (
     "images.py", "mmvp_vlm.py", "zeroshot_sets.py", "denoiser.py", "encoder.py", "backbone.py", "train.py",
     "shuffled.py", "drift.py", "mmvp.py", "zeroshot.py", "evidence/results.py",
 )  # fmt: skip
-ASIDE = ("segmentation", "segmentation_sets", "mllm", "mllm_sets")  # sections of the profile
 
 
 def provenance(p: Reported) -> dict[str, dict[str, str]]:
@@ -68,11 +67,10 @@ def run(profile: str, backbone: str, recipe: str) -> str:
     same hash count together.
     """
     anything, key = dict[str, Any], f"profiles.{profile}"
-    decide: dict[str, Any] = config.read(anything, key)
-    decide |= {"recipes": config.read(anything, f"{key}.recipes.{recipe}", base=f"{key}.base_recipe")}
+    named = {"threads", *(Path(file).stem for file in DECIDE)}
+    decide: dict[str, Any] = {name: value for name, value in config.read(anything, key).items() if name in named}
+    decide |= {"recipe": config.read(anything, f"{key}.recipes.{recipe}", base=f"{key}.base_recipe")}
     decide["train"].pop("checkpoint_minutes")
-    for name in ("base_recipe", *ASIDE):
-        decide.pop(name)
     entry = config.read(anything, f"backbones.{backbone}")
     own = [entry[name] for name in ("source", "condition", "published_pooling")]
     return hashlib.sha256(json.dumps([decide, own, program(*DECIDE)], sort_keys=True).encode()).hexdigest()[:12]
