@@ -308,8 +308,10 @@ def test_the_paper_s_claim_is_of_its_own_recipe_alone(tmp_path: Path, monkeypatc
     assert {w: result["verdict"]["pairs"] for w, result in found["weights"].items()} == {
         "diva": "not distinguishable", "captions": "not distinguishable"
     }  # fmt: skip
-    (row,) = (row for row in page.overview(scores, found) if row[0] == "pairs: published gain, points")
-    assert row[1:] == ["", "+6.6 (published pooling)", ""]
+    rows = {row[0]: row[1:] for row in page.overview(scores, found)}
+    assert rows["pairs: published gain, points"] == ["", "+6.6 (published pooling)", ""]
+    judged = [found["weights"]["diva"]["as_published"], found["weights"]["captions"]["gain"]["pairs_stock"]]
+    assert rows["pairs: gain as judged, points"] == ["", *map(page.cell, judged)]
 
 
 # ---------------------------------------------------------------------------------------------------------- a whole run

@@ -149,7 +149,7 @@ def overview(scores: dict[str, Scores], found: dict) -> list[list[str]]:
         ]
         rows += [
             [f"{COLUMNS[column]}, %", *(f"{value:.1f}" for value in values)],
-            [f"{what}: gain{' as published' if claimed and name == 'pairs' else ''}, points", *map(cell, gained)],
+            [f"{what}: gain{' as judged' if claimed and name == 'pairs' else ''}, points", *map(cell, gained)],
             *([["pairs: published gain, points", *map(claim, tuned)]] if claimed and name == "pairs" else []),
             [f"{what}: verdict", *(t["verdict"][name] if t else "" for t in tuned)],
         ]
