@@ -74,7 +74,7 @@ def build(p: Reported) -> tuple[dict, dict, dict[str, dict], pd.DataFrame, dict]
     """(report.json, evidence.json, cards by name, patterns.csv, what the page shows) of what the stages before left."""
     profile = p.run.profile
     metrics = Path("metrics", profile)
-    report, evidence, cards, tables, sections = {}, {}, {}, [], []
+    report, evidence, cards, tables, sections = {}, {}, dict[str, dict](), [], []
     for backbone in p.run.backbones:
         entry = p.backbones[backbone]
         claimed = claims(p, entry)
