@@ -533,9 +533,13 @@ def test_the_paper_profile_from_download_to_report(hub: Hub, folder: Path, capsy
     assert "hf://datasets/pixparse/cc3m-wds@" in card
 
     write(content, names, ["text_anchored"])  # captions, gap, head
+    content["run"]["benchmarks"] = ["mmvp"]
+    write_yaml(Path("params.yaml"), content)
+    for stage, name in itertools.product((train, mmvp), names):
+        run(stage, name, "text_anchored")
+    run(report)
     for name in names:
-        for stage in (train, mmvp, export):
-            run(stage, name, "text_anchored")
+        run(export, name, "text_anchored")
         assert read(f"models/paper/text_anchored/{name}/diva.json")["recipe"]["warmup"]["steps"] == 2
         assert Path(f"models/paper/export/{name}-text_anchored/residual_head.py").is_file()
     profile = content["profiles"]["paper"]
