@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, logsumexp, rel_entr
-from shrunk import MODELS, run, write_params
+from shrunk import MODELS, read_yaml, run, write_params, write_yaml
 from test_training import PIXELS, RULES, both, build, changed, micro_batches, moved, snapshot, train
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import drift, export, mmvp, plan
+from pipeline import drift, export, mmvp, plan, report
 from pipeline import encoder as stage_encoder
 from pipeline import train as stage_train
 from pipeline.core.compute import generator, seeded
@@ -472,6 +472,10 @@ def test_a_backbone_with_a_head_is_loaded_scored_moved_and_exported(tmp_path: Pa
         assert distance[1] == pytest.approx(distance[0], rel=1e-4), name
     run(mmvp, "mini", recipe)
 
+    content = read_yaml(Path("params.yaml"))
+    content["run"] |= {"controls": [], "benchmarks": ["mmvp"]}
+    write_yaml(Path("params.yaml"), content)
+    run(report)
     run(export, "mini", recipe)
     folder = MODELS / f"export/mini-{recipe}"
     assert {path.name for path in folder.iterdir()} == {"tower", HEAD, "residual_head.py", "README.md"}
