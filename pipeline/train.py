@@ -1,9 +1,9 @@
-"""Stage train@<backbone>-<recipe>: post-train an image tower by diffusion feedback, from images alone.
+"""Stage train@<backbone>-<recipe>: post-train an image tower by a recipe, such as diffusion feedback.
 
 models/<profile>/<recipe>/<backbone>/          the backbone's folder with the tuned weights; diva.json;
                                                fitted.safetensors, what the tower phase started from: the
                                                projection, and the denoiser where the recipe fits it
-metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of both phases
+metrics/<profile>/train/<backbone>-<recipe>/   metrics.json and the curves of its phases
 """
 
 from pipeline.core import config

@@ -7,7 +7,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from pipeline.core.compute import generator
 from pipeline.diva.diffusion import add_noise, draw, target
-from pipeline.diva.pixels import IMAGENET, OPENAI, crop_box, generator_pixels, tower_pixels
+from pipeline.diva.pixels import IMAGENET, OPENAI, crop_box, denoiser_pixels, tower_pixels
 from pipeline.diva.rules import TokenRule
 
 RULE = TokenRule("random", 6)
@@ -82,15 +82,15 @@ def test_crop_is_determined_by_its_generator() -> None:
     assert first == again != other
 
 
-def test_generator_pixels_are_nominal_with_the_same_statistics() -> None:
+def test_denoiser_pixels_are_nominal_with_the_same_statistics() -> None:
     pixels = torch.rand(2, 3, 4, 4, generator=generator("test", "pixels"))
     for statistics in (OPENAI, IMAGENET):
-        torch.testing.assert_close(generator_pixels(pixels, statistics, statistics), 2 * pixels - 1, atol=1e-6, rtol=0)
+        torch.testing.assert_close(denoiser_pixels(pixels, statistics, statistics), 2 * pixels - 1, atol=1e-6, rtol=0)
 
 
-def test_generator_pixels_as_published_are_narrower() -> None:
+def test_denoiser_pixels_as_published_are_narrower() -> None:
     ends = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)
-    black, white = generator_pixels(ends, OPENAI, IMAGENET)[0, :, 0].mean(0).tolist()
+    black, white = denoiser_pixels(ends, OPENAI, IMAGENET)[0, :, 0].mean(0).tolist()
     naive = [
         sum(
             2 * ((x - mean) / std * back_std + back_mean) - 1

@@ -23,7 +23,7 @@ from pipeline.diva.condition import pool, recap
 from pipeline.diva.diffusion import Draw, add_noise
 from pipeline.diva.feedback import Feedback
 from pipeline.diva.losses import Denoise
-from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule, generator_pixels, tower_pixels
+from pipeline.diva.pixels import IMAGENET, OPENAI, PixelRule, denoiser_pixels, tower_pixels
 from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.diva.step import MicroBatch, run, terms
@@ -225,7 +225,7 @@ def test_pixels_are_those_of_the_published_data_path() -> None:
     close(OPENAI.apply(raw), common["image"], absolute=1e-5)
     close(tower_pixels(raw, OPENAI, 56, antialias=False), common["discrimi_image"], absolute=1e-5)
     close(tower_pixels(raw, OPENAI, 56, antialias=True), common["discrimi_image_antialias"], absolute=1e-5)
-    close(generator_pixels(raw, OPENAI, IMAGENET), common["renormed_image"], absolute=1e-5)
+    close(denoiser_pixels(raw, OPENAI, IMAGENET), common["renormed_image"], absolute=1e-5)
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_a_launcher_takes_the_place_of_python(called: list[list[str]], monkeypat
         ("a_launcher", {}, "begins with 'a_launcher', but PATH has no such program"),
         ("torchrun", {"WORLD_SIZE": "8"}, "started a group of 8 processes, but launch.processes is 16"),
         ("env", {"LAUNCHED": "1:1"}, "started this process outside a group of processes"),
-        ("env --rdzv-endpoint here", {}, "--rdzv-endpoint is 'here', wanted HOST:PORT with a known host"),
+        ("env --rdzv-endpoint here:x", {}, "--rdzv-endpoint is 'here:x', wanted HOST:PORT with a known host"),
         ("env --rdzv_endpoint=nowhere.invalid:1", {}, "'nowhere.invalid:1', wanted HOST:PORT with a known host"),
     ],
 )
@@ -118,6 +118,12 @@ def test_a_port_in_use_is_told(called: list[list[str]], monkeypatch: pytest.Monk
     monkeypatch.delenv(hosts.LAUNCHED)
     hosts.start("pipeline.train", Launch(train="env --rdzv-endpoint 192.0.2.1:29400", processes=1))  # of another host
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("endpoint", ["[2001:db8::1]:29500", "[2001:db8::1]", "192.0.2.1"])  # of other hosts
+def test_an_endpoint_is_whatever_torchrun_takes(called: list[list[str]], endpoint: str) -> None:
+    hosts.start("pipeline.train", Launch(train=f"env --rdzv-endpoint {endpoint}", processes=1))
+    assert len(called) == 1
 
 
 def test_a_taken_port_of_the_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,11 @@ from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.data.downloads import Listing, Remote
 from pipeline.diva import step
-from pipeline.diva.losses import Denoise
+from pipeline.diva.losses import Denoise, InfoNCE
 from pipeline.diva.step import MicroBatch
 from pipeline.engine import trial
+from pipeline.engine.assemble import out_of_memory
+from pipeline.engine.losses import smaller
 from pipeline.models.registry import complete
 from pipeline.sections import params
 from pipeline.sections.download import Download
@@ -325,6 +327,14 @@ def test_every_training_is_tried(tried: list[tuple[str, str]], capsys: pytest.Ca
     assert "GPU memory: 0.0 GB taken by two steps of dfn_378 by recipe two_stage" in capsys.readouterr().out
 
 
+def test_a_smaller_micro_batch_is_proposed_only_where_it_is_allowed() -> None:
+    contrast = InfoNCE(1.0, temperature=0.2, negatives=15, view=0.8)
+    assert [smaller([Denoise(1.0)], 32, 1, size) for size in (16, 2, 1)] == [8, 1, 0]
+    assert [smaller([Denoise(1.0), contrast], 32, 1, size) for size in (32, 16)] == [16, 0]
+    said = out_of_memory("paper", "b16", "contrastive", [Denoise(1.0), contrast], 32, 16)
+    assert "train.micro_batch=16, which changes what is compared by info_nce, and so results, or" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["diva", "two_stage", "contrastive", "text_anchored"])
 @pytest.mark.parametrize("fits", [4, 1, 0])
@@ -345,7 +355,8 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
         return terms(feedback, losses, micro, precision)
 
     monkeypatch.setattr(step, "terms", narrow)
-    way = f"Add -S profiles.mini.train.micro_batch={fits}, which changes no" if fits else "Use a GPU with more"
+    change = "what is compared by info_nce, and so results" if recipe == "contrastive" else "results by rounding alone"
+    way = f"Add -S profiles.mini.train.micro_batch={fits}, which changes {change}" if fits else "Use a GPU with more"
     with pytest.raises(UserError, match=f"to train mini by recipe {recipe} with micro_batch 8. {way}"):
         TRY(p, "mini", recipe, torch.device("cpu"))
     phases = 1 + (p.profile.recipes[recipe].warmup is not None)

@@ -27,7 +27,7 @@ class Told:
 
     alphas_cumprod = torch.linspace(0.99, 0.01, 100)
 
-    def __init__(self, latent: torch.Tensor, noise: torch.Tensor, prediction_type: diffusion.Prediction) -> None:
+    def __init__(self, latent: torch.Tensor, noise: torch.Tensor, prediction_type: str) -> None:
         self.latent, self.noise, self.prediction_type = latent, noise, prediction_type
 
     def __call__(self, noised: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class Told:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction_type: diffusion.Prediction) -> None:
+def test_wrong_minus_right_of_a_denoiser_whose_error_is_its_condition(prediction_type: str) -> None:
     latent, noise = torch.randn(2, 4, 3, 2, 2, generator=generator("test", "latent"))
     condition = torch.tensor([1.0, 2.0, 3.0, 0.5])[:, None, None].expand(-1, 2, 5)
     found = sensitivity.wrong_minus_right(Told(latent, noise, prediction_type), latent, noise, 30, condition)

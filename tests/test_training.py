@@ -195,7 +195,7 @@ def test_one_tower_run_serves_all_draws(rule: TokenRule, weights: list[float]) -
 
     losses = []
     for micro in micro_batches(0, rule):
-        latent = reference.denoiser.latent(PIXELS.generator(micro.images_BCHW))
+        latent = reference.denoiser.latent(PIXELS.denoiser(micro.images_BCHW))
         for k, drawn in enumerate(micro.draws):
             pooled, patches = reference.tower(PIXELS.tower(micro.images_BCHW))
             tokens = recap(pooled, patches, rule, drawn.positions_BK)

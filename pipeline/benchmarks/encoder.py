@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 from pipeline.benchmarks.sets import BenchmarkSet, SetImage
 from pipeline.core.code import program
+from pipeline.core.compute import autocast
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress
 from pipeline.data.decoding import FORMATS
@@ -78,7 +79,7 @@ class Encoder:
                     undecodable += future.result()
                 if not undecodable:
                     pixels_BHWC = coming.pixels_BHWC.to(self.processes.device, non_blocking=True)
-                    with self._autocast():
+                    with autocast(self.processes.device, self.precision):
                         embeddings_BD = self.backbone.encode_image(self.backbone.normalize(pixels_BHWC))
                     yield coming.number, coming.samples, normalize(embeddings_BD.float(), dim=-1)
         if undecodable := self.of_all(list(enumerate(undecodable))):
@@ -123,7 +124,7 @@ class Encoder:
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Text embeddings of length 1, [texts, D]."""
         ids = self.backbone.tokenizer(texts).to(self.processes.device)
-        with self._autocast():
+        with autocast(self.processes.device, self.precision):
             return normalize(self.backbone.encode_text(ids).float(), dim=-1)
 
     def classifier(self, found: BenchmarkSet) -> torch.Tensor:
@@ -155,7 +156,3 @@ class Encoder:
     def of_all(self, parts: list[tuple[int, T]]) -> list[T]:
         """The parts of all processes, sorted by their numbers."""
         return [part for _, part in sorted(gather_object(parts), key=lambda numbered: numbered[0])]
-
-    def _autocast(self) -> torch.autocast:
-        half = self.precision != "float32"
-        return torch.autocast(self.processes.device.type, getattr(torch, self.precision) if half else None, half)

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pipeline.benchmarks.questions import Choice, Conversation
-from pipeline.core.compute import seeded
+from pipeline.core.compute import autocast, seeded
 from pipeline.core.stages import UserError, progress
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<image>")
@@ -125,11 +125,6 @@ def new(
         model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
     model.model.vision_tower = vision.requires_grad_(False).eval()
     return model
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    half = precision != "float32"
-    return torch.autocast(device.type, getattr(torch, precision) if half else None, half)
 
 
 class PatchTokens:

@@ -57,6 +57,14 @@ def deterministic_device():
     return torch.device("cpu")
 
 
+def autocast(device, precision: str):
+    """Compute in `precision` on a torch device, by autocast; "float32" leaves everything as it is."""
+    import torch
+
+    half = precision != "float32"
+    return torch.autocast(device.type, getattr(torch, precision) if half else None, half)
+
+
 def generator(*purpose: str | int):
     """A CPU `torch.Generator` that is a pure function of its purpose, e.g. `generator(seed, "crop", phase, step, i)`.
 

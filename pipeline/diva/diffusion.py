@@ -8,8 +8,6 @@ import torch
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.rules import TokenRule
 
-Prediction = Literal["epsilon", "v_prediction"]
-
 
 class Draw(NamedTuple):
     """The random draws of one noising of B images: timestep [B], noise [B, C, h, w], token positions [B, K] or None."""
@@ -61,7 +59,7 @@ def target(
     noise_BChw: torch.Tensor,
     timestep_B: torch.Tensor,
     alphas_cumprod: torch.Tensor,
-    prediction_type: Prediction,
+    prediction_type: Literal["epsilon", "v_prediction"],
 ) -> torch.Tensor:
     """What the denoiser should predict: the noise, or the velocity sqrt(a_t) noise - sqrt(1 - a_t) latent."""
     if prediction_type == "epsilon":

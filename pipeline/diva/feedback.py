@@ -1,42 +1,14 @@
 """Image tower, the fresh linear layer after it ("visual projection"), and the denoiser that is conditioned on them."""
 
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
 
 from pipeline.diva.condition import condition, recap
-from pipeline.diva.diffusion import Prediction
 from pipeline.diva.gap_correction import GapCorrection
 from pipeline.diva.pixels import PixelRule
 from pipeline.diva.rules import TokenRule
-
-
-class Tower(Protocol):
-    """An image tower, of which a recipe trains all or a part."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def __call__(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pooled [B, D], patches [B, N, D])"""
-        ...
-
-
-class LatentDenoiser(Protocol):
-    """A denoiser in a latent space, frozen but where a recipe fits `unet`, which predicts, with the projection."""
-
-    unet: nn.Module
-    alphas_cumprod: torch.Tensor
-    prediction_type: Prediction
-
-    def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor: ...
-
-    def __call__(
-        self, noised_BChw: torch.Tensor, timestep_B: torch.Tensor, condition_BTD: torch.Tensor
-    ) -> torch.Tensor: ...
 
 
 class Feedback(nn.Module):
@@ -44,9 +16,9 @@ class Feedback(nn.Module):
 
     def __init__(
         self,
-        tower: Tower,
+        tower: nn.Module,
         projection: nn.Linear,
-        denoiser: LatentDenoiser,
+        denoiser: nn.Module,
         text_1LD: torch.Tensor,
         tokens: TokenRule,
         text_rule: Literal["sequence", "mean"],
@@ -54,8 +26,12 @@ class Feedback(nn.Module):
         gap_correction: GapCorrection | None = None,
         fits_denoiser: bool = False,
     ) -> None:
-        """gap_correction: the map before the projection; fits_denoiser: whether the denoiser is fitted with the
-        projection, and so belongs to what a run changes."""
+        """tower: pixels to (pooled [B, D], patches [B, N, D]). denoiser: (noised, timestep, condition) to its
+        prediction, with `latent` of pixels, `unet`, `alphas_cumprod` and `prediction_type`.
+
+        gap_correction: the map before the projection. fits_denoiser: whether `unet` is fitted with the projection, and
+        so belongs to what a run changes.
+        """
         super().__init__()
         self.fits_denoiser, self.gap_correction = fits_denoiser, gap_correction
         self.tower, self.projection, self.denoiser = tower, projection, denoiser

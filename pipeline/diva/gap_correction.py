@@ -26,16 +26,13 @@ class GapCorrection(nn.Module):
                 f"gap_correction.components is {components}, but {len(text_ND)} embeddings of width "
                 f"{text_ND.shape[1]} have {min(text_ND.shape)} at most. Lower it, or raise gap_correction.images."
             )
-        centred_ND = text_ND - text_ND.mean(0)
-        _, _, axes_KD = torch.linalg.svd(centred_ND, full_matrices=False)
+        _, _, axes_KD = torch.linalg.svd(text_ND - text_ND.mean(0), full_matrices=False)
         axes_KD = axes_KD[:components]
         spread = [(each - each.mean(0)).square().sum(1).mean().sqrt() for each in (image_ND, text_ND)]
         self.register_buffer("mean_image_D", image_ND.mean(0).float(), persistent=False)
         self.register_buffer("mean_text_D", text_ND.mean(0).float(), persistent=False)
         self.register_buffer("scale", (spread[1] / spread[0]).float(), persistent=False)
         self.register_buffer("onto_DD", (axes_KD.T @ axes_KD).float(), persistent=False)
-        self.kept = float((centred_ND @ axes_KD.T).square().sum() / centred_ND.square().sum())
-        """The share of the captions' variance that P keeps."""
 
     def forward(self, image_XD: torch.Tensor) -> torch.Tensor:
         """Image embeddings of any length, as if they were text's."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.diva.feedback import Feedback, Tower
+from pipeline.diva.feedback import Feedback
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Given:
     [B, E] of the frozen image encoder.
     """
 
-    tower: Tower
+    tower: nn.Module
     embed: Callable[[list[str]], torch.Tensor]
     logit_scale: float
     condition: Callable[[list[str]], torch.Tensor]
@@ -71,8 +72,9 @@ class Loss:
 
     name: of its entry and curves. What it needs: denoises, noised images; conditions, those that the tower's tokens
     make; predicts, the denoiser's prediction under them; second_view, a second crop of each image, of at least this
-    share of the area (0: none); images, so many in a micro-batch; captioned, the captions of the images; bank, so many
-    captions of the first images; encodes, the frozen image encoder.
+    share of the area (0: none); images, so many in a micro-batch, which it compares with each
+    other if they are several; captioned, the captions of the images; bank, so many captions of the first images;
+    encodes, the frozen image encoder.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown settings are refused
@@ -126,8 +128,8 @@ class InfoNCE(Loss):
     def __call__(self, made: Made) -> torch.Tensor:
         assert made.view_BCHW is not None
         assert made.wanted_KBChw is not None
-        viewed = made.feedback.tower(made.view_BCHW)
-        other = [made.feedback.condition(*viewed, positions) for positions in made.positions]
+        pooled_BD, patches_BND = made.feedback.tower(made.view_BCHW)
+        other = [made.feedback.condition(pooled_BD, patches_BND, positions) for positions in made.positions]
         turned = ([own.roll(k, 0) for own in made.conditions] for k in range(1, self.negatives + 1))
         own_BX, view_BX, *other_BX = (made.predict(each).flatten(1) for each in (made.conditions, other, *turned))
         positives = torch.stack([made.wanted_KBChw.flatten(1), view_BX])

@@ -1,4 +1,4 @@
-"""Which pixels the generator and the image tower are given; "published" is github baaivision/DIVA at d53c668.
+"""Which pixels the denoiser and the image tower are given; "published" is github baaivision/DIVA at d53c668.
 
 Shape suffixes here and in the rest of `diva`: B images, C channels, H W pixels, N patch tokens of the tower,
 T tokens of the condition, L tokens of the text, D width, K draws of tokens, P pairs.
@@ -48,7 +48,7 @@ def tower_pixels(pixels_BCHW: torch.Tensor, statistics: Statistics, size: int, a
     return F.interpolate(normalised, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def generator_pixels(pixels_BCHW: torch.Tensor, normalised_by: Statistics, undone_by: Statistics) -> torch.Tensor:
+def denoiser_pixels(pixels_BCHW: torch.Tensor, normalised_by: Statistics, undone_by: Statistics) -> torch.Tensor:
     """Pixels in 0..1 to the VAE's range, nominally -1..1.
 
     As published they are normalised with OpenAI's statistics and brought back with ImageNet's, so that black..white
@@ -59,7 +59,7 @@ def generator_pixels(pixels_BCHW: torch.Tensor, normalised_by: Statistics, undon
 
 @dataclass(frozen=True)
 class PixelRule:
-    """What tower and generator are given of images, uint8 [B, 3, H, W]; size: of the tower's."""
+    """What tower and denoiser are given of images, uint8 [B, 3, H, W]; size: of the tower's."""
 
     statistics: Statistics
     undone_by: Statistics
@@ -69,8 +69,8 @@ class PixelRule:
     def tower(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         return tower_pixels(images_BCHW.float() / 255, self.statistics, self.size, self.antialias)
 
-    def generator(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return generator_pixels(images_BCHW.float() / 255, self.statistics, self.undone_by)
+    def denoiser(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return denoiser_pixels(images_BCHW.float() / 255, self.statistics, self.undone_by)
 
 
 def crop_box(

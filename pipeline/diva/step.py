@@ -62,7 +62,7 @@ def terms(feedback: Feedback, losses: list[Loss], micro: MicroBatch, precision: 
     denoiser, pixels, draws = feedback.denoiser, feedback.pixels, micro.draws
     t, noised, wanted, predicted = torch.cat([draw.timestep_B for draw in draws]), None, None, None
     if any(loss.denoises for loss in losses):
-        latent_KBChw = denoiser.latent(pixels.generator(micro.images_BCHW)).repeat(len(draws), 1, 1, 1)
+        latent_KBChw = denoiser.latent(pixels.denoiser(micro.images_BCHW)).repeat(len(draws), 1, 1, 1)
         noise = torch.cat([draw.noise_BChw for draw in draws])
         noised = add_noise(latent_KBChw, noise, t, denoiser.alphas_cumprod)
         wanted = target(latent_KBChw, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)
@@ -105,12 +105,12 @@ def step(
     broken.copy_(torch.maximum(broken, (~(values["loss"] + values["gradient_norm"]).isfinite()).float()))
     for group in phase.optimizer.param_groups:
         group["lr"] = phase.lr(number)
-    before = [parameter.detach().clone() for parameter in phase.parameters]
+    trained = [parameter.detach() for parameter in phase.parameters]
+    before = [tensor.clone() for tensor in trained]
     phase.optimizer.found_inf = broken  # type: ignore[attr-defined]
     phase.optimizer.step()
-    updates = torch._foreach_sub([parameter.detach() for parameter in phase.parameters], before)
-    values |= {"parameter_norm": norm(phase.parameters), "update_norm": norm(updates)}
-    return values
+    norms = [nn.utils.get_total_norm(tensors) for tensors in (trained, torch._foreach_sub(trained, before))]
+    return values | {"parameter_norm": norms[0], "update_norm": norms[1]}
 
 
 def weighted_sum(phase: Phase, found: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -136,11 +136,6 @@ def add_up(parameters: list[nn.Parameter], values: dict[str, torch.Tensor], proc
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-@torch.no_grad()
-def norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return nn.utils.get_total_norm(tensors)
 
 
 @torch.no_grad()
@@ -180,10 +175,6 @@ class Record:
 
 class NotFiniteError(Exception):
     """A loss or a gradient is NaN or infinite; the parameters are still those of the last good step."""
-
-    def __init__(self, phase: str, step: int, what: str, value: float) -> None:
-        super().__init__(f"{what} is {value} in step {step} of phase '{phase}'")
-        self.phase, self.step = phase, step
 
 
 def run(
@@ -253,7 +244,7 @@ def finished(phase: Phase, number: int, values: Values, validation: float | None
     read = values.read()
     for what, key in (("the loss", "loss"), ("the gradient's norm", "gradient_norm")):
         if not math.isfinite(read[key]):
-            raise NotFiniteError(phase.name, number, what, read[key])
+            raise NotFiniteError(f"{what} is {read[key]} in step {number} of phase '{phase.name}'")
     record = Record(
         phase.name, number, read["loss"], {loss.name: read[loss.name] for loss in phase.losses}, phase.lr(number),
         read["gradient_norm"], read["parameter_norm"], read["update_norm"], validation,

@@ -32,7 +32,7 @@ from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import hosts
 from pipeline.engine.curves import ends, plot
 from pipeline.engine.feed import Feed
-from pipeline.engine.losses import losses_of
+from pipeline.engine.losses import losses_of, smaller
 from pipeline.engine.resume import Checkpoint, Projection, RunState, of_all
 from pipeline.engine.scratch import digest
 from pipeline.engine.speed import Speed
@@ -90,9 +90,11 @@ class Training:
         )  # fmt: skip
 
 
-def out_of_memory(profile: str, name: str, recipe: str, micro_batch: int, fitting: int) -> str:
+def out_of_memory(profile: str, name: str, recipe: str, losses: list[Loss], micro_batch: int, fitting: int) -> str:
     """The message for a GPU with too little memory; fitting: a smaller micro-batch, 0 if none fits."""
-    way = f"Add -S profiles.{profile}.train.micro_batch={fitting}, which changes no result"
+    compare = " and ".join(loss.name for loss in losses if loss.images > 1)
+    change = f"what is compared by {compare}, and so results" if compare else "results by rounding alone"
+    way = f"Add -S profiles.{profile}.train.micro_batch={fitting}, which changes {change}"
     return (
         f"The GPU has too little memory to train {name} by recipe {recipe} with micro_batch {micro_batch}. "
         f"{way if fitting else 'Use a GPU with more memory'}, or choose other run.backbones."
@@ -102,7 +104,7 @@ def out_of_memory(profile: str, name: str, recipe: str, micro_batch: int, fittin
 def pixel_rule(backbone: Backbone, p: Train) -> pixels.PixelRule:
     own = pixels.Statistics(backbone.mean, backbone.std)
     tower = pixels.OPENAI if p.pixels.tower_statistics == "openai" else own
-    undone_by = pixels.IMAGENET if p.pixels.generator_statistics == "imagenet" else tower
+    undone_by = pixels.IMAGENET if p.pixels.denoiser_statistics == "imagenet" else tower
     return pixels.PixelRule(tower, undone_by, backbone.image_size, p.pixels.tower_antialias)
 
 
@@ -223,9 +225,10 @@ def put_fitted(feedback: Feedback, path: Path, processes: Accelerator) -> None:
 
 
 def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dict[str, Any]:
-    """All that the numbers of a run depend on; the number of processes, which changes rounding alone, is left out.
+    """All that the numbers of a run depend on, but for the number of processes.
 
-    The first process alone has what a control starts from, and the checkpoint.
+    That changes rounding alone, or which images are compared, where a loss compares those of a micro-batch. The first
+    process alone has what a control starts from, and the checkpoint.
     """
     return {
         "seed": t.seed,
@@ -243,7 +246,7 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
 
 
 def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint) -> RunState:
-    """Run both phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError."""
+    """Run the phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError."""
     assert t.shards
     if t.fitted:
         put_fitted(feedback, t.fitted, processes)
@@ -349,7 +352,8 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
         try:
             end = train(t, feedback, curves, processes, checkpoint)
         except torch.OutOfMemoryError as error:
-            way = out_of_memory(profile, name, recipe_name, section.micro_batch, section.micro_batch // 2)
+            half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)
+            way = out_of_memory(profile, name, recipe_name, losses, section.micro_batch, half)
             raise UserError(f"{error}\n{way}") from None
         except step.NotFiniteError as error:
             tensors = tuned(t.backbone)

@@ -1,8 +1,8 @@
 """The inputs of each step: crops of images and random draws, as micro-batches on the device of this process.
 
-Sample i of step s, its crop and its noise are a function of the seed, s and i alone. So a run resumes at any step, and
-any number of processes share a batch, each a contiguous part of it. Threads of this process read and crop ahead; PIL
-and numpy release the interpreter's lock meanwhile, so no worker processes are needed.
+Sample i of step s of a phase, its crop and its noise are a function of the seed, the phase, s and i alone. So a run
+resumes at any step, and any number of processes share a batch, each a contiguous part of it. Threads of this process
+read and crop ahead; PIL and numpy release the interpreter's lock meanwhile, so no worker processes are needed.
 """
 
 import os
@@ -173,7 +173,7 @@ class Feed:
         return sample.caption
 
     def crop(self, image: Image.Image, scale: tuple[float, float], draws: torch.Generator) -> np.ndarray:
-        """A random crop, resized to the generator's size: uint8 [3, size, size]; scale: its share of the area."""
+        """A random crop, resized to the denoiser's size: uint8 [3, size, size]; scale: its share of the area."""
         (width, height), (narrow, wide) = image.size, self.p.crop.ratio
         box = pixels.crop_box(width, height, scale=scale, ratio=(narrow, wide), generator=draws)
         resized = image.crop(box).resize((self.p.size, self.p.size), Image.Resampling.BICUBIC)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from pipeline.core.compute import deterministic_device
 from pipeline.core.config import PARAMS_FILE
@@ -81,9 +82,9 @@ def check_port(command: list[str], name: str) -> None:
     found = [b for a, b in itertools.pairwise(options) if a.replace("_", "-") == "--rdzv-endpoint"]
     if not found:
         return
-    host, _, port = found[-1].rpartition(":")
     try:
-        address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        host, port = parse_rendezvous_endpoint(found[-1], 29400)  # torchrun's own port, where none is named
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: --rdzv-endpoint is '{found[-1]}', wanted HOST:PORT with a known host ({error}). Correct it."

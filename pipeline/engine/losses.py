@@ -44,3 +44,13 @@ def check_micro_batches(losses: list[Loss], batch: int, processes: int, micro_ba
                     f"these has {smallest}, but {key}losses.{loss.name} needs {loss.images}. Set another "
                     "train.micro_batch, start fewer processes, or choose settings of the loss that need fewer."
                 )
+
+
+def smaller(losses: list[Loss], batch: int, processes: int, micro_batch: int) -> int:
+    """Half the size of a micro-batch, or 0 where that is not allowed."""
+    half = micro_batch // 2
+    try:
+        check_micro_batches(losses, batch, processes, max(1, half))
+    except UserError:
+        return 0
+    return half

@@ -114,7 +114,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
 def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None:
     """Raises UserError if training does not fit the GPU's memory; it names the largest micro_batch that fits."""
     asked, recipe = p.profile.train.micro_batch, p.profile.recipes[recipe_name]
-    least = max(loss.images for loss in losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe))
+    losses = losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
+    least = max(loss.images for loss in losses)
     for micro_batch in (size for size in range(asked, least - 1, -1) if asked % size == 0):
         try:
             for _ in trial(p, name, recipe_name, micro_batch, compute):
@@ -125,6 +126,6 @@ def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None
         except step.NotFiniteError:  # of random weights; memory sufficed
             pass
         if micro_batch < asked:
-            raise UserError(out_of_memory(p.run.profile, name, recipe_name, asked, micro_batch))
+            raise UserError(out_of_memory(p.run.profile, name, recipe_name, losses, asked, micro_batch))
         return
-    raise UserError(out_of_memory(p.run.profile, name, recipe_name, asked, 0))
+    raise UserError(out_of_memory(p.run.profile, name, recipe_name, losses, asked, 0))

@@ -43,7 +43,7 @@ AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, PatchAutoencoder)}
 
 
 class Denoiser(nn.Module):
-    """VAE, UNet and text encoder of one diffusion model, all frozen; a gradient reaches the condition only."""
+    """VAE, UNet and text encoder of one diffusion model, frozen but for the UNet where a recipe's warm-up trains it."""
 
     def __init__(self, vae, unet, text_encoder, tokenizer, scheduler: DDPMScheduler) -> None:
         super().__init__()

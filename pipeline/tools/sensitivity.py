@@ -104,7 +104,7 @@ def seen(
     """(latent, projected condition) of uncropped images, at the size and with the statistics of training."""
     square = [question.image().resize((p.size, p.size), Image.Resampling.BICUBIC) for question in questions]
     images_BCHW = torch.stack([pil_to_tensor(image) for image in square]).to(compute)
-    latent_BChw = denoiser.latent(feedback.pixels.generator(images_BCHW))
+    latent_BChw = denoiser.latent(feedback.pixels.denoiser(images_BCHW))
     shown = feedback.pixels.tower(images_BCHW)
     draws = [generator("sensitivity", "positions", question.id) for question in questions]
     positions_BK = draw_positions(feedback.tokens, backbone.patches, draws)
