@@ -8,34 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.core import config
-from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
 from pipeline.data import downloads
-from pipeline.mini import pretrain
+from pipeline.mini.backbone import make
 from pipeline.models import backbones
 from pipeline.models.registry import complete
 from pipeline.sections.source import CheckpointSource, MiniSource, Source
-
-
-def make(source: MiniSource, folder: Path) -> dict[str, Any]:
-    """Train the mini backbone: the text tower first, then the image tower on captions that rarely name a detail."""
-    clip, tok, architecture = pretrain.new_clip(source.architecture)
-    clip.to(deterministic_device())
-    image, preprocessing = source.image_tower, source.preprocessing.model_dump()
-    text_losses = pretrain.text_tower(clip, tok, source.text_tower)
-    blind = pretrain.rarely_a_detail(image.detail_probability)
-    image_losses = pretrain.image_tower(clip, tok, preprocessing, image, image.steps, blind)
-    backbones.write_config(architecture, preprocessing, folder)
-    tok.save_pretrained(folder)
-    backbones.save_weights(clip.state_dict(), folder)
-    return {
-        "text_tower_loss": round(float(np.mean(text_losses[-20:])), 5),
-        "image_tower_loss": round(float(np.mean(image_losses[-20:])), 5),
-    }
 
 
 def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:

@@ -18,37 +18,6 @@ from pipeline.data import downloads
 from pipeline.sections.encoder import NO_ENCODER, EncoderSource, MiniEncoder, PublishedEncoder
 
 
-def make(p: MiniEncoder, folder: Path) -> dict[str, Any]:
-    """Train the mini encoder and save it; return its metrics."""
-    import numpy as np  # not above, like what follows: most recipes read no encoder, and need not wait for torch
-
-    from pipeline.benchmarks.linear import is_right
-    from pipeline.core.compute import deterministic_device
-    from pipeline.mini import pretrain, world
-
-    compute = deterministic_device()
-    count = p.images + p.probe_train + p.probe_test
-    pixels, scenes = pretrain.images("encoder", count, "images of the encoder")
-    encoder, losses = pretrain.encoder(pixels[: p.images], p, compute)
-    parts = [encoder(part.to(compute)).cpu().double().numpy() for part in pixels[p.images :].split(1000)]
-    train_x, test_x = np.split(np.concatenate(parts), [p.probe_train])
-    train_y, test_y = np.split(scenes[p.images :, 1:], [p.probe_train])
-    probe = {
-        name: round(100 * float(is_right(train_x, train_y[:, i], test_x, test_y[:, i]).mean()), 3)
-        for i, name in enumerate(world.PATTERNS)
-    }
-    encoder.save(folder)
-    return {
-        "training_loss": {"first": round(losses[0], 5), "last_50": round(float(np.mean(losses[-50:])), 5)},
-        "probe": {"average": round(float(np.mean([*probe.values()])), 3), **probe},
-    }
-
-
-def fetch(section: PublishedEncoder, folder: Path) -> dict[str, Any]:
-    """Fetch a published encoder; returns its source."""
-    return {"origin": downloads.fetch(section.download, folder)}
-
-
 def found(folder: Path, section: MiniEncoder | PublishedEncoder, key: str) -> dict[str, Any]:
     """The encoder's architecture and sizes. Raises UserError for one that cannot be loaded, or is none of `key`'s."""
     from pipeline.models.frozen_encoder import FrozenEncoder
@@ -80,7 +49,12 @@ def main(recipe: str) -> None:
             return
         key = f"profiles.{profile}.encoder"
         section: MiniEncoder | PublishedEncoder = config.read(EncoderSource, key)
-        metrics = make(section, folder) if isinstance(section, MiniEncoder) else fetch(section, folder)
+        if isinstance(section, MiniEncoder):
+            from pipeline.mini.encoder import make  # not above: most recipes read none, and need not wait for torch
+
+            metrics = make(section, folder)
+        else:
+            metrics = {"origin": downloads.fetch(section.download, folder)}
         write_json(metrics_file, found(folder, section, key) | metrics)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.benchmarks.pairs import read_mmvp_vlm
+from pipeline.benchmarks.pairs import PROMPT, read_mmvp_vlm
 from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
@@ -68,7 +68,7 @@ def main(backbone: str, weights: str) -> None:
         no_transformers = exports.write(clip, original, folder)
         questions = read_mmvp_vlm(Path("data", profile, "mmvp"), pairs)
         shown = [question for i, question in enumerate(questions) if i // 2 % pairs == 0]  # a pair of each pattern
-        texts = [f"a photo of {question.statement}" for question in shown]
+        texts = [PROMPT + question.statement for question in shown]
         distances = exports.verify(clip, folder, [question.image() for question in shown], texts, compute)
         if no_transformers:
             print(f"{backbone}: exported for open_clip only. {no_transformers}")

@@ -12,51 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from PIL import Image
 
 from pipeline.core import config
 from pipeline.core.outputs import atomic, remove, write_json
-from pipeline.core.stages import UserError, progress, stage
+from pipeline.core.stages import UserError, stage
 from pipeline.data import downloads, shards
-from pipeline.mini import world
+from pipeline.mini.images import make
 from pipeline.sections.download import Download
 from pipeline.sections.images import LIST_PAGE, Images, Links, MiniImages, PublishedImages, check_there
 
-SET = "post-training"
 MIRROR_SIZE = 512  # pixels of the shorter edge at most: how pixparse/cc3m-wds was made; nothing in its files says so
-
-
-def draw(count: int, folder: Path) -> list[str]:
-    """Write images 0..count-1 of the post-training set into a new folder; returns their addresses."""
-    folder.mkdir(parents=True)
-    files = [folder / f"{index}.png" for index in range(count)]
-    for index, file in enumerate(progress(files, "images")):
-        Image.fromarray(world.image(SET, index)[0]).save(file, compress_level=1)
-    return [file.resolve().as_uri() for file in files]
-
-
-def caption(index: int, detail_share: float) -> str:
-    """The caption of a post-training image: its object, and in this share of the captions any number of details."""
-    scene = world.draw_scene(world.generator(SET, index))  # as world.image() draws it
-    rng = world.generator(SET, index, 1)
-    return world.caption(scene, world.any_details(rng) if rng.random() < detail_share else ())
-
-
-def links(captions: list[str], urls: list[str]) -> pyarrow.Table:
-    """What img2dataset is to fetch."""
-    return pyarrow.table({"url": pyarrow.array(urls, pyarrow.string()), "caption": captions})
-
-
-def mini(images: MiniImages, folder: Path) -> dict[str, Any]:
-    """Fill `folder` with the shards of the mini profile. Returns img2dataset's counts."""
-    drawn, scratch = folder / "drawn", folder / "scratch"
-    addresses = draw(images.count, drawn)
-    captions = [caption(i, images.detail_share) for i in range(images.count)]
-    options = images.model_dump(exclude={"kind", "count", "detail_share"})
-    report = shards.download(links(captions, addresses), folder, scratch, retries=0, **options)
-    remove(drawn)
-    remove(scratch)
-    return report
 
 
 def mirror(source: Download, folder: Path) -> dict[str, Any]:
@@ -127,7 +92,7 @@ def read_links(tsv: Path, rows: int) -> pyarrow.Table:
             f"{tsv}: found {len(urls)} lines, wanted images.links.rows = {rows}. If the list is complete and the one "
             f"that you mean, set rows to {len(urls)} in params.yaml; else fetch it again from {LIST_PAGE}."
         )
-    return links(captions, urls)
+    return pyarrow.table({"url": urls, "caption": captions})
 
 
 @stage
@@ -138,7 +103,7 @@ def main() -> None:
     scratch = outputs[0].with_name(".images.scratch")  # stays after a failure: links take hours
     with atomic(*outputs) as (folder, report):
         if isinstance(images, MiniImages):
-            result = mini(images, folder)
+            result = make(images, folder)
         elif images.kind == "shards":
             result = mirror(images.shards, folder)
         elif images.kind == "index":

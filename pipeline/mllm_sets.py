@@ -21,55 +21,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.benchmarks.questions import Counted
-from pipeline.benchmarks.sets import png, write_split
+from pipeline.benchmarks.sets import write_split
 from pipeline.core import config
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
 from pipeline.data.decoding import UndecodableError, decode
-from pipeline.mini import world
+from pipeline.mini import sets, world
 from pipeline.sections.mllm_sets import LlavaJson, MiniMllmSets, MllmSets, PublishedMllmSets
 
 Samples = Iterator[tuple[str, dict[str, bytes]]]
 
-GROUP = 5  # of the probe's images: no other benchmark has them
 LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
 COUNTED: dict[str, Counted] = {"mmvp": "pair", "pope": "question", "mme": "image"}
-
-
-def question(pattern: str) -> str:
-    return f"what is the {pattern.lower()} ?"
-
-
-def draw(root: Path, section: MiniMllmSets) -> None:
-    """Draw the mini world's questions."""
-    write_split(root, "train", "questions", _train(section.train))
-    write_split(root, "test", "questions", _test(section.pairs_per_pattern))
-    write_json(root / "tests.json", {"test": "pair"})
-
-
-def _train(count: int) -> Samples:
-    asked = {"Object": world.OBJECTS, **world.PATTERNS}
-    for index in progress(range(count), "images with questions"):
-        pixels, scene = world.image("probe", GROUP, index)
-        questions = [
-            {"question": question(pattern), "options": options, "answer": int(value)}
-            for (pattern, options), value in zip(asked.items(), scene, strict=True)
-        ]
-        yield f"{index:06d}", {"png": png(pixels), "json": json.dumps(questions).encode()}
-
-
-def _test(pairs_per_pattern: int) -> Samples:
-    for number, (pattern, values) in enumerate(progress(list(world.PATTERNS.items()), "pairs of questions")):
-        for index in range(pairs_per_pattern):
-            images, scenes = world.pair(number, index)
-            options = [values[scene[1 + number]] for scene in scenes]
-            for which, pixels in enumerate(images):
-                asked = {"question": question(pattern), "options": options, "answer": which, "pattern": pattern}
-                key = f"{number}{index:05d}{which}"
-                yield key, {"png": png(pixels), "json": json.dumps([asked]).encode()}
 
 
 def pack(root: Path, section: PublishedMllmSets, earlier: Path) -> dict[str, Any]:
@@ -286,7 +252,7 @@ def main() -> None:
     outputs = Path("data", profile, "mllm"), Path("metrics", profile, "mllm_sets.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniMllmSets):
-            draw(folder, section)
+            sets.mllm(folder, section)
             write_json(report, {"images": section.train, "pairs": section.pairs_per_pattern * len(world.PATTERNS)})
         else:
             write_json(report, {"origin": pack(folder, section, outputs[0])})

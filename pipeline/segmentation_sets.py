@@ -19,7 +19,7 @@ from pipeline.benchmarks.sets import png, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
-from pipeline.mini import world
+from pipeline.mini import sets
 from pipeline.sections.segmentation_sets import (
     LocalSegmentationSets,
     LocalSet,
@@ -27,30 +27,6 @@ from pipeline.sections.segmentation_sets import (
     SegmentationSets,
     synonyms,
 )
-
-SPLITS = {"train": "probe", "test": "scorings"}  # of a set, and whose images of the mini world they are
-GROUP = 4  # of those sets' images: no other benchmark has them
-WORDS = {  # for the mini world's segments; background has none
-    "background": [],
-    "object": list(world.OBJECTS),
-    "hat": ["hat"],
-    "star": ["star"],
-    "balls": ["ball", "balls"],
-    "letter": ["letter"],
-}
-
-
-def render(root: Path, sizes: MiniSegmentationSets) -> None:
-    """Draw the mini world's set, with its exact masks."""
-    for split, set_name in SPLITS.items():
-        write_split(root / "segments", split, "segmentation", _drawn(set_name, getattr(sizes, split)))
-    write_json(root / "segments/classes.json", {"classes": WORDS, "templates": [f"{world.PROMPT}a {{c}}"]})
-
-
-def _drawn(set_name: str, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for index in progress(range(count), f"images with masks of {set_name}"):
-        pixels, mask = world.segmented(set_name, GROUP, index)
-        yield f"{index:06d}", {"png": png(pixels), "mask.png": png(mask)}
 
 
 def pack(root: Path, section: LocalSegmentationSets) -> None:
@@ -122,7 +98,7 @@ def main() -> None:
     outputs = Path("data", profile, "segmentation"), Path("metrics", profile, "segmentation_sets.json")
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniSegmentationSets):
-            render(folder, section)
+            sets.segmentation(folder, section)
         else:
             pack(folder, section)
         found = {

@@ -10,15 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from accelerate import PartialState
 
 from pipeline.benchmarks import scoring
-from pipeline.benchmarks.clip_sets import classification, retrieval
-from pipeline.benchmarks.encoder import Encoder
-from pipeline.benchmarks.probe import probe
-from pipeline.benchmarks.sets import read
+from pipeline.benchmarks.zeroshot import score
 from pipeline.core import config
 from pipeline.core.code import program
 from pipeline.core.outputs import atomic, write_json
@@ -29,27 +24,6 @@ from pipeline.sections.launch import Launch
 from pipeline.sections.zeroshot import Zeroshot
 
 VERSION = 1  # of the scoring, see benchmarks/scoring.py
-
-
-def score(
-    backbone: Backbone, root: Path, p: Zeroshot, compute: torch.device, texts: Path | None = None
-) -> tuple[dict[str, dict], pd.DataFrame]:
-    """(summary for the JSON file, a table of answers), the same in all processes; texts: see Encoder."""
-    processes = PartialState(cpu=compute.type == "cpu")
-    encoder = Encoder(backbone.to(processes.device), processes, p.batch, p.precision, texts)
-    summary, tables = {}, []
-    for found in read(root):
-        if found.kind == "classification":
-            answers = classification(encoder, found)
-        elif found.kind == "retrieval":
-            answers = retrieval(encoder, found, p.recall)
-        else:
-            answers = probe(encoder, found)
-        values = 100 * answers.groupby("measure", sort=False).right.mean()
-        scores = {"average": values.mean(), **values}
-        summary[found.name] = {"kind": found.kind, **{key: round(float(value), 3) for key, value in scores.items()}}
-        tables.append(answers.assign(set=found.name))
-    return summary, pd.concat(tables, ignore_index=True)
 
 
 @stage

@@ -5,49 +5,16 @@ data/<profile>/zeroshot/wds/<name>/classnames.txt, zeroshot_classification_templ
 data/<profile>/zeroshot/wds/<name>/<split>/nshards.txt, 0.tar
 """
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.benchmarks.sets import png, read, write_split
+from pipeline.benchmarks.sets import read
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
-from pipeline.core.stages import progress, stage
+from pipeline.core.stages import stage
 from pipeline.data import downloads
-from pipeline.mini import world
+from pipeline.mini import sets
 from pipeline.sections.zeroshot_sets import MiniZeroshotSets, PublishedZeroshotSets, ZeroshotSets
-
-
-def make(root: Path, sizes: MiniZeroshotSets, set_name: str = "scorings") -> None:
-    """Draw the mini world's three sets: objects, captions, details. Their test splits come from `set_name`."""
-    objects, captions, details = (root / "wds" / name for name in ("objects", "captions", "details"))
-    write_split(objects, "test", "classification", _samples(set_name, 1, sizes.classification, _label))
-    (objects / "classnames.txt").write_text("\n".join(world.OBJECTS) + "\n", encoding="utf-8")
-    (objects / "zeroshot_classification_templates.txt").write_text(world.PROMPT + "a {c}\n", encoding="utf-8")
-    write_split(captions, "test", "retrieval", _samples(set_name, 2, sizes.retrieval, _caption))
-    write_split(details, "train", "probe", _samples("probe", 0, sizes.probe_train, _attributes))
-    write_split(details, "test", "probe", _samples(set_name, 3, sizes.probe_test, _attributes))
-
-
-def _samples(set_name: str, group: int, count: int, target) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for index in progress(range(count), f"{target.__name__.strip('_')} images"):
-        pixels, scene = world.image(set_name, group, index)
-        yield f"{index:06d}", {"png": png(pixels), **target(scene)}
-
-
-def _label(scene: np.ndarray) -> dict[str, bytes]:
-    return {"cls": b"%d" % scene[0]}
-
-
-def _caption(scene: np.ndarray) -> dict[str, bytes]:
-    return {"txt": world.caption(scene).encode()}
-
-
-def _attributes(scene: np.ndarray) -> dict[str, bytes]:
-    return {"json": json.dumps(dict(zip(world.PATTERNS, map(int, scene[1:]), strict=True))).encode()}
 
 
 def fetch(
@@ -76,7 +43,7 @@ def main() -> None:
     with atomic(*outputs) as (folder, report):
         if isinstance(section, MiniZeroshotSets):
             origin = None
-            make(folder, section)
+            sets.zeroshot(folder, section)
         else:
             before = config.recorded(outputs[1]) or {}
             origin = fetch(folder, section, outputs[0], before.get("origin"))

@@ -21,7 +21,6 @@ from pipeline import (
     denoiser,
     drift,
     encoder,
-    images,
     mmvp,
     mmvp_vlm,
     plan,
@@ -33,6 +32,7 @@ from pipeline import (
 )
 from pipeline.core.outputs import write_json
 from pipeline.mini import world
+from pipeline.mini.images import SET
 
 ROOT = Path(__file__).parents[1]
 DATA, MODELS, METRICS = Path("data/mini"), Path("models/mini"), Path("metrics/mini")
@@ -144,7 +144,7 @@ def write_shards(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for i in range(count):
-            file, (pixels, scene) = io.BytesIO(), world.image(images.SET, i)
+            file, (pixels, scene) = io.BytesIO(), world.image(SET, i)
             Image.fromarray(pixels).save(file, "JPEG", quality=95)
             for name, data in ((f"{i:07d}.jpg", file.getvalue()), (f"{i:07d}.txt", world.caption(scene).encode())):
                 info = tarfile.TarInfo(name)

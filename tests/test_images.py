@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -37,6 +38,7 @@ from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import shards
 from pipeline.data.shards import Sample, Shards, download
+from pipeline.mini import images as mini_images
 from pipeline.mini import world
 from pipeline.sections.download import Download
 from pipeline.sections.images import MiniImages
@@ -47,9 +49,14 @@ COUNTS = {"00000.tar": 16, "00001.tar": 16, "00002.tar": 8}
 HANG = 1800  # seconds, which only a process that hangs will take
 
 
+def table(captions: list[str], urls: list[str]) -> pyarrow.Table:
+    """Links for img2dataset."""
+    return pyarrow.table({"url": urls, "caption": captions})
+
+
 def jpeg(index: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(world.image(images.SET, index)[0]).save(buffer, "JPEG", quality=95)
+    Image.fromarray(world.image(mini_images.SET, index)[0]).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -274,9 +281,9 @@ def test_repacked_bytes_depend_on_the_members_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_captions_name_the_object_of_their_image_and_in_a_share_of_them_details(share: float) -> None:
-    captions = [images.caption(i, share) for i in range(400)]
+    captions = [mini_images.caption(i, share) for i in range(400)]
     for i in range(20):
-        assert captions[i].startswith(world.caption(world.image(images.SET, i)[1], ()))
+        assert captions[i].startswith(world.caption(world.image(mini_images.SET, i)[1], ()))
     detailed = sum(len(text.split()) > 5 for text in captions)  # "a photo of a fish" has five words
     assert detailed / 400 == pytest.approx(0.9 * share, abs=0.06)  # one number of details in ten is 0
 
@@ -364,7 +371,7 @@ def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str
     """download() of URLs 0..count-1, four to a shard. Returns its report, and the tar of each URL that came."""
     remove(folder / "out")
     urls = [str(i) for i in range(count)]
-    links = images.links([f"image {i}" for i in urls], urls)
+    links = table([f"image {i}" for i in urls], urls)
     report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
     found, seen = {}, []
     for name in Shards(folder / "out").counts:
@@ -428,7 +435,7 @@ def test_other_links_or_options_start_anew(web: Web, tmp_path: Path) -> None:
     for captions, urls in (("abc", "123"), ("abd", "123"), ("abd", "124")):
         web.asked.clear()
         shutil.rmtree(tmp_path / "out")
-        download(images.links(list(captions), list(urls)), tmp_path / "out", tmp_path / "scratch", **OPTIONS)
+        download(table(list(captions), list(urls)), tmp_path / "out", tmp_path / "scratch", **OPTIONS)
         assert web.asked == list(urls)
 
 
@@ -989,7 +996,7 @@ def test_a_worker_of_img2dataset_that_is_killed_or_stopped_is_told(
     """The real one, which would wait for it for ever. The next run goes on after the shards that were finished."""
     paths = ["0", "1", "2", "3", "4", "held"]
     server.answers = dict.fromkeys(paths, encode("RGB", (64, 64), (0, 0, 255)))
-    links = images.links(paths, [f"{server.address}/{path}" for path in paths])
+    links = table(paths, [f"{server.address}/{path}" for path in paths])
 
     def strike() -> None:
         while not server.asked["held"]:
@@ -1054,14 +1061,14 @@ def mini(count: int, threads: int, min_success: float = 1.0) -> MiniImages:
 
 @pytest.fixture
 def five_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = images.draw
-    monkeypatch.setattr(images, "draw", lambda count, to: [*draw(count - 5, to), *["file:///gone.png"] * 5])
+    draw = mini_images.draw
+    monkeypatch.setattr(mini_images, "draw", lambda count, to: [*draw(count - 5, to), *["file:///gone.png"] * 5])
 
 
 @pytest.mark.exhaustive  # `make repro` goes this way, too
 @pytest.mark.usefixtures("five_are_missing")
 def test_the_mini_profile_s_images_go_the_way_of_links(tmp_path: Path) -> None:
-    assert images.mini(mini(40, threads=7, min_success=0.8), tmp_path) == {
+    assert mini_images.make(mini(40, threads=7, min_success=0.8), tmp_path) == {
         "urls": 40, "downloaded": 35, "success_rate": 0.875,
         "failures": {"<urlopen error [Errno 2] No such file or directory: '/gone.png'>": 5},
     }  # fmt: skip
@@ -1070,14 +1077,14 @@ def test_the_mini_profile_s_images_go_the_way_of_links(tmp_path: Path) -> None:
     assert reader.counts == COUNTS | {"00002.tar": 3}
     for sample in epoch(reader, 0):
         index = int(sample.key) // 100 * 16 + int(sample.key) % 100
-        pixels, _ = world.image(images.SET, index)
+        pixels, _ = world.image(mini_images.SET, index)
         assert np.abs(np.asarray(sample.image, float) - pixels).mean() < 8  # the JPEG of this very image
-        assert sample.caption == images.caption(index, 0.3)
+        assert sample.caption == mini_images.caption(index, 0.3)
 
 
 @pytest.mark.exhaustive
 def test_two_downloads_give_the_same_bytes(tmp_path: Path) -> None:
-    reports = [images.mini(mini(40, threads), tmp_path / name) for name, threads in (("first", 1), ("second", 7))]
+    reports = [mini_images.make(mini(40, threads), tmp_path / name) for name, threads in (("first", 1), ("second", 7))]
     files = [sorted((path.name, path.read_bytes()) for path in (tmp_path / x).iterdir()) for x in ("first", "second")]
     assert files[0] == files[1]
     assert not any(b"file://" in data for _, data in files[0])
@@ -1090,5 +1097,5 @@ def test_too_many_failed_urls_leave_nothing_behind(tmp_path: Path) -> None:
     output = tmp_path / "data" / "images"
     message = r"(?s)15 of 20 images came \(75\.0%\).*5  .*No such file or directory: '/gone\.png'"
     with pytest.raises(UserError, match=message), atomic(output) as (partial,):
-        images.mini(mini(20, threads=4), partial)
+        mini_images.make(mini(20, threads=4), partial)
     assert [path.name for path in output.parent.iterdir()] == [".images.lock"]

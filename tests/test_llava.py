@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline import mllm, mllm_sets, plan
 from pipeline.benchmarks import mllm as benchmark
+from pipeline.benchmarks import mllm_score
 from pipeline.benchmarks import questions as sets
 from pipeline.benchmarks.mllm import Fit
 from pipeline.benchmarks.questions import Choice
@@ -280,9 +281,9 @@ def test_gains_hold_seeds_and_samples_of_every_test() -> None:
     def of(reads: str, right: list[list[bool]]) -> dict[str, downstream.Reading]:
         tables, tests = [], {}
         for name, counted in (("mmvp", "pair"), ("pope_random", "question")):
-            table = mllm._table(asked, counted, right)
+            table = mllm_score._table(asked, counted, right)
             tables.append(table.assign(test=name))
-            tests[name] = mllm._summary(table, asked, counted, right)
+            tests[name] = mllm_score._summary(table, asked, counted, right)
         return downstream.of_mllm({"reads_sha256": reads, "tests": tests}, pd.concat(tables))
 
     before = of("a", [[True, False] * 4, [False] * 8])

@@ -29,6 +29,7 @@ from transformers import (
 
 from pipeline import mllm, mllm_sets
 from pipeline.benchmarks import mllm as benchmark
+from pipeline.benchmarks import mllm_score
 from pipeline.benchmarks import questions as sets
 from pipeline.benchmarks.mllm import Fit, Llava, PatchTokens
 from pipeline.benchmarks.questions import Choice, Conversation
@@ -213,7 +214,7 @@ def test_what_the_last_block_does_is_not_read(
         llava = made(vision, tok)
         ids = llava.encode([TURNS[0]] * 2).ids
         logits = llava.model(input_ids=ids, pixel_values=pixels).logits
-        results.append((logits, read(llava, pixels)[[0, 1]], mllm.reads(vision)))
+        results.append((logits, read(llava, pixels)[[0, 1]], mllm_score.reads(vision)))
         for name, parameter in vision.named_parameters():
             if name.startswith((f"encoder.layers.{part}.", "post_layernorm.")):
                 parameter.add_(0.1)
@@ -440,8 +441,8 @@ metric_list:
 def test_a_scoring_goes_on_where_its_own_checkpoint_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    def kept(steps: int) -> mllm.Kept:
-        return mllm.Kept(tmp_path / "checkpoint", {"mllm": {"steps": steps}}, 0, PartialState(cpu=True))
+    def kept(steps: int) -> mllm_score.Kept:
+        return mllm_score.Kept(tmp_path / "checkpoint", {"mllm": {"steps": steps}}, 0, PartialState(cpu=True))
 
     first = kept(2)
     first.losses = [[2.0, 1.0]]

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from shrunk import DATA, METRICS, read_yaml, run, write_params, write_seeds, write_yaml
 
-from pipeline import mmvp, report
-from pipeline.benchmarks import scoring
+from pipeline import report
+from pipeline.benchmarks import mmvp, scoring
 from pipeline.core.stages import UserError
 from pipeline.evidence import page, provenance, results, statistics
 from pipeline.evidence.results import COLUMNS, Claim, Scores

@@ -28,8 +28,9 @@ from shrunk import DATA, METRICS, MODELS, ROOT, run, write_params
 from test_stages import cut
 from torch.utils.data import DataLoader
 
-from pipeline import mmvp, zeroshot
-from pipeline.benchmarks import clip_sets
+from pipeline import zeroshot
+from pipeline.benchmarks import clip_sets, mmvp
+from pipeline.benchmarks import zeroshot as benchmark
 from pipeline.benchmarks.encoder import AHEAD, Encoder
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.benchmarks.sets import BenchmarkSet, SetImage, read
@@ -379,7 +380,7 @@ def test_clip_benchmarks_program_gives_the_same_scores_of_our_exports(finished: 
         subprocess.run(["clip_benchmark", "eval", *options, "--no_amp"], check=True, timeout=600)
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["metrics"]
     section = Zeroshot(batch=256, recall=3, precision="float32")
-    ours, _ = zeroshot.score(Backbone.load(folder), tmp_path, section, torch.device("cpu"))
+    ours, _ = benchmark.score(Backbone.load(folder), tmp_path, section, torch.device("cpu"))
     assert ours["objects"]["accuracy"] == pytest.approx(100 * found["objects"]["acc1"], abs=1e-3)
     assert ours["captions"]["text_to_image"] == pytest.approx(
         100 * found["captions"]["image_retrieval_recall@3"], abs=1e-3

@@ -250,11 +250,9 @@ def test_scores_are_those_of_scikit_learn(tmp_path: Path) -> None:
         asked = np.isin(truth, classes)
         jaccard = jaccard_score(truth[asked], said[asked], labels=classes, average=None)
         assert statistics.mean_iou(pixels.sum(0)) == pytest.approx(100 * jaccard.mean())
-        rows = [
-            pd.DataFrame(p, columns=segmentation.COLUMNS).assign(image=i, label=classes) for i, p in enumerate(pixels)
-        ]
+        rows = [pd.DataFrame(p, columns=benchmark.COLUMNS).assign(image=i, label=classes) for i, p in enumerate(pixels)]
         found = SegmentationSet(tmp_path, {"a": ["a"], "b": ["b"], "c": ["c"]}, ["{c}"])
-        summary = segmentation._summary(pd.concat(rows), found)
+        summary = benchmark._summary(pd.concat(rows), found)
         assert summary["mean_iou"] == pytest.approx(100 * jaccard.mean(), abs=1e-3)
         assert summary["pixel_accuracy"] == pytest.approx(100 * accuracy_score(truth[asked], said[asked]), abs=1e-3)
         assert list(summary["classes"]) == ["abc"[c] for c in classes]

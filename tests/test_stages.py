@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pipeline import denoiser as denoiser_stage
-from pipeline import drift, images, mmvp, mmvp_vlm, train, zeroshot, zeroshot_sets
-from pipeline.benchmarks import clip_sets
+from pipeline import mmvp_vlm, train
+from pipeline.benchmarks import clip_sets, mmvp, zeroshot
 from pipeline.benchmarks.encoder import Encoder
-from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
+from pipeline.benchmarks.pairs import PROMPT, Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import read, write_split
 from pipeline.core.compute import generator, seeded
@@ -44,9 +44,11 @@ from pipeline.diva import step
 from pipeline.diva.pairs import matching, score_pairs
 from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
-from pipeline.engine import assemble
+from pipeline.engine import assemble, drift
 from pipeline.engine.resume import Checkpoint
-from pipeline.mini import pretrain, world
+from pipeline.mini import denoiser as mini_denoiser
+from pipeline.mini import pretrain, sets, world
+from pipeline.mini.images import SET
 from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
@@ -70,10 +72,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 @pytest.mark.slow
 def test_no_image_is_in_two_sets() -> None:
     sets = {
-        **{
-            name: [world.image(name, i)[0] for i in range(50)]
-            for name in ("image tower", "denoiser", images.SET, "encoder")
-        },
+        **{name: [world.image(name, i)[0] for i in range(50)] for name in ("image tower", "denoiser", SET, "encoder")},
         "probe": [world.image("probe", 0, i)[0] for i in range(50)],
     }
     for name in ("scorings", "dev", "test", "dev 3", "test 3", "ladder"):
@@ -123,7 +122,7 @@ def test_the_tokenizer_knows_every_word_and_has_room_for_the_longest_caption() -
     tok = pretrain.tokenizer()
     longest = [0, *(max(range(len(v)), key=lambda i: len(v[i].split())) for v in world.PATTERNS.values())]
     captions = [world.caption(np.array(longest)), train_prompt()]
-    captions += [f"{world.PROMPT}a {name}" for name in world.OBJECTS]
+    captions += [f"{PROMPT}a {name}" for name in world.OBJECTS]
     captions += [phrase for values in world.PATTERNS.values() for phrase in values]
     ids = tok(captions).input_ids
     assert all(tok.unk_token_id not in row for row in ids)
@@ -227,7 +226,7 @@ def test_the_loss_depends_on_the_caption_alone(here: Path) -> None:
     pixels, scenes = pretrain.images("denoiser", 8, "images")
     captions = [world.caption(scene) for scene in scenes]
     right, again, empty, wrong = (
-        denoiser_stage.conditional_loss(denoiser, pixels, texts)
+        mini_denoiser.conditional_loss(denoiser, pixels, texts)
         for texts in (captions, captions, [""] * 8, captions[1:] + captions[:1])
     )
     assert right == again
@@ -577,7 +576,7 @@ def test_a_purpose_that_is_not_in_the_list_is_refused() -> None:
 
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Path:
-    mmvp_vlm.make(tmp_path / "benchmark", 1)
+    sets.pairs(tmp_path / "benchmark", 1)
     return tmp_path / "benchmark"
 
 
@@ -644,14 +643,14 @@ def test_a_table_in_another_encoding_is_refused(benchmark: Path, encoding: str) 
 def test_a_damaged_image_is_refused_where_the_pairs_come_in(
     here: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make = mmvp_vlm.make
+    make = sets.pairs
 
     def damaged(folder: Path, pairs: int) -> None:
         make(folder, pairs)
         file = folder / "MLLM_VLM Images/State/6.jpg"
         file.write_bytes(file.read_bytes()[:700] if content == "half" else b"P6 100000 100000 255\n")
 
-    monkeypatch.setattr(mmvp_vlm, "make", damaged)
+    monkeypatch.setattr(sets, "pairs", damaged)
     write_params(**{"profiles.mini.mmvp_vlm.pairs_per_pattern": 1})
     with pytest.raises(SystemExit):
         run(mmvp_vlm)
@@ -872,7 +871,7 @@ def members(tar_file: Path, extension: str) -> list[bytes]:
 def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
     root, (n, k) = here / "sets", (60, 5)
     sizes = MiniZeroshotSets(kind="mini", classification=n, retrieval=30, probe_train=1, probe_test=1)
-    zeroshot_sets.make(root, sizes)
+    sets.zeroshot(root, sizes)
     captions_set, details_set, objects_set = read(root)
     assert [s.kind for s in (captions_set, details_set, objects_set)] == ["retrieval", "probe", "classification"]
     model = Blurred(Backbone.load(MODELS / "pretrained/mini").tokenizer)

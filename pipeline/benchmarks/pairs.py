@@ -9,6 +9,8 @@ from PIL import Image
 from pipeline.core.stages import UserError
 from pipeline.data.decoding import UndecodableError, decode
 
+PROMPT = "a photo of "  # before every statement
+
 
 @dataclass(frozen=True)
 class Question:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from pipeline.benchmarks.pairs import PROMPT
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import progress
 from pipeline.mini import world
@@ -33,7 +34,7 @@ CONTEXT_LENGTH = 28  # the longest caption has 24 words; start and end make 26, 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word. The end token has the highest id, because CLIP text towers pool where the id is largest."""
-    every = [world.PROMPT + "a .", *world.OBJECTS, *(p for values in world.PATTERNS.values() for p in values)]
+    every = [PROMPT + "a .", *world.OBJECTS, *(p for values in world.PATTERNS.values() for p in values)]
     words = sorted({word for phrase in every for word in phrase.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unknown>", "<start>", *words, "<end>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))

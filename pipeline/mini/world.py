@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline.benchmarks.pairs import PROMPT
+
 WORLD_SEED = 2407
 SIZE = 64
 CANVAS = 2 * SIZE  # images are drawn at twice the size and averaged down: that is the anti-aliasing
@@ -37,7 +39,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "Text": ("letter A", "letter X", "letter O", "letter E"),
     "Camera Perspective": ("seen near", "seen far"),
 }
-PROMPT = "a photo of "
 CARDINALITIES = (len(OBJECTS), *(len(values) for values in PATTERNS.values()))
 SEGMENTS = ("background", "object", "hat", "star", "balls", "letter")  # of a mask, by the value of its pixels
 

@@ -16,13 +16,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,12 +32,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
-from pipeline import backbone as backbone_stage
-from pipeline import denoiser as denoiser_stage
-from pipeline import drift as drift_stage
-from pipeline import encoder as encoder_stage
-from pipeline import images as images_stage
-from pipeline import mmvp, mmvp_vlm, zeroshot, zeroshot_sets
+from pipeline.benchmarks import mmvp, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, remove
@@ -46,22 +42,21 @@ from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
 from pipeline.engine.assemble import FITTED, Training, build_feedback, save_fitted, train
 from pipeline.engine.assemble import tuned as tuned_weights
+from pipeline.engine.drift import drift
 from pipeline.engine.losses import losses_of
 from pipeline.engine.resume import Checkpoint
 from pipeline.evidence.results import headline
 from pipeline.evidence.statistics import CONFIDENCE, Interval, over_groups
-from pipeline.mini import world
+from pipeline.mini import sets, world
+from pipeline.mini.backbone import make as make_backbone
+from pipeline.mini.denoiser import make as make_denoiser
+from pipeline.mini.encoder import make as make_encoder
+from pipeline.mini.images import make as make_images
 from pipeline.models.backbones import Backbone, save_like
 from pipeline.models.frozen_encoder import FrozenEncoder
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
-from pipeline.sections.denoiser import MiniDenoiser
-from pipeline.sections.encoder import MiniEncoder
-from pipeline.sections.images import MiniImages
-from pipeline.sections.mmvp_vlm import MiniMmvpVlm
 from pipeline.sections.recipe import Recipe
-from pipeline.sections.source import MiniSource
-from pipeline.sections.zeroshot_sets import MiniZeroshotSets
 from pipeline.tools.pages import table
 
 SCRATCH, OUTPUT = Path("data/.experiment.scratch"), Path("metrics/recipes")
@@ -171,57 +166,46 @@ class Assets:
     scratch = SCRATCH
 
     def __init__(self, p: params.Params, compute: torch.device) -> None:
+        if p.run.profile != NAME:
+            raise UserError(f"the experiment is one of the mini world. Set run.profile to {NAME} in params.yaml.")
         self.p, self.compute, self.processes = p, compute, Accelerator(cpu=compute.type == "cpu")
-        source, profile = p.backbones[NAME].source, p.profile
-        if not (
-            isinstance(source, MiniSource)
-            and isinstance(profile.denoiser, MiniDenoiser)
-            and isinstance(profile.images, MiniImages)
-            and isinstance(profile.mmvp_vlm, MiniMmvpVlm)
-            and isinstance(profile.zeroshot_sets, MiniZeroshotSets)
-            and isinstance(profile.encoder, MiniEncoder)
-        ):
-            raise UserError("the experiment is one of the mini world. Set run.profile to mini in params.yaml.")
-        self.source, self.section, self.images = source, profile.denoiser, profile.images
-        self.pairs, self.sets, self.sharper = profile.mmvp_vlm, profile.zeroshot_sets, profile.encoder
+        self.source: Any = p.backbones[NAME].source
+        self.mini: Any = p.profile
+
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder of this name, made if it is not there yet."""
+        folder = self.scratch / name
+        if not folder.exists():
+            with atomic(folder) as (new,):
+                make(new)
+        return folder
 
     def backbone(self, share: float) -> Path:
-        folder = self.scratch / f"backbone-{share}"
-        if not folder.exists():
-            text_tower = self.source.text_tower.model_copy(update={"detail_share": share})
-            with atomic(folder) as (new,):
-                backbone_stage.make(self.source.model_copy(update={"text_tower": text_tower}), new)
-        return folder
+        text_tower = self.source.text_tower.model_copy(update={"detail_share": share})
+        source = self.source.model_copy(update={"text_tower": text_tower})
+        return self.once(f"backbone-{share}", lambda new: make_backbone(source, new))
 
     def denoiser(self, steps: int) -> Path:
-        folder = self.scratch / f"denoiser-{steps}"
-        if not folder.exists():
-            with atomic(folder) as (new,):
-                denoiser_stage.make(self.section.model_copy(update={"steps": steps}), new, self.compute)
-        return folder
+        section = self.mini.denoiser.model_copy(update={"steps": steps})
+        return self.once(f"denoiser-{steps}", lambda new: make_denoiser(section, new, self.compute))
 
     def encoder(self) -> Path:
-        folder = self.scratch / "encoder"
-        if not folder.exists():
-            with atomic(folder) as (new,):
-                encoder_stage.make(self.sharper, new)
-        return folder
+        return self.once("encoder", lambda new: make_encoder(self.mini.encoder, new))
 
     def post_training(self, share: float) -> Shards:
         """The images, all of which have captions."""
-        folder, section = self.scratch / f"images-{share}", self.p.profile.train
-        if not folder.exists():
-            with atomic(folder) as (new,):
-                images_stage.mini(self.images.model_copy(update={"detail_share": share}), new)
+        images, section = self.mini.images.model_copy(update={"detail_share": share}), self.mini.train
+        folder = self.once(f"images-{share}", lambda new: make_images(images, new))
         return Shards(folder, section.max_undecodable, section.validation.images, captioned=True)
 
     def benchmark(self, name: str) -> tuple[Path, Path]:
         """The folders of the pairs and of the sets of zero-shot ability."""
-        folder = self.scratch / name
-        if not folder.exists():
-            with atomic(folder) as (new,):
-                mmvp_vlm.make(new / "mmvp_vlm", self.pairs.pairs_per_pattern, name)
-                zeroshot_sets.make(new / "zeroshot_sets", self.sets, name)
+
+        def make(new: Path) -> None:
+            sets.pairs(new / "mmvp_vlm", self.mini.mmvp_vlm.pairs_per_pattern, name)
+            sets.zeroshot(new / "zeroshot_sets", self.mini.zeroshot_sets, name)
+
+        folder = self.once(name, make)
         return folder / "mmvp_vlm", folder / "zeroshot_sets"
 
     def trained(self, run: Trial) -> Path:
@@ -229,21 +213,19 @@ class Assets:
         original = self.backbone(run.detail_share)
         if run.weights == "pretrained":
             return original
+
+        def make(new: Path) -> None:
+            if run.weights == "trained":
+                self.train(run, original, None, new)
+                return
+            trained = self.trained(replace(run, weights="trained"))
+            if run.weights == "drift":
+                drift(original, trained, run.seed, new)
+            else:
+                self.train(run, original, trained / FITTED, new)
+
         key = f"{run.recipe}-{run.detail_share}-{run.denoiser_steps}-{run.seed}-{run.choice.replace(' ', '-')}"
-        folder = self.scratch / f"{run.weights}-{key}"
-        if folder.exists():
-            return folder
-        trained = None
-        if run.weights != "trained":
-            trained = self.trained(Trial(**asdict(run) | {"weights": "trained"}))
-        if run.weights == "drift":
-            assert trained
-            with atomic(folder) as (new,):
-                drift_stage.drift(original, trained, run.seed, new)
-            return folder
-        with atomic(folder) as (new,):
-            self.train(run, original, trained / FITTED if trained else None, new)
-        return folder
+        return self.once(f"{run.weights}-{key}", make)
 
     def recipe(self, run: Trial) -> Recipe:
         return chosen(self.p.profile.recipes[run.recipe], run.choice)
@@ -276,10 +258,10 @@ class Assets:
             print(f"{run}: {error}")
             return {**dict.fromkeys(MEASURES, float("nan")), RIGHT: ""}
         p, pooling = self.p.profile, self.p.backbones[NAME].published_pooling
-        questions = read_mmvp_vlm(pairs_folder, self.pairs.pairs_per_pattern)
+        questions = read_mmvp_vlm(pairs_folder, p.mmvp_vlm.pairs_per_pattern)
         pairs, table, _ = mmvp.score(backbone, questions, pooling, p.mmvp, self.compute)
-        sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)
-        found = headline(pairs, sets) | {
+        of_sets, answers = zeroshot.score(backbone, sets_folder, p.zeroshot, self.compute)
+        found = headline(pairs, of_sets) | {
             "matching": pairs["matching"]["stock"]["average"],
             "zeroshot_outside_bank": self.outside_bank(answers, run.benchmark),
         }
@@ -492,7 +474,7 @@ def main() -> None:
         carry_out(pool, tuning())
         print(tuned(read()))
         carry_out(pool, testing(best_choices(read())))
-    gained = gains(read(), len(world.PATTERNS) * assets.pairs.pairs_per_pattern)
+    gained = gains(read(), len(world.PATTERNS) * p.profile.mmvp_vlm.pairs_per_pattern)
     found = results(gained)
     with atomic(*(OUTPUT / f"results.{suffix}" for suffix in ("csv", "md", "png"))) as (csv, md, png):
         found.to_csv(csv, index=False)

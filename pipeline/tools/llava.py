@@ -12,8 +12,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from pipeline import mllm
 from pipeline.benchmarks.mllm import save
+from pipeline.benchmarks.mllm_score import score
 from pipeline.core import config
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, remove
@@ -40,7 +40,7 @@ def main(backbone: str, weights: str) -> None:
     writes = PartialState(cpu=compute.type == "cpu").is_main_process
     with atomic(output) if writes else nullcontext((output,)) as (folder,):
         keep = (lambda llava: save(llava, image_processor(clip), section.phases[-1].prompt, folder)) if writes else None
-        mllm.score(clip, data, section, compute, checkpoint, keep)
+        score(clip, data, section, compute, checkpoint, keep)
         if writes and not folder.exists():  # a run before this one was stopped after its answers
             remove(checkpoint)
             raise UserError(f"{checkpoint} was of a training that had ended. It was removed: run the command again.")

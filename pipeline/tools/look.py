@@ -19,15 +19,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.benchmarks.pairs import Question
+from pipeline.benchmarks.mmvp import logits, tokens
+from pipeline.benchmarks.pairs import PROMPT, Question
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, stage
 from pipeline.diva.pairs import score_pairs
 from pipeline.diva.rules import STOCK
-from pipeline.mmvp import PROMPT, logits, tokens
 from pipeline.models.backbones import Backbone
 from pipeline.sections import params
+
+OUTPUT = Path("look.png")
 
 
 def scores(backbone: Backbone, questions: list[Question], p: params.Params, name: str) -> dict[str, torch.Tensor]:
@@ -74,7 +76,6 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "statements", nargs=2, metavar="statement", help=f"'{PROMPT}' is put before each, as in scoring"
     )
-    parser.add_argument("--out", type=Path, default=Path("look.png"), help="the strip (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -102,9 +103,9 @@ def main(*arguments: str) -> None:
             if pooling == "stock":
                 stock[weights] = found
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    with atomic(asked.out) as (file,):
+    with atomic(OUTPUT) as (file,):
         strip(questions, stock).savefig(file, format="png", dpi=110, metadata={"Software": None})
-    print(f"images with the stock embedding's scores: {asked.out}")
+    print(f"images with the stock embedding's scores: {OUTPUT}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline import mllm, mmvp, segmentation, zeroshot
+from pipeline.benchmarks import mllm_score, mmvp, segmentation, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core.compute import deterministic_device
 from pipeline.core.outputs import atomic, write_json
@@ -27,7 +27,10 @@ from pipeline.models.backbones import Backbone
 from pipeline.sections import params
 from pipeline.sections.source import MiniSource
 
-SCORE: dict[str, Callable[..., tuple[dict, pd.DataFrame]]] = {"segmentation": segmentation.score, "mllm": mllm.score}
+SCORE: dict[str, Callable[..., tuple[dict, pd.DataFrame]]] = {
+    "segmentation": segmentation.score,
+    "mllm": mllm_score.score,
+}
 
 
 def trained(p: params.Params, name: str, compute: torch.device) -> Backbone:

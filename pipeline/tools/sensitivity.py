@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from pipeline.benchmarks.pairs import Question, read_mmvp_vlm
+from pipeline.benchmarks.pairs import PROMPT, Question, read_mmvp_vlm
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, progress, stage
@@ -42,7 +42,6 @@ from pipeline.diva.condition import draw_positions
 from pipeline.diva.feedback import Feedback
 from pipeline.engine.assemble import Training, build_feedback, phases
 from pipeline.engine.losses import losses_of
-from pipeline.mmvp import PROMPT
 from pipeline.models.backbones import Backbone
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params

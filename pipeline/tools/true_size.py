@@ -24,15 +24,14 @@ from transformers import Qwen2Config
 from pipeline.benchmarks import mllm
 from pipeline.benchmarks import segmentation as patches
 from pipeline.benchmarks.masks import SegmentationSet
+from pipeline.benchmarks.mllm_score import vision_tower
 from pipeline.benchmarks.questions import Conversation
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import progress
 from pipeline.engine.trial import random_clip
-from pipeline.mllm import vision_tower
 from pipeline.models.backbones import Backbone, model_config
 from pipeline.models.registry import complete
 from pipeline.sections.params import Params
-from pipeline.segmentation import Grids, predictions
 
 TOWER, PIXELS = "openai_336", 512  # of the image that is segmented, the shorter side
 QWEN2_5_05B = {
@@ -130,8 +129,11 @@ def segmentation(p: Params, rounds: int, sizes: Sizes, compute: torch.device) ->
     classify = patches.text_classifier(backbone, SegmentationSet(Path(), names, ["a photo of a {c}."]))
     found: dict[str, Any] = {"tower": TOWER, "image_px": list(image.size), "precision": "float32"}
 
-    def timed(grids: Grids) -> dict[str, float]:
-        return measured(lambda: predictions(backbone, image, mask, section, {"": grids}, compute), rounds, compute)
+    def timed(grids: patches.Grids) -> dict[str, float]:
+        def work() -> None:
+            patches.predictions(backbone, image, mask, section, {"": grids}, compute)
+
+        return measured(work, rounds, compute)
 
     for kind in ("key_key", "value", "query_query_key_key"):
         read = partial(
