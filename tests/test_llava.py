@@ -278,13 +278,13 @@ def test_gains_hold_seeds_and_samples_of_every_test() -> None:
     """Two sets of weights at profile paper's names, tests with pairs and with images of several questions."""
     asked = [Choice(i // 2, "?", ("Yes", "No"), i % 2, "x") for i in range(8)]
 
-    def of(reads: str, right: list[list[bool]]) -> dict[str, downstream.Reading]:
+    def of(reads: str, right: list[list[bool]], **scoring: str) -> dict[str, downstream.Reading]:
         tables, tests = [], {}
         for name, counted in (("mmvp", "pair"), ("pope_random", "question")):
             table = mllm_score._table(asked, counted, right)
             tables.append(table.assign(test=name))
             tests[name] = mllm_score._summary(table, asked, counted, right)
-        return downstream.of_mllm({"reads_sha256": reads, "tests": tests}, pd.concat(tables))
+        return downstream.of_mllm({"reads_sha256": reads, "tests": tests}, pd.concat(tables), scoring)
 
     before = of("a", [[True, False] * 4, [False] * 8])
     after = of("b", [[True] * 4 + [False] * 4, [True, True, False, False] * 2])
@@ -296,6 +296,10 @@ def test_gains_hold_seeds_and_samples_of_every_test() -> None:
     assert low < value == 50 < high
     assert pope["gain"]["released"][0] == 25
     assert pope["gain"]["genhancer"] == downstream.CANNOT_CHANGE
+    more, other = of("c", [[True] * 8] * 3), of("c", [[True] * 8] * 2, precision="bfloat16")
+    for second, said in ((more, "seeds: 2 and 3"), (other, "precision: nothing and bfloat16")):
+        with pytest.raises(UserError, match=f"in different ways.*{said}"):
+            downstream.evidence({"pretrained": before, "released": second})
 
 
 # What is refused

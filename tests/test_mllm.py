@@ -334,6 +334,9 @@ def test_the_stages_ask_score_and_repeat_themselves() -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     scores, pairs = json.loads(before["scores.json"])["tests"]["test"], pd.read_parquet(folder / "right.parquet")
     assert len(pairs) == 2 * 18
+    scoring, section = json.loads(before["scoring.json"]), SHRUNK["profiles.mini.mllm"]
+    assert {key: scoring[key] for key in ("phases", "seeds", "language")}.items() <= section.items()
+    assert {"version", "sets", "preprocessing", "precision", "sha256"} <= scoring.keys()
     assert scores["right"] == pytest.approx(100 * pairs.right.mean(), abs=1e-3)
     assert scores["seeds"].keys() == {"0", "1"}
     run(mllm, "mini", "pretrained")

@@ -443,7 +443,10 @@ def test_the_stage_scores_and_repeats_itself(made: Path) -> None:
     folder = METRICS / "scores/segmentation/mini-pretrained"
     run(segmentation, "mini", "pretrained")
     first = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert first.keys() == {"scores.json", "pixels.parquet"}
+    assert first.keys() == {"scores.json", "pixels.parquet", "scoring.json"}
+    scoring, section = json.loads(first["scoring.json"]), config.read(dict, "profiles.mini.segmentation")
+    assert {key: scoring[key] for key in section} == section
+    assert {"version", "sets", "preprocessing", "precision", "sha256"} <= scoring.keys()
     scores, table = json.loads(first["scores.json"]), pd.read_parquet(folder / "pixels.parquet")
     assert scores["sets"].keys() == {"segments"}
     sizes = config.read(dict, "profiles.mini.segmentation_sets")
@@ -515,13 +518,13 @@ def drifted(folder: Path) -> None:
 
 
 def test_undefined_readings_and_effects_over_controls_are_told() -> None:
-    def of(reads: str, right: int, other_masks: int = 0) -> dict[str, downstream.Reading]:
+    def of(reads: str, right: int, other_masks: int = 0, **scoring: str) -> dict[str, downstream.Reading]:
         table = pd.DataFrame(
             [(image, c, right, 10, 10 + other_masks) for image in range(5) for c in (0, 1)],
             columns=["image", "label", *downstream.PIXELS],
         ).assign(set="x", reading="probe")
         sets = {"x": {"probe": {"mean_iou": 1.0, "pixel_accuracy": 2.0}, "training_free": {"undefined": "why"}}}
-        return downstream.of_segmentation({"reads_sha256": reads, "sets": sets}, table)
+        return downstream.of_segmentation({"reads_sha256": reads, "sets": sets}, table, scoring)
 
     found = downstream.evidence({"pretrained": of("a", 5), "diva": of("b", 8), "diva-shuffled": of("c", 5)})
     column = found["x, linear probe: mean IoU (pixel accuracy)"]
@@ -537,8 +540,12 @@ def test_undefined_readings_and_effects_over_controls_are_told() -> None:
     assert rows[1][1] == "1.0 (2.0)"
     assert all(row[2] == "undefined: why" for row in rows[1:])
     assert downstream.table({}) == []
-    with pytest.raises(UserError, match="different masks"):
-        downstream.evidence({"pretrained": of("a", 5), "diva": of("d", 5, other_masks=1)})
+    for second, said in (
+        (of("d", 5, other_masks=1), "masks: "),
+        (of("d", 5, attention="value"), "attention: nothing and value"),
+    ):
+        with pytest.raises(UserError, match=f"in different ways.*{said}"):
+            downstream.evidence({"pretrained": of("a", 5), "diva": second})
 
 
 def test_the_committed_oracle_shows_that_segmentation_sees_a_gain() -> None:

@@ -4,18 +4,20 @@ A benchmark may read no tensor that training changed: a residual head stands beh
 not read the last block. Then its score cannot change, and CANNOT_CHANGE takes the place of an interval.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.core.stages import UserError
 from pipeline.evidence import statistics
-from pipeline.evidence.results import CONTROLS, Read, label, recipe_and_control
+from pipeline.evidence.results import CONTROLS, Read, differences, label, recipe_and_control
 from pipeline.evidence.statistics import Interval
 
 CANNOT_CHANGE = "cannot change: nothing that was trained is read"
@@ -29,10 +31,12 @@ class Reading:
     """The scores of one set of weights in one column of the report.
 
     figures: in %; gains are of the first one; empty if the reading is undefined, for the reason given. reads: sha256 of
-    the tensors that the benchmark reads. answers: the samples of the interval, as `change` takes them.
+    the tensors that the benchmark reads. asked: the record of the scoring, and which samples it asked; readings with
+    different records are not compared. answers: the samples of the interval, as `change` takes them.
     """
 
     reads: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
     figures: tuple[float, ...] = ()
     answers: np.ndarray = field(default_factory=lambda: np.empty(0))
     change: Callable[[np.ndarray, np.ndarray], Interval] = statistics.iou_change
@@ -47,11 +51,12 @@ def read(
     for benchmark in (name for name in FILES if name in benchmarks):
         folder = Path("metrics", profile, "scores", benchmark, f"{backbone}-{weights}")
         table = pd.read_parquet(io.BytesIO(read(folder / FILES[benchmark])))
-        found |= OF[benchmark](json.loads(read(folder / "scores.json")), table)
+        scores, scoring = (json.loads(read(folder / name)) for name in ("scores.json", "scoring.json"))
+        found |= OF[benchmark](scores, table, scoring)
     return found
 
 
-def of_segmentation(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
+def of_segmentation(scores: dict, table: pd.DataFrame, scoring: dict) -> dict[str, Reading]:
     """The readings of what pipeline/segmentation.py wrote; answers: pixels [images, classes, 3]."""
     found = {}
     for name, readings in scores["sets"].items():
@@ -63,11 +68,12 @@ def of_segmentation(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
             rows = table[(table.set == name) & (table.reading == reading)].sort_values(["image", "label"])
             pixels = rows[PIXELS].to_numpy().reshape(rows.image.nunique(), -1, 3)
             figures = result["mean_iou"], result["pixel_accuracy"]
-            found[column] = Reading(scores["reads_sha256"], figures, pixels, _iou_change)
+            asked = {**scoring, "masks": hashlib.sha256(pixels[..., 2].astype(np.int64).tobytes()).hexdigest()}
+            found[column] = Reading(scores["reads_sha256"], asked, figures, pixels)
     return found
 
 
-def of_mllm(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
+def of_mllm(scores: dict, table: pd.DataFrame, scoring: dict) -> dict[str, Reading]:
     """The readings of what pipeline/mllm.py wrote; answers: how much of a sample is right, in %, [seeds, samples]."""
     found = {}
     for name, result in scores["tests"].items():
@@ -75,8 +81,9 @@ def of_mllm(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
         second, value = ("F1 of yes", "yes_f1") if result["counted"] == "question" else ("questions", "questions")
         rows = table[table.test == name]
         right = 100.0 * rows.pivot(index="seed", columns="sample", values="right").to_numpy(dtype=float)
+        asked = {**scoring, "seeds": len(right), "samples": right.shape[1]}
         found[f"small LLaVA{own}: {result['counted']}s ({second})"] = Reading(
-            scores["reads_sha256"], (result["right"], result[value]), right, _mean_change
+            scores["reads_sha256"], asked, (result["right"], result[value]), right, _mean_change
         )
     return found
 
@@ -84,22 +91,8 @@ def of_mllm(scores: dict, table: pd.DataFrame) -> dict[str, Reading]:
 OF = {"segmentation": of_segmentation, "mllm": of_mllm}
 
 
-def _iou_change(before: np.ndarray, after: np.ndarray) -> Interval:
-    _of_the_same(before.shape == after.shape and bool((before[..., 2] == after[..., 2]).all()))
-    return statistics.iou_change(before, after)
-
-
 def _mean_change(before: np.ndarray, after: np.ndarray) -> Interval:
-    _of_the_same(before.shape == after.shape)
     return statistics.over_seeds_and_answers(after - before)
-
-
-def _of_the_same(same: bool) -> None:
-    if not same:
-        raise UserError(
-            "two weights were scored on different masks or questions, so their difference means nothing. Run "
-            "`dvc repro` to score all weights on the same ones."
-        )
 
 
 def evidence(readings: dict[str, dict[str, Reading]]) -> dict[str, dict]:
@@ -124,6 +117,11 @@ def evidence(readings: dict[str, dict[str, Reading]]) -> dict[str, dict]:
 
 
 def _change(before: Reading, after: Reading) -> list[float] | str:
+    if other := differences(before.asked, after.asked):
+        raise UserError(
+            f"two weights were scored in different ways, so their difference means nothing: {'; '.join(other)}. Run "
+            "`dvc repro` to score all weights in the same way."
+        )
     if before.reads == after.reads:
         return CANNOT_CHANGE
     return [round(value, 2) + 0.0 for value in before.change(before.answers, after.answers)]

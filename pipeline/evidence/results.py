@@ -146,7 +146,7 @@ def change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> Inter
 def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> dict[str, Interval]:
     """The change of every one of these columns that both have. Raises UserError where they were scored differently."""
     for benchmark in before.scoring.keys() & after.scoring.keys():
-        if other := _differences(before.scoring[benchmark], after.scoring[benchmark]):
+        if other := differences(before.scoring[benchmark], after.scoring[benchmark]):
             raise UserError(
                 f"the {benchmark} scores before and after were made in different ways, so their difference means "
                 f"nothing: {'; '.join(other)}. Run `dvc repro` to score both in the same way."
@@ -155,13 +155,13 @@ def gains(before: Scores, after: Scores, columns: Iterable[str] = COLUMNS) -> di
     return {column: change(before.strata(column), after.strata(column)) for column in columns if column in there}
 
 
-def _differences(was: dict, now: dict, key: str = "") -> list[str]:
+def differences(was: dict, now: dict, key: str = "") -> list[str]:
     """What two records of a scoring differ in, each by its dotted key; their hash only says that they do."""
     other = []
     for name in {**was, **now}:
         first, second = (record.get(name, "nothing") for record in (was, now))
         if isinstance(first, dict) and isinstance(second, dict):
-            other += _differences(first, second, f"{key}{name}.")
+            other += differences(first, second, f"{key}{name}.")
         elif first != second and name != "sha256":
             other.append(f"{key}{name}: {first} and {second}")
     return other

@@ -62,7 +62,7 @@ def compare(p: params.Params, name: str, benchmark: str, backbone: Backbone, com
     pretrained = Backbone.load(Path("models", p.run.profile, "pretrained", name)).to(compute)
     data, section = Path("data", p.run.profile, benchmark), getattr(p.profile, benchmark)
     scored = {
-        weights: downstream.OF[benchmark](*SCORE[benchmark](each, data, section, compute))
+        weights: downstream.OF[benchmark](*SCORE[benchmark](each, data, section, compute), {})
         for weights, each in (("pretrained", pretrained), ("oracle", backbone))
     }
     return downstream.evidence(scored)
