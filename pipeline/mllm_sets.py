@@ -18,7 +18,7 @@ import string
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.benchmarks.questions import Counted
 from pipeline.benchmarks.sets import write_split
@@ -35,7 +35,6 @@ Samples = Iterator[tuple[str, dict[str, bytes]]]
 
 LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
-COUNTED: dict[str, Counted] = {"mmvp": "pair", "pope": "question", "mme": "image"}
 
 
 def pack(root: Path, section: PublishedMllmSets, earlier: Path) -> dict[str, Any]:
@@ -50,11 +49,11 @@ def pack(root: Path, section: PublishedMllmSets, earlier: Path) -> dict[str, Any
         {folders["language"]: earlier / "language"},
     )
     for name, test in section.tests.items():
-        write_split(root, name, "questions", _packed(name, READERS[test.format](folders[name], name)))
+        write_split(root, name, "questions", _packed(name, FORMATS[test.format].read(folders[name], name)))
     remove(root / "fetched")
     for name, learnt in section.learnt.items():
         write_split(root, name, "questions", _conversations(name, learnt))
-    write_json(root / "tests.json", {name: COUNTED[test.format] for name, test in section.tests.items()})
+    write_json(root / "tests.json", {name: FORMATS[test.format].counted for name, test in section.tests.items()})
     return {name: found[folder] for name, folder in folders.items()}
 
 
@@ -160,9 +159,14 @@ def _yes_no(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, An
     return found
 
 
-READERS: dict[str, Callable[[Path, str], dict[str, tuple[bytes, list[dict[str, Any]]]]]] = {
-    "mmvp": _mmvp, "pope": _yes_no, "mme": _yes_no
-}  # fmt: skip
+class Format(NamedTuple):
+    """Of a test. counted: see benchmarks/questions.py. read: of its folder and name."""
+
+    counted: Counted
+    read: Callable[[Path, str], dict[str, tuple[bytes, list[dict[str, Any]]]]]
+
+
+FORMATS = {"mmvp": Format("pair", _mmvp), "pope": Format("question", _yes_no), "mme": Format("image", _yes_no)}
 
 
 def _another(name: str) -> str:

@@ -349,7 +349,7 @@ def test_tests_of_another_format_are_refused(kind: str, files: dict[str, bytes],
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:
-        list(mllm_sets._packed(kind, mllm_sets.READERS[kind](tmp_path, kind)))
+        list(mllm_sets._packed(kind, mllm_sets.FORMATS[kind].read(tmp_path, kind)))
     assert said in str(refused.value)
 
 
@@ -457,28 +457,26 @@ def test_a_language_model_that_does_not_fit_is_refused(broken: str, said: str, t
 # At true size
 
 
-SMALL = true_size.Sizes(
-    {"vision_cfg": {"layers": 2, "width": 32, "head_width": 16}, "text_cfg": {"layers": 1, "width": 32, "heads": 2}},
-    true_size.QWEN2_5_05B | {"hidden_size": 28, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 300},
-)
+SMALL = {
+    "CLIP": {
+        "vision_cfg": {"layers": 2, "width": 32, "head_width": 16}, "text_cfg": {"layers": 1, "width": 32, "heads": 2}
+    },
+    "LANGUAGE": true_size.QWEN2_5_05B
+    | {"hidden_size": 28, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 300},
+    "CLASSES": 3, "IMAGES": 1, "PIXELS": 340, "STEPS": 1,
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [SMALL, pytest.param(true_size.OF_PARAMS, marks=pytest.mark.exhaustive)], ids=["small", "true"]
-)
+@pytest.mark.parametrize("sizes", [SMALL, pytest.param({}, marks=pytest.mark.exhaustive)], ids=["small", "true"])
 def test_true_size_is_timed_with_random_weights(
-    sizes: true_size.Sizes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the sizes of params.yaml this takes a quarter of an hour and 14 GB."""
     monkeypatch.chdir(tmp_path)
     write_params()
-    monkeypatch.setattr(true_size, "OF_PARAMS", sizes)
-    if sizes == SMALL:
-        monkeypatch.setattr(true_size, "CLASSES", 3)
-        monkeypatch.setattr(true_size, "IMAGES", 1)
-        monkeypatch.setattr(true_size, "PIXELS", 340)
-        monkeypatch.setattr(true_size, "STEPS", 1)
+    for name, value in sizes.items():
+        monkeypatch.setattr(true_size, name, value)
     run(bench, "mllm", "segmentation", "--rounds", "1")
     found = json.loads(Path("metrics/bench/downstream.json").read_text())
     phases = found["mllm"]["phases"]

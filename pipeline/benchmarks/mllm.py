@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from accelerate.utils import gather_object, reduce
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -197,7 +199,7 @@ class Llava:
         head = [*start, *[image] * self.model.config.image_seq_length]
         pieces = [piece for turns in texts for question, answer in turns for piece in (question, f" {answer}")]
         found = iter(tok(pieces, add_special_tokens=False).input_ids)
-        rows = []
+        rows, answers = [], []
         for turns in texts:
             ids, labels = [*head], [NOT_ASKED] * len(head)
             for question, answer in turns:
@@ -214,16 +216,14 @@ class Llava:
                     f"'{turns[0][0]} {turns[0][1]}' with its image takes {len(ids)} tokens, but mllm.context is "
                     f"{self.context}. Raise mllm.context, or shorten the question."
                 )
-            rows.append((ids[: self.context], labels[: self.context]))
-        shape = len(rows), max(len(ids) for ids, _ in rows)
-        e = Encoded(
-            torch.full(shape, tok.pad_token_id), torch.full(shape, NOT_ASKED), torch.zeros(shape, dtype=torch.int64)
+            rows.append(torch.tensor(ids[: self.context]))
+            answers.append(torch.tensor(labels[: self.context]))
+        padded = partial(pad_sequence, batch_first=True)
+        return Encoded(
+            padded(rows, padding_value=tok.pad_token_id),
+            padded(answers, padding_value=NOT_ASKED),
+            padded([torch.ones_like(ids) for ids in rows]),
         )
-        for i, (ids, labels) in enumerate(rows):
-            e.ids[i, : len(ids)], e.labels[i, : len(ids)], e.there[i, : len(ids)] = (
-                torch.tensor(ids), torch.tensor(labels), 1
-            )  # fmt: skip
-        return e
 
     def likelihood(self, tokens_BNW: torch.Tensor, e: Encoded) -> torch.Tensor:
         """Log-likelihood of each row's labels, [B]."""

@@ -22,7 +22,7 @@ from pipeline.core.compute import generator, seeded
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress
 from pipeline.engine.scratch import Scratch, digest
-from pipeline.models.backbones import Backbone
+from pipeline.models.backbones import Backbone, tensors_sha256
 from pipeline.models.exports import OpenClipOnly, tokenizer, transformers_model
 from pipeline.models.residual_head import WithHead
 from pipeline.sections.mllm import Mllm
@@ -51,11 +51,8 @@ def vision_tower(clip: nn.Module, tok: Any):
 def reads(vision) -> str:
     """sha256 of the tensors that the language model's input depends on: all before the last block."""
     last = f"encoder.layers.{vision.config.num_hidden_layers - 1}."
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vision.state_dict().items()):
-        if not (name.startswith((last, "post_layernorm", "head."))):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    found = sorted(vision.state_dict().items())
+    return tensors_sha256(each for each in found if not each[0].startswith((last, "post_layernorm", "head.")))
 
 
 def score(

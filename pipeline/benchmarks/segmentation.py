@@ -1,6 +1,5 @@
 """Segmentation by the patch tokens of a frozen image tower: a linear probe, and open vocabulary without training."""
 
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torchvision.transforms.functional import normalize, resize, to_tensor
 from pipeline.benchmarks.masks import SegmentationSet
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError, progress
-from pipeline.models.backbones import Backbone
+from pipeline.models.backbones import Backbone, tensors_sha256
 from pipeline.sections.segmentation import Segmentation
 
 NOTHING = -2.0  # below every cosine, and finite, because logits are interpolated
@@ -251,10 +250,8 @@ def score(backbone: Backbone, root: Path, p: Segmentation, compute: torch.device
 
 def reads(backbone: Backbone) -> str:
     """sha256 of the image tower's tensors without a residual head, which no patch token passes."""
-    digest, visual = hashlib.sha256(), backbone.clip.visual
-    for name, tensor in sorted(getattr(visual, "visual", visual).state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    visual = backbone.clip.visual
+    return tensors_sha256(sorted(getattr(visual, "visual", visual).state_dict().items()))
 
 
 def _windows(backbone: Backbone, image, p: Segmentation) -> tuple[torch.Tensor, Places, torch.Size]:

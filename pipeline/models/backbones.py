@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,15 @@ def text_sha256(folder: Path) -> str:
         if path.suffix != ".safetensors" and path.name not in (CONFIG, "diva.json"):  # what is left is the tokenizer's
             digest.update(path.name.encode() + path.read_bytes())
     with safe_open(folder / WEIGHTS, "pt") as file:
-        for name in sorted(file.keys()):
-            if not name.startswith(("visual.", "logit_")):
-                digest.update(name.encode() + file.get_tensor(name).float().numpy().tobytes())
+        names = (name for name in sorted(file.keys()) if not name.startswith(("visual.", "logit_")))
+        return tensors_sha256(((name, file.get_tensor(name).float()) for name in names), digest)
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]], digest: Any = None) -> str:
+    """Of tensors and their names, in this order; after what `digest` has read."""
+    digest = digest or hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

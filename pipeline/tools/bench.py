@@ -481,7 +481,7 @@ def main(*arguments: str) -> None:
             with atomic(OUTPUT / "downstream.json") as (file,):
                 rounds = asked.rounds or (8 if gpu else 1)
                 result = {"machine": machine, "torch": torch.__version__, "transformers": version("transformers")}
-                result |= {name: true_size.SUBJECTS[name](p, rounds, true_size.OF_PARAMS, compute) for name in names}
+                result |= {name: true_size.SUBJECTS[name](p, rounds, compute) for name in names}
                 write_json(file, result)
             print(json.dumps(result, indent=2))
             return

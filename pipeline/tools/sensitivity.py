@@ -52,25 +52,23 @@ TIMESTEPS = 10  # the middles of as many equal parts of the denoiser's range
 
 
 @torch.no_grad()
-def losses(
-    denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error of each image, [B]."""
-    timestep_B = torch.full((len(latent_BChw),), timestep, device=latent_BChw.device)
-    alphas = denoiser.alphas_cumprod
-    predicted = denoiser(diffusion.add_noise(latent_BChw, noise_BChw, timestep_B, alphas), timestep_B, condition_BTD)
-    wanted = diffusion.target(latent_BChw, noise_BChw, timestep_B, alphas, denoiser.prediction_type)
-    return (predicted.float() - wanted).square().flatten(1).mean(1)
-
-
 def wrong_minus_right(
     denoiser, latent_BChw: torch.Tensor, noise_BChw: torch.Tensor, timestep: int, condition_BTD: torch.Tensor
 ) -> torch.Tensor:
-    """Loss under the wrong condition minus loss under the right one, [B]; images 2n and 2n + 1 are a pair."""
+    """Loss under the wrong condition minus loss under the right one, [B]; images 2n and 2n + 1 are a pair.
+
+    A loss is the mean squared error of an image.
+    """
+    timestep_B = torch.full((len(latent_BChw),), timestep, device=latent_BChw.device)
+    alphas = denoiser.alphas_cumprod
+    noised = diffusion.add_noise(latent_BChw, noise_BChw, timestep_B, alphas)
+    wanted = diffusion.target(latent_BChw, noise_BChw, timestep_B, alphas, denoiser.prediction_type)
     other_BTD = condition_BTD.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return losses(denoiser, latent_BChw, noise_BChw, timestep, other_BTD) - losses(
-        denoiser, latent_BChw, noise_BChw, timestep, condition_BTD
+    wrong, right = (
+        (denoiser(noised, timestep_B, condition).float() - wanted).square().flatten(1).mean(1)
+        for condition in (other_BTD, condition_BTD)
     )
+    return wrong - right
 
 
 def fitted(

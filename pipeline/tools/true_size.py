@@ -9,7 +9,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,24 +37,17 @@ QWEN2_5_05B = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 }  # fmt: skip
+CLIP: dict[str, dict[str, Any]] = {}  # what differs from TOWER, by part
+LANGUAGE = QWEN2_5_05B
+WORDS = 100  # of question and answer
 CLASSES, IMAGES, STEPS = 150, 100, 10  # ADE20K's; whose tokens the probe draws its rows from; of the probe
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured; a test makes it smaller. clip: what differs from TOWER, by part. words: in a text."""
-
-    clip: dict[str, dict[str, Any]]
-    language: dict[str, Any]
-    texts: int | None = None  # of a step; None: the batch of params.yaml, of which a CPU takes two
-    words: int = 100  # of question and answer
-
-
-def tower(p: Params, sizes: Sizes, compute: torch.device) -> Backbone:
+def tower(p: Params, compute: torch.device) -> Backbone:
     """The CLIP of TOWER with random weights."""
     source = complete(TOWER, p.backbone(TOWER).source)
     config = model_config(source.architecture)
-    for part, values in sizes.clip.items():
+    for part, values in CLIP.items():
         config[part] |= values
     with seeded("bench", TOWER):
         return random_clip(config, source.preprocessing.model_dump()).to(compute)
@@ -81,18 +73,16 @@ def measured(work: Callable[[], Any], rounds: int, compute: torch.device) -> dic
     return {"seconds": round(statistics.median(seconds), 4), "rounds": rounds, "peak_memory_gb": round(peak / 1e9, 2)}
 
 
-def small_llava(p: Params, rounds: int, sizes: Sizes, compute: torch.device) -> dict[str, Any]:
+def small_llava(p: Params, rounds: int, compute: torch.device) -> dict[str, Any]:
     """A step of each phase of the small LLaVA, from pixels to updated weights."""
     section, processes = p.profiles["paper"].mllm, PartialState(cpu=compute.type == "cpu")
     ids = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # of texts that nobody writes
-    vision = vision_tower(tower(p, sizes, compute).clip, ids).to(compute)
-    half = sizes.words // 2
+    vision = vision_tower(tower(p, compute).clip, ids).to(compute)
+    half = WORDS // 2
     asked, told = (" ".join(f"word{i}" for i in range(first, first + half)) for first in (0, half))
     conversations = [Conversation(0, ((asked, told),))]
     tok = mllm.tokenizer([*conversations, Conversation(0, ((section.phases[-1].prompt, ""),))])
-    language = Qwen2Config(
-        **sizes.language, pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=tok.eos_token_id
-    )
+    language = Qwen2Config(**LANGUAGE, pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=tok.eos_token_id)
     model = mllm.new(vision, language, tok, 0).to(compute)
     precision = section.precision if compute.type == "cuda" else "float32"
     llava = mllm.Llava(
@@ -108,7 +98,7 @@ def small_llava(p: Params, rounds: int, sizes: Sizes, compute: torch.device) -> 
         "parameters": sum(each.numel() for each in model.parameters()), "phases": {},
     }  # fmt: skip
     for phase in section.phases:
-        batch = sizes.texts or (phase.batch if compute.type == "cuda" else 2)
+        batch = phase.batch if compute.type == "cuda" else 2
         fit = mllm.Fit(llava, phase.trained, rounds + 1, phase.lr, phase.warmup_ratio, phase.weight_decay)
         result = measured(partial(fit.step, conversations * batch, tokens, phase.prompt), rounds, compute)
         speed = round(batch / result["seconds"], 3)
@@ -118,9 +108,9 @@ def small_llava(p: Params, rounds: int, sizes: Sizes, compute: torch.device) -> 
     return found
 
 
-def segmentation(p: Params, rounds: int, sizes: Sizes, compute: torch.device) -> dict[str, Any]:
+def segmentation(p: Params, rounds: int, compute: torch.device) -> dict[str, Any]:
     """One image by sliding windows, by every kind of attention and by a probe; one step of that probe."""
-    backbone = tower(p, sizes, compute)
+    backbone = tower(p, compute)
     section = p.profiles["paper"].segmentation.model_copy(update={"scale": PIXELS / backbone.image_size})
     draws = np.random.default_rng(0)
     image = Image.fromarray(draws.integers(0, 256, (PIXELS, PIXELS * 4 // 3, 3), np.uint8))
@@ -153,5 +143,4 @@ def segmentation(p: Params, rounds: int, sizes: Sizes, compute: torch.device) ->
     return found
 
 
-OF_PARAMS = Sizes({}, QWEN2_5_05B)
 SUBJECTS = {"mllm": small_llava, "segmentation": segmentation}
