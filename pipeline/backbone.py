@@ -38,7 +38,7 @@ def main(backbone: str) -> None:
         Path("metrics", profile, "backbone", f"{backbone}.json"),
     )
     with atomic(*outputs) as (folder, metrics_file):
-        metrics = make(source, folder) if isinstance(source, MiniSource) else fetch(source, folder)
+        metrics = make(backbone, source, folder) if isinstance(source, MiniSource) else fetch(source, folder)
         clip = backbones.Backbone.load(folder)  # fail here if later stages could not load it
         write_json(metrics_file, {"parameters": sum(q.numel() for q in clip.parameters()), **metrics})
 

@@ -119,7 +119,7 @@ def _mmvp(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]
 
 
 def _yes_no(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, Any]]]]:
-    """Questions with the answers yes and no, by category, which in POPE is the whole test, and in it by image.
+    """Questions with the answers yes and no, by category (a table without any is one), and in it by image.
 
     Raises UserError for what cannot be read, for another format, and for a question that an image is asked twice.
     """
@@ -140,14 +140,14 @@ def _yes_no(folder: Path, name: str) -> dict[str, tuple[bytes, list[dict[str, An
                 image, answer = row["image"]["bytes"], ["yes", "no"].index(row["answer"].strip().lower())
                 text = row["question"].replace("Please answer yes or no.", "").strip()
                 digest = hashlib.sha256(image).hexdigest()
-                if not text:
-                    raise ValueError("an empty question")
+                pattern = row.get("category", name)
+                if not text or not isinstance(pattern, str) or not pattern:
+                    raise ValueError(f"question '{text}' of category {pattern!r}")
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{where} has no image, question and answer yes or no ({error!r}; columns: "
                     f"{', '.join(table)}). {_another(name)}"
                 ) from None
-            pattern = str(row.get("category") or name)
             if (other := first.setdefault((pattern, digest, text), where)) != where:
                 raise UserError(f"{where} asks what {other} of the same image asks. {_another(name)}")
             same = found.setdefault(first.setdefault((pattern, digest), where), (image, []))

@@ -32,7 +32,7 @@ from pipeline.data import downloads
 from pipeline.models.registry import complete, embedding_width
 from pipeline.sections import params
 from pipeline.sections.backbone import BackboneEntry
-from pipeline.sections.checkpoint import LocalFiles, TunedWeights
+from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.denoiser import PublishedDenoiser
 from pipeline.sections.download import Download
 from pipeline.sections.encoder import NO_ENCODER, PublishedEncoder
@@ -237,7 +237,7 @@ def check_by_hand(p: params.Params) -> None:
                     f"{weights.path}: a change of its bytes would not be seen. Put it below {BY_HAND}, which DVC "
                     f"watches, or give its hash, backbones.{backbone}.checkpoints.{name}.weights.sha256: {found}"
                 )
-            _check_fit(complete(backbone, p.backbones[backbone].source), p.backbones[backbone].checkpoints[name])
+            _check_fit(backbone, p.backbones[backbone], name)
     sets, questions, wanted = p.profile.segmentation_sets, p.profile.mllm_sets, list[tuple[str, str]]()
     if "segmentation" in p.run.benchmarks and isinstance(sets, LocalSegmentationSets):
         wanted += [(local.at, f"segmentation_sets.sets.{name}") for name, local in sets.sets.items()]
@@ -252,14 +252,15 @@ def check_by_hand(p: params.Params) -> None:
             )
 
 
-def _check_fit(source: MiniSource | CheckpointSource, checkpoint: TunedWeights) -> None:
+def _check_fit(backbone: str, entry: BackboneEntry, name: str) -> None:
     """Raise UserError where a local checkpoint is none of this backbone's architecture, or lacks a part."""
     from pipeline.mini import pretrain  # not above: torch takes a second
     from pipeline.models import backbones, imports
 
+    source, checkpoint = complete(backbone, entry.source), entry.checkpoints[name]
     architecture = source.architecture
     if isinstance(source, MiniSource):
-        _, _, architecture = pretrain.new_clip(source.architecture)
+        _, _, architecture = pretrain.new_clip(backbone, source.architecture)
     with tempfile.TemporaryDirectory() as folder:
         backbones.write_config(architecture, source.preprocessing.model_dump(), Path(folder))
         imports.fitted(Path(checkpoint.weights.path), Path(folder), checkpoint.parts)

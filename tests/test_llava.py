@@ -337,6 +337,11 @@ def table(old: str, new: str) -> dict[str, bytes]:
         ("mme", {"data/test-0.parquet": yes_no([(0, "Is it?", "maybe")])}, "row 0 has no image, question and answer"),
         ("mme", {"data/test-0.parquet": yes_no([(0, "Please answer yes or no.", "yes")])}, "row 0 has no image"),
         ("mme", {"data/test-0.parquet": yes_no(MME[:2], image=[{"bytes": None, "path": "0.png"}] * 2)}, "row 0 has no"),
+        *(
+            ("mme", {"data/test-0.parquet": yes_no(MME, category=["OCR", lost, *["OCR"] * 4])}, "row 1 has no image")
+            for lost in (None, "")
+        ),
+        ("mme", {"data/test-0.parquet": yes_no(MME, category=[None] * 6)}, "row 0 has no image"),
         ("mme", {"data/test-0.parquet": yes_no([*MME, MME[1]])}, "row 1 of the same image asks. Name"),
         ("mme", {"data/test-0.parquet": yes_no(MME)[:-30]}, "test-0.parquet cannot be read (Arrow"),
         ("mme", {"data/test-0.parquet": b""}, "test-0.parquet cannot be read (Arrow"),

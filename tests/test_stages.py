@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from pipeline import backbone as backbone_stage
 from pipeline import denoiser as denoiser_stage
 from pipeline import mmvp_vlm, train
 from pipeline.benchmarks import clip_sets, mmvp, zeroshot
@@ -182,6 +183,33 @@ def test_24_components_keep_an_image() -> None:
         restored = vae.decode(latent).sample
     assert F.mse_loss(restored, kept) < 0.02
     assert latent.std((0, 2, 3)).sub(1).abs().max() < 0.2  # whitened: noise of one size drowns no component first
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vision_cfg": {"image_size": 64, "widht": 128}}, "TypeError: CLIPVisionCfg"),
+        ({"vision_cfg": {"image_size": 64, "patch_size": 0}}, "ZeroDivisionError"),
+        ({"vision_cfg": {"image_size": 32}}, "ValueError: image_size is 32, but the mini world's images have 64 px"),
+        ({"vision_cfg": {"width": 128}}, "KeyError: 'image_size'"),
+        ({"vision_cfg": None}, "TypeError"),
+        ({"text_cfg": None}, "TypeError"),
+        ({"embed_dims": 9}, "TypeError"),
+    ],
+)
+def test_an_architecture_that_makes_no_mini_backbone_is_refused_by_its_key(
+    changes: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    architecture = read_yaml(ROOT / "params.yaml")["backbones"]["mini"]["source"]["architecture"]
+    write_params(**{"backbones.mini.source.architecture": architecture | changes})
+    with pytest.raises(SystemExit):
+        run(backbone_stage, "mini")
+    assert f"backbones.mini.source.architecture makes no model ({said}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

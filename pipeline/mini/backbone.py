@@ -11,9 +11,9 @@ from pipeline.models import backbones
 from pipeline.sections.source import MiniSource
 
 
-def make(source: MiniSource, folder: Path) -> dict[str, Any]:
+def make(name: str, source: MiniSource, folder: Path) -> dict[str, Any]:
     """Train the mini backbone: the text tower first, then the image tower on captions that rarely name a detail."""
-    clip, tok, architecture = pretrain.new_clip(source.architecture)
+    clip, tok, architecture = pretrain.new_clip(name, source.architecture)
     clip.to(deterministic_device())
     image, preprocessing = source.image_tower, source.preprocessing.model_dump()
     text_losses = pretrain.text_tower(clip, tok, source.text_tower)

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from pipeline.benchmarks.pairs import PROMPT
 from pipeline.core.compute import generator, seeded
-from pipeline.core.stages import progress
+from pipeline.core.stages import UserError, progress
 from pipeline.mini import world
 from pipeline.models.frozen_encoder import FrozenEncoder, new_model
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
@@ -98,13 +98,24 @@ def fit(
     return losses
 
 
-def new_clip(architecture: dict) -> tuple[open_clip.CLIP, PreTrainedTokenizerFast, dict]:
-    """A fresh CLIP, its tokenizer, and the architecture with what the tokenizer decides filled in."""
+def new_clip(name: str, architecture: dict) -> tuple[open_clip.CLIP, PreTrainedTokenizerFast, dict]:
+    """A fresh CLIP, its tokenizer, and the architecture with what the tokenizer decides filled in.
+
+    name: the backbone's, whose architecture a UserError names if it makes no model.
+    """
     tok = tokenizer()
-    text_cfg = {**architecture["text_cfg"], "vocab_size": len(tok), "context_length": CONTEXT_LENGTH}
-    complete = {**architecture, "text_cfg": {**text_cfg, "hf_tokenizer_name": "mini"}}
-    with seeded("mini", "clip"):
-        return open_clip.CLIP(**complete), tok, complete
+    try:
+        if (size := architecture["vision_cfg"]["image_size"]) != world.SIZE:
+            raise ValueError(f"image_size is {size}, but the mini world's images have {world.SIZE} px")
+        text_cfg = {**architecture["text_cfg"], "vocab_size": len(tok), "context_length": CONTEXT_LENGTH}
+        complete = {**architecture, "text_cfg": {**text_cfg, "hf_tokenizer_name": "mini"}}
+        with seeded("mini", "clip"):
+            return open_clip.CLIP(**complete), tok, complete
+    except Exception as error:  # open_clip and torch raise any
+        raise UserError(
+            f"backbones.{name}.source.architecture makes no model ({type(error).__name__}: {error}). Correct it by the "
+            "files in open_clip/model_configs."
+        ) from error
 
 
 def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: MiniTextTower) -> list[float]:

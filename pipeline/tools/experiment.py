@@ -183,7 +183,7 @@ class Assets:
     def backbone(self, share: float) -> Path:
         text_tower = self.source.text_tower.model_copy(update={"detail_share": share})
         source = self.source.model_copy(update={"text_tower": text_tower})
-        return self.once(f"backbone-{share}", lambda new: make_backbone(source, new))
+        return self.once(f"backbone-{share}", lambda new: make_backbone(NAME, source, new))
 
     def denoiser(self, steps: int) -> Path:
         section = self.mini.denoiser.model_copy(update={"steps": steps})
