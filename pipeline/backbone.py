@@ -13,7 +13,7 @@ from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import stage
 from pipeline.data import downloads
 from pipeline.mini.backbone import make
-from pipeline.models import backbones
+from pipeline.models import backbones, imports
 from pipeline.models.registry import complete
 from pipeline.sections.source import CheckpointSource, MiniSource, Source
 
@@ -25,7 +25,7 @@ def fetch(source: CheckpointSource, folder: Path) -> dict[str, Any]:
         wanted = {Path(scratch): source.weights} | ({folder: source.tokenizer} if source.tokenizer else {})
         records = downloads.fetch_all(wanted)
         checkpoint = Path(scratch, *source.weights.files)
-        backbones.save_weights(backbones.fitting(backbones.read_checkpoint(checkpoint), folder, checkpoint), folder)
+        backbones.save_weights(imports.fitting(imports.read_checkpoint(checkpoint), folder, checkpoint), folder)
     return {"weights": records[Path(scratch)], "tokenizer": records.get(folder)}
 
 

@@ -16,7 +16,7 @@ import pyarrow
 from pipeline.core import config
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, stage
-from pipeline.data import downloads, shards
+from pipeline.data import downloads, links, shards
 from pipeline.mini.images import make
 from pipeline.sections.download import Download
 from pipeline.sections.images import LIST_PAGE, Images, Links, MiniImages, PublishedImages, check_there
@@ -63,7 +63,7 @@ def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
     table = read_links(tsv, section.rows)
     with tsv.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    report = shards.download(table, folder, scratch, **section.model_dump(exclude={"tsv", "rows"}))
+    report = links.download(table, folder, scratch, **section.model_dump(exclude={"tsv", "rows"}))
     return report | {"source": {"list": section.tsv, "sha256": digest}}
 
 

@@ -54,6 +54,8 @@ def values(**changes: Any) -> Callable[[Path], None]:
 EDITS = {
     "a comment in core": (comment("pipeline/core/outputs.py"), {"plan", "report"} | TRAIN | EXPORT),
     "a comment in data": (comment("pipeline/data/shards.py"), {"plan"} | TRAIN),
+    "a comment in what fetches images": (comment("pipeline/data/links.py"), {"plan"}),
+    "a comment in what reads others' checkpoints": (comment("pipeline/models/imports.py"), {"plan"}),
     "a comment in diva": (comment("pipeline/diva/losses.py"), {"plan"} | TRAIN),
     "a message in core": (message("pipeline/core/outputs.py", "Wait for it"), {"plan", "report"} | TRAIN | EXPORT),
     "a message in data": (message("pipeline/data/shards.py", "is no folder of shards"), {"plan"} | TRAIN),

@@ -34,7 +34,7 @@ COMPUTE = {"train", "control", "export"}  # and scorings, of which the planned f
 BUILDERS = {  # who builds small models of these packages' classes, beside the adapters
     "pipeline/mini/denoiser.py": {"diffusers"},
     "pipeline/mini/pretrain.py": {"diffusers", "open_clip", "tokenizers", "transformers"},
-    "pipeline/engine/trial.py": {"diffusers", "open_clip"},
+    "pipeline/engine/trial.py": {"diffusers"},
     "pipeline/tools/true_size.py": {"transformers"},
 }
 

@@ -36,8 +36,9 @@ from pipeline import images
 from pipeline.benchmarks.sets import contents
 from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
-from pipeline.data import shards
-from pipeline.data.shards import Sample, Shards, download
+from pipeline.data import links, shards
+from pipeline.data.links import download
+from pipeline.data.shards import Sample, Shards
 from pipeline.mini import images as mini_images
 from pipeline.mini import world
 from pipeline.sections.download import Download
@@ -273,7 +274,7 @@ def test_repacked_bytes_depend_on_the_members_alone(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", members, mtime=1)
     shuffled = [(name, b"other" if name.endswith("json") else data) for name, data in reversed(members)]
     write_tar(tmp_path / "b.tar", shuffled, mtime=2)
-    assert [shards._repack(tmp_path / f"{x}.tar", tmp_path / f"{x}2.tar") for x in "ab"] == [5, 5]
+    assert [links._repack(tmp_path / f"{x}.tar", tmp_path / f"{x}2.tar") for x in "ab"] == [5, 5]
     assert (tmp_path / "a2.tar").read_bytes() == (tmp_path / "b2.tar").read_bytes()
     with tarfile.open(tmp_path / "a2.tar") as tar:
         assert tar.getnames() == [name for name, _ in members if not name.endswith("json")]
@@ -300,25 +301,25 @@ def test_unfinished_runs_are_told(tmp_path: Path) -> None:
     names = ["00000", "00001"]
     stats(tmp_path, "00000", 16, 13, {"HTTP Error 404: Not Found": 2})
     with pytest.raises(UserError, match=r"(?s)1 of 2 shards and 16 of 20 rows.*No space left"):
-        shards._checked(tmp_path, names, 20)
+        links._checked(tmp_path, names, 20)
     (tmp_path / "shards" / "00001_stats.json").write_text('{"count": 4')  # img2dataset was killed while it wrote
     with pytest.raises(UserError, match="1 of 2 shards and 16 of 20 rows"):
-        shards._checked(tmp_path, names, 20)
+        links._checked(tmp_path, names, 20)
     stats(tmp_path, "00001", 3, 0, {})
     with pytest.raises(UserError, match="2 of 2 shards and 19 of 20 rows"):
-        shards._checked(tmp_path, names, 20)
+        links._checked(tmp_path, names, 20)
     stats(tmp_path, "00001", 4, 0, {"timed out": 4})
-    successes, reasons = shards._checked(tmp_path, names, 20)
+    successes, reasons = links._checked(tmp_path, names, 20)
     assert successes == {"00000": 13}
     assert reasons == {"HTTP Error 404: Not Found": 2, "no reason given": 1, "timed out": 4}
 
 
 def test_rare_reasons_are_put_together() -> None:
     reasons = Counter({f"reason {i:02d}": 30 - i for i in range(24)})
-    found = shards._most_frequent(reasons, "other reasons")
+    found = shards.most_frequent(reasons, "other reasons")
     assert list(found) == [f"reason {i:02d}" for i in range(20)] + ["other reasons"]
     assert found["other reasons"] == 10 + 9 + 8 + 7
-    assert shards._most_frequent(Counter(b=1, a=1), "others") == {"a": 1, "b": 1}
+    assert shards.most_frequent(Counter(b=1, a=1), "others") == {"a": 1, "b": 1}
 
 
 class Web:
@@ -363,7 +364,7 @@ class Web:
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Web:
     web = Web()
-    monkeypatch.setattr(shards, "_run", web.run)
+    monkeypatch.setattr(links, "_run", web.run)
     return web
 
 
@@ -371,8 +372,8 @@ def fetch(folder: Path, count: int = 10, **options) -> tuple[dict, dict[str, str
     """download() of URLs 0..count-1, four to a shard. Returns its report, and the tar of each URL that came."""
     remove(folder / "out")
     urls = [str(i) for i in range(count)]
-    links = table([f"image {i}" for i in urls], urls)
-    report = download(links, folder / "out", folder / "scratch", **(OPTIONS | options))
+    wanted = table([f"image {i}" for i in urls], urls)
+    report = download(wanted, folder / "out", folder / "scratch", **(OPTIONS | options))
     found, seen = {}, []
     for name in Shards(folder / "out").counts:
         for key, (offset, size), _ in Shards(folder / "out")._members(name):
@@ -757,7 +758,7 @@ def test_a_tar_that_is_not_whole_is_no_shorter_one(tmp_path: Path, damage: str) 
     with pytest.raises(ValueError, match=rf"a\.tar cannot be read \(.*{said}"):
         contents(tar)
     with pytest.raises(tarfile.ReadError, match=said):
-        shards._repack(tar, tmp_path / "repacked.tar")
+        links._repack(tar, tmp_path / "repacked.tar")
     tar.rename(tmp_path / "packed")
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "packed").read_bytes()))
     with pytest.raises(UserError, match=rf"a\.tar cannot be read \(ReadError: .*{said}.*Choose another mirror"):
@@ -975,12 +976,12 @@ def download(output_folder, **options):
 @pytest.mark.slow
 def test_an_img2dataset_that_writes_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a worker of its pool was killed or stopped, for which it waits for ever."""
-    monkeypatch.setattr(shards, "STUCK", 0.5)
+    monkeypatch.setattr(links, "STUCK", 0.5)
     (tmp_path / "00000_stats.json").touch()
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     process.start()
     try:
-        appearing = shards._appearing(process, tmp_path)
+        appearing = links._appearing(process, tmp_path)
         assert next(appearing).name == "00000_stats.json"
         with pytest.raises(UserError, match=r"written nothing.*fewer images\.links\.processes"):
             next(appearing)
@@ -996,7 +997,7 @@ def test_a_worker_of_img2dataset_that_is_killed_or_stopped_is_told(
     """The real one, which would wait for it for ever. The next run goes on after the shards that were finished."""
     paths = ["0", "1", "2", "3", "4", "held"]
     server.answers = dict.fromkeys(paths, encode("RGB", (64, 64), (0, 0, 255)))
-    links = table(paths, [f"{server.address}/{path}" for path in paths])
+    wanted = table(paths, [f"{server.address}/{path}" for path in paths])
 
     def strike() -> None:
         while not server.asked["held"]:
@@ -1004,14 +1005,14 @@ def test_a_worker_of_img2dataset_that_is_killed_or_stopped_is_told(
         for process in psutil.Process().children(recursive=True):
             if any(to.raddr and to.raddr.port == server.server_port for to in process.net_connections()):
                 process.send_signal(how)
-        monkeypatch.setattr(shards, "STUCK", 1)
+        monkeypatch.setattr(links, "STUCK", 1)
 
     threading.Thread(target=strike, daemon=True).start()
     with pytest.raises(UserError, match=r"written nothing .*fewer images\.links\.processes"):
-        download(links, tmp_path / "out", tmp_path / "scratch", **OPTIONS)
-    monkeypatch.setattr(shards, "STUCK", HANG)
+        download(wanted, tmp_path / "out", tmp_path / "scratch", **OPTIONS)
+    monkeypatch.setattr(links, "STUCK", HANG)
     server.release.set()
-    assert download(links, tmp_path / "out", tmp_path / "scratch", **OPTIONS)["downloaded"] == 6
+    assert download(wanted, tmp_path / "out", tmp_path / "scratch", **OPTIONS)["downloaded"] == 6
     assert server.asked == {**dict.fromkeys(paths[:4], 1), "4": 2, "held": 2}
 
 

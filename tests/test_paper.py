@@ -48,6 +48,7 @@ from pipeline import denoiser as denoiser_stage
 from pipeline.core.stages import UserError
 from pipeline.data import downloads
 from pipeline.diva.rules import STOCK, PoolingRule, TokenRule
+from pipeline.engine import trial
 from pipeline.models import backbones, exports, imports
 from pipeline.models.backbones import Backbone
 from pipeline.models.registry import complete
@@ -82,6 +83,16 @@ def test_parameters_are_those_of_the_published_table(name: str, tmp_path: Path) 
     backbones.write_config(source.architecture, source.preprocessing.model_dump(), tmp_path)
     found = sum(parameter.numel() for parameter in backbones.empty(tmp_path).parameters()) / 1e6
     assert found == pytest.approx(entry.published.parameters, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA"])
+def test_a_model_is_of_the_class_that_open_clip_makes(name: str) -> None:
+    """Random weights, of which stage plan tries a step, among them."""
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        made = [backbones.on_meta(config), trial.random_clip(config, {"mean": [0.5], "std": [0.5]}).clip]
+        wanted = type(open_clip.create_model(name, load_weights=False, device="meta"))
+    assert [type(model) for model in made] == [wanted, wanted]
 
 
 @pytest.mark.slow
@@ -207,7 +218,7 @@ def test_a_checkpoint_of_every_format_embeds_as_its_own_library_does(formats: di
     if architecture is checkpoints.SIGLIP:
         for file in path.parent.glob("*.json"):
             shutil.copy(file, folder)
-    backbones.save_weights(backbones.fitting(backbones.read_checkpoint(path), folder, path), folder)
+    backbones.save_weights(imports.fitting(imports.read_checkpoint(path), folder, path), folder)
     backbone = Backbone.load(folder)
     pixels = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
     ids = backbone.tokenizer(["a photo of 12 dots", "a thing"])
@@ -228,7 +239,7 @@ def test_a_checkpoint_in_half_precision_comes_in_as_float32(dtype: torch.dtype, 
     stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     path = tmp_path / "open_clip_pytorch_model.bin"
     path.write_bytes(checkpoints.torch_file(stored))
-    backbones.save_weights(backbones.fitting(backbones.read_checkpoint(path), tmp_path, path), tmp_path)
+    backbones.save_weights(imports.fitting(imports.read_checkpoint(path), tmp_path, path), tmp_path)
     written = load_file(tmp_path / backbones.WEIGHTS)
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in written.items())
@@ -249,11 +260,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(formats: dict, tmp_path
     _, path, _ = formats["open_clip's .bin"]
     backbones.write_config(checkpoints.OPENAI, checkpoints.SOURCES["openai_224"].preprocessing.model_dump(), tmp_path)
     with pytest.raises(UserError, match=r"open_clip_pytorch_model.bin does not fit .*\n.*wanted"):
-        backbones.fitting(backbones.read_checkpoint(path), tmp_path, path)
-    tensors = dict(backbones.read_checkpoint(formats["OpenAI's archive"][1]))
+        imports.fitting(imports.read_checkpoint(path), tmp_path, path)
+    tensors = dict(imports.read_checkpoint(formats["OpenAI's archive"][1]))
     tensors["left"] = tensors.pop("logit_scale")
     with pytest.raises(UserError, match=r"left over: left\n  missing: logit_scale"):
-        backbones.fitting(tensors, tmp_path, path)
+        imports.fitting(tensors, tmp_path, path)
 
 
 class Trap:
@@ -320,7 +331,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     Path(name).write_bytes(NO_CHECKPOINTS[what])
     with pytest.raises(UserError, match=rf"^{name} cannot be read as a checkpoint \(\w+\)") as caught:
-        backbones.read_checkpoint(Path(name))
+        imports.read_checkpoint(Path(name))
     assert "weights_only" not in str(caught.value)
     assert [path.name for path in Path().iterdir()] == [name]
 

@@ -50,7 +50,8 @@ from pipeline.engine.resume import Checkpoint
 from pipeline.mini import denoiser as mini_denoiser
 from pipeline.mini import pretrain, sets, world
 from pipeline.mini.images import SET
-from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone, read_checkpoint
+from pipeline.models.backbones import CONFIG, WEIGHTS, Backbone
+from pipeline.models.imports import read_checkpoint
 from pipeline.models.stable_diffusion import Denoiser
 from pipeline.sections import params
 from pipeline.sections.mmvp import Mmvp

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import open_clip
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -13,7 +12,7 @@ from pipeline.core.stages import UserError
 from pipeline.diva import diffusion, step
 from pipeline.engine.assemble import Training, build_feedback, out_of_memory, phases
 from pipeline.engine.losses import losses_of
-from pipeline.models.backbones import Backbone, model_config
+from pipeline.models.backbones import Backbone, model_config, untrained
 from pipeline.models.frozen_encoder import FrozenEncoder, new_model
 from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
@@ -38,9 +37,7 @@ STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
 
 def random_clip(config: dict[str, Any], preprocessing: dict[str, Any]) -> Backbone:
     """A CLIP with random weights, of open_clip's configuration. It has no tokenizer: all texts have the same ids."""
-    config = dict(config)
-    custom = config.pop("custom_text", False) or "hf_tokenizer_name" in config["text_cfg"]
-    clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config).eval().requires_grad_(False)
+    clip = untrained(config).eval().requires_grad_(False)
     length = config["text_cfg"].get("context_length", 77)
     preprocessing = {"size": config["vision_cfg"]["image_size"], **preprocessing}
     return Backbone(clip, lambda texts: torch.zeros(len(texts), length, dtype=torch.int64), preprocessing, "")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline.core.outputs import remove
 from pipeline.core.stages import progress
-from pipeline.data import shards
+from pipeline.data import links
 from pipeline.mini import world
 from pipeline.sections.images import MiniImages
 
@@ -37,8 +37,8 @@ def make(images: MiniImages, folder: Path) -> dict[str, Any]:
     addresses = draw(images.count, drawn)
     captions = [caption(i, images.detail_share) for i in range(images.count)]
     options = images.model_dump(exclude={"kind", "count", "detail_share"})
-    links = pyarrow.table({"url": addresses, "caption": captions})
-    report = shards.download(links, folder, scratch, retries=0, **options)
+    wanted = pyarrow.table({"url": addresses, "caption": captions})
+    report = links.download(wanted, folder, scratch, retries=0, **options)
     remove(drawn)
     remove(scratch)
     return report

@@ -8,8 +8,6 @@ import copy
 import hashlib
 import json
 import shutil
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import nn
 from torchvision.transforms import Compose
 
 from pipeline.core.compute import seeded
+from pipeline.core.outputs import write_json
 from pipeline.core.stages import UserError
 from pipeline.models.residual_head import HEAD, ResidualHead, WithHead, image_tokens
 
@@ -144,7 +143,7 @@ def stored_tensors(folder: Path) -> Tensors:
     """
     _check_files(folder)
     head = load_file(folder / HEAD) if (folder / HEAD).is_file() else {}
-    return _float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
+    return float32({**load_file(folder / WEIGHTS), **{PREFIX + name: tensor for name, tensor in head.items()}})
 
 
 def text_sha256(folder: Path) -> str:
@@ -167,7 +166,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, torch.Tensor]], digest: Any = No
     return digest.hexdigest()
 
 
-def _float32(tensors: Tensors) -> Tensors:
+def float32(tensors: Tensors) -> Tensors:
     """In float32, as every model here computes; half precision would lose small updates of a weight."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
@@ -215,9 +214,7 @@ def write_config(architecture: str | dict[str, Any], preprocessing: dict[str, An
     config = model_config(architecture)
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"size": config["vision_cfg"]["image_size"], **preprocessing}
-    (folder / CONFIG).write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
 
 
 def empty(folder: Path) -> nn.Module:
@@ -225,107 +222,25 @@ def empty(folder: Path) -> nn.Module:
     return on_meta(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"])
 
 
+def untrained(architecture: dict[str, Any]) -> nn.Module:
+    """A model of one of open_clip's configurations, of the class that open_clip itself would choose; random weights."""
+    config = copy.deepcopy(architecture)
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+
 def on_meta(architecture: dict[str, Any]) -> nn.Module:
     """A model of one of open_clip's configurations on the meta device: names and shapes, and no memory.
 
     Raises UserError where the configuration makes none, or lacks what a folder of a model needs beside.
     """
-    config = copy.deepcopy(architecture)
     try:
         for part, number in (("vision_cfg", "image_size"), ("text_cfg", "vocab_size")):
-            config[part][number] += 0
-        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+            _ = architecture[part][number] + 0
         with torch.device("meta"):
-            return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+            return untrained(architecture)
     except Exception as error:  # open_clip, timm and torch raise any
         raise UserError(
             f"the architecture makes no model ({type(error).__name__}: {error}). Correct it by the files in "
             "open_clip/model_configs, or name one of them."
         ) from error
-
-
-def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
-    """The tensors of a checkpoint `source`, if they are those of the folder's model, name by name and shape by shape.
-
-    Raises UserError naming what is missing, left over, of another shape or kind of number, infinite or no number.
-    """
-    wanted = empty(folder).state_dict()
-    both = [(name, tensors[name], tensor) for name, tensor in wanted.items() if name in tensors]
-    wrong = [
-        *(f"missing: {name}" for name in wanted.keys() - tensors.keys()),
-        *(f"left over: {name}" for name in tensors.keys() - wanted.keys()),
-        *(
-            f"{name}: {list(found.shape)} where {list(tensor.shape)} is wanted"
-            for name, found, tensor in both
-            if found.shape != tensor.shape
-        ),
-        *(
-            f"{name}: {found.dtype} where {tensor.dtype} is wanted"
-            for name, found, tensor in both
-            if found.dtype != tensor.dtype
-        ),
-        *(
-            f"{name}: numbers that are infinite or none"
-            for name, found, _ in both
-            if not found.is_meta and not found.isfinite().all()
-        ),
-    ]
-    if wrong:
-        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(
-            f"{source.name} does not fit the architecture in params.yaml:\n  " + "\n  ".join(sorted(wrong)[:8]) + more
-        )
-    return tensors
-
-
-def read_checkpoint(path: Path) -> Tensors:
-    """The tensors of a checkpoint by name, in float32 whatever they are stored in.
-
-    Formats: safetensors; PyTorch files of open_clip, MetaCLIP and DIVA's authors (plain, or below `state_dict`, with or
-    without `module.`), read without running what they hold; OpenAI's TorchScript archive, by openai-clip.
-    Raises UserError for anything else.
-    """
-    try:
-        state = _state(path)
-        if not state or not all(isinstance(name, str) and _plain(tensor) for name, tensor in state.items()):
-            raise TypeError
-        return _float32(state)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file raises any; torch's own words tell how to run what a file holds
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}). Known formats: safetensors, a PyTorch "
-            "state dict of plain tensors, OpenAI's TorchScript archive. Fetch it again, or name another file."
-        ) from error
-
-
-def _state(path: Path) -> Any:
-    """What a checkpoint holds as its state. open_clip's `load_state_dict` is not taken: after a TypeError it reads a
-    file again and lets torch's settings decide whether its code runs; so does `clip.load` after a RuntimeError."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if _is_torchscript(path):
-        with warnings.catch_warnings():  # of pkg_resources, which openai-clip imports; no other format needs either
-            warnings.simplefilter("ignore")
-            from clip.model import build_model
-
-            archive = torch.jit.load(str(path), map_location="cpu")
-        return build_model(archive.state_dict()).float().state_dict()
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    state = found.get("state_dict", found)
-    if next(iter(state)).startswith("module."):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
-
-
-def _plain(tensor: Any) -> bool:
-    """Whether it is a tensor that holds its numbers: neither sparse nor one of the meta device."""
-    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _is_torchscript(path: Path) -> bool:
-    """TorchScript archives carry code beside the tensors; PyTorch's own zip files do not."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())

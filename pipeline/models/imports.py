@@ -1,24 +1,27 @@
 """Read checkpoints in the formats of others as open_clip's tensors: the inverse of exports.py, also image towers alone.
 
-A checkpoint is a file (backbones.read_checkpoint says of which formats) or a folder as transformers saves it:
+A checkpoint is a file (read_checkpoint says of which formats) or a folder as transformers saves it:
 config.json beside model.safetensors, shards of it with an index, or pytorch_model.bin. Known are CLIPModel, SiglipModel
 and their vision models, with a projection and without, in any precision.
 """
 
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.timm_model import TimmModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
 from pipeline.core import config
 from pipeline.core.stages import UserError
 from pipeline.models import exports
-from pipeline.models.backbones import Tensors, empty, fitting, read_checkpoint, stored_tensors
+from pipeline.models.backbones import Tensors, empty, float32, stored_tensors
 
 KINDS = {"clip": exports.CLIP, "clip_vision_model": exports.CLIP, "siglip": exports.SIGLIP}
 KINDS["siglip_vision_model"] = exports.SIGLIP
@@ -77,6 +80,93 @@ def fitted(source: Path, original: Path, parts: str) -> Tensors:
     return fitting({**used, **{name: tensor for name, tensor in wanted.items() if kept(name)}}, original, source)
 
 
+def fitting(tensors: Tensors, folder: Path, source: Path) -> Tensors:
+    """The tensors of a checkpoint `source`, if they are those of the folder's model, name by name and shape by shape.
+
+    Raises UserError naming what is missing, left over, of another shape or kind of number, infinite or no number.
+    """
+    wanted = empty(folder).state_dict()
+    both = [(name, tensors[name], tensor) for name, tensor in wanted.items() if name in tensors]
+    wrong = [
+        *(f"missing: {name}" for name in wanted.keys() - tensors.keys()),
+        *(f"left over: {name}" for name in tensors.keys() - wanted.keys()),
+        *(
+            f"{name}: {list(found.shape)} where {list(tensor.shape)} is wanted"
+            for name, found, tensor in both
+            if found.shape != tensor.shape
+        ),
+        *(
+            f"{name}: {found.dtype} where {tensor.dtype} is wanted"
+            for name, found, tensor in both
+            if found.dtype != tensor.dtype
+        ),
+        *(
+            f"{name}: numbers that are infinite or none"
+            for name, found, _ in both
+            if not found.is_meta and not found.isfinite().all()
+        ),
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(
+            f"{source.name} does not fit the architecture in params.yaml:\n  " + "\n  ".join(sorted(wrong)[:8]) + more
+        )
+    return tensors
+
+
+def read_checkpoint(path: Path) -> Tensors:
+    """The tensors of a checkpoint by name, in float32 whatever they are stored in.
+
+    Formats: safetensors; PyTorch files of open_clip, MetaCLIP and DIVA's authors (plain, or below `state_dict`, with or
+    without `module.`), read without running what they hold; OpenAI's TorchScript archive, by openai-clip.
+    Raises UserError for anything else.
+    """
+    try:
+        state = _state(path)
+        if not state or not all(isinstance(name, str) and _plain(tensor) for name, tensor in state.items()):
+            raise TypeError
+        return float32(state)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises any; torch's own words tell how to run what a file holds
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}). Known formats: safetensors, a PyTorch "
+            "state dict of plain tensors, OpenAI's TorchScript archive. Fetch it again, or name another file."
+        ) from error
+
+
+def _state(path: Path) -> Any:
+    """What a checkpoint holds as its state. open_clip's `load_state_dict` is not taken: after a TypeError it reads a
+    file again and lets torch's settings decide whether its code runs; so does `clip.load` after a RuntimeError."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if _is_torchscript(path):
+        with warnings.catch_warnings():  # of pkg_resources, which openai-clip imports; no other format needs either
+            warnings.simplefilter("ignore")
+            from clip.model import build_model
+
+            archive = torch.jit.load(str(path), map_location="cpu")
+        return build_model(archive.state_dict()).float().state_dict()
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    state = found.get("state_dict", found)
+    if next(iter(state)).startswith("module."):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _plain(tensor: Any) -> bool:
+    """Whether it is a tensor that holds its numbers: neither sparse nor one of the meta device."""
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _is_torchscript(path: Path) -> bool:
+    """TorchScript archives carry code beside the tensors; PyTorch's own zip files do not."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
 def _of_file(source: Path, parts: str) -> Tensors:
     """Of a file; an image tower's own state, without `visual.` before its names, is taken as such."""
     found = read_checkpoint(source)
@@ -97,12 +187,7 @@ def _of_transformers(folder: Path, original: Path, wanted: Tensors) -> Tensors:
     kind = config.json_object(folder / "config.json", AGAIN).get("model_type")
     model = empty(original)
     own = "siglip" if isinstance(model, open_clip.CustomTextCLIP) else "clip"
-    if (
-        not isinstance(kind, str)
-        or kind not in KINDS
-        or not kind.startswith(own)
-        or (own == "clip" and kind.startswith("siglip"))
-    ):
+    if not (isinstance(kind, str) and kind in KINDS and kind.startswith(own)):
         raise UserError(
             f"{folder}/config.json says model_type {kind!r}, but the backbone is a {own} model. Name a checkpoint of "
             f"this backbone; known types: {', '.join(KINDS)}."

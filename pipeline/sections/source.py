@@ -43,7 +43,7 @@ class MiniSource(Section):
 
 
 class CheckpointSource(Section):
-    """A published checkpoint, in any format that models/backbones.py reads."""
+    """A published checkpoint, in any format that models/imports.py reads."""
 
     kind: Literal["checkpoint"]
     architecture: str | dict[str, Any]  # the name of one of open_clip's configurations, or a configuration
