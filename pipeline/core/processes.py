@@ -8,44 +8,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 STARTED_BY = "STARTED_BY"  # the id of the process that started this one, as dvc.yaml's commands set it
 
 
-def end_with_parent() -> None:
-    """End this process when the process that started it ends, if DVC or STARTED_BY names that one.
+def end_with_parent(end: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGKILL)) -> None:
+    """Call `end`, which must not return, within a second of the end of the process that started this one.
 
-    It works whichever process is number 1 or adopts orphans. Exits if the parent ended while this process started.
+    That is the one of multiprocessing, or the one that DVC or STARTED_BY names, whichever process is number 1 or adopts
+    orphans. Exits if the latter ended while this process started.
     """
-    if STARTED_BY not in os.environ and "DVC_STAGE" not in os.environ:
+    if process := multiprocessing.parent_process():
+        wait: Callable[[], object] = process.join
+    elif STARTED_BY not in os.environ and "DVC_STAGE" not in os.environ:
         return  # started by hand: it ends when its user says so
-    parent = os.environ.get(STARTED_BY, str(os.getppid()))  # a shell such as fish knows no $PPID
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if str(os.getppid()) != parent:  # asked after the tie, so that no moment is unwatched
-        sys.exit(f"error: process {parent}, which started this stage, ended while the stage was starting")
+        parent = os.environ.get(STARTED_BY, str(os.getppid()))  # a shell such as fish knows no $PPID
+        wait = partial(_until_adopted, parent)
+        if sys.platform == "linux":  # a signal at the parent's death, also to a launcher that takes this one's place
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if str(os.getppid()) != parent:  # asked after the tie, so that no moment is unwatched
+            sys.exit(f"error: process {parent}, which started this stage, ended while the stage was starting")
+    threading.Thread(target=lambda: (wait(), end()), daemon=True).start()
 
 
-def _watch(parent: str) -> None:
-    """For systems without a signal at the parent's death: kill this process within a second of it."""
+def _until_adopted(parent: str) -> None:
     while str(os.getppid()) == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def end_with_parent_of_pool(end: Callable[[], None]) -> None:
-    """In a process of multiprocessing: call `end`, which must not return, when its parent is gone, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def watch() -> None:
-        parent.join()
-        end()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def cpus() -> int:

@@ -26,7 +26,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from pipeline.core.outputs import remove
-from pipeline.core.processes import end_with_parent_of_pool
+from pipeline.core.processes import end_with_parent
 from pipeline.core.stages import UserError, progress
 from pipeline.data.decoding import members
 from pipeline.data.shards import most_frequent, write_index
@@ -166,7 +166,7 @@ def _img2dataset(options: dict[str, Any], log: Path) -> None:
     """Body of the process that runs img2dataset; its workers and all that they print stay within."""
     # A session of its own: Ctrl-C reaches our process alone, for img2dataset's handler would end as if all were done.
     os.setsid()
-    end_with_parent_of_pool(lambda: os.killpg(0, signal.SIGKILL))
+    end_with_parent(lambda: os.killpg(0, signal.SIGKILL))
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

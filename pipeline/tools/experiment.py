@@ -36,7 +36,7 @@ from pipeline.benchmarks import mmvp, zeroshot
 from pipeline.benchmarks.pairs import read_mmvp_vlm
 from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic, remove
-from pipeline.core.processes import cpus, end_with_parent_of_pool
+from pipeline.core.processes import cpus, end_with_parent
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
@@ -282,7 +282,7 @@ _assets: Assets  # of a worker
 
 def _start_worker(p: params.Params) -> None:
     global _assets
-    end_with_parent_of_pool(lambda: os._exit(1))  # a killed experiment must leave no second writer
+    end_with_parent()  # a killed experiment must leave no second writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that hands out the work, which ends this
     sys.stdout = sys.stderr = (SCRATCH / f"worker-{os.getpid()}.log").open(
         "w", buffering=1, encoding="utf-8"
