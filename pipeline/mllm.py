@@ -46,7 +46,7 @@ def main(backbone: str, weights: str) -> None:
             scoring.write(
                 folder, VERSION, rule="the likeliest option; of equal ones the first",
                 preprocessing=clip.preprocessing, sets=scoring.content(data, (".json",)),
-                **section.model_dump(exclude={"checkpoint_minutes", "batch"}),
+                **section.model_dump(exclude={"batch"}),
             )  # fmt: skip
             write_json(folder / "scores.json", summary)
             table.to_parquet(folder / "right.parquet", index=False)

@@ -48,7 +48,7 @@ SHRUNK = {
     "profiles.mini.segmentation.probe": {"cells": 2, "steps": 4, "batch": 32, "lr": 0.01},
     "profiles.mini.mllm_sets": {"kind": "mini", "train": 6, "pairs_per_pattern": 2},
     "profiles.mini.mllm": {
-        "seeds": 2, "context": 40, "batch": 8, "precision": "float32", "checkpoint_minutes": 5,
+        "seeds": 2, "context": 40, "batch": 8, "precision": "float32",
         "phases": [
             {
                 "split": "train", "trained": "projector_and_language", "prompt": "{question}", "steps": 2, "batch": 8,

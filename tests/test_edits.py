@@ -83,6 +83,7 @@ EDITS = {
         {"plan", "report", "control@mini-diva-shuffled"}
         | {f"score-controls@{benchmark}-mini-diva-shuffled" for benchmark in ("mmvp", "zeroshot")},
     ),
+    "how it runs": (values(launch__checkpoint_minutes=1, launch__cache_gb=9), set()),
     "a larger benchmark": (values(profiles__mini__zeroshot_sets__retrieval=7), {"plan"}),
     "a zero-shot set of another profile": (values(profiles__paper__zeroshot_sets__sets__other="main"), set()),
 }

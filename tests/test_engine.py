@@ -327,7 +327,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
 LONGER = {
     "profiles.mini.recipes.diva.steps": 25,
     "profiles.mini.recipes.diva.warmup.steps": 10,
-    "profiles.mini.train.checkpoint_minutes": 0.0,
+    "launch.checkpoint_minutes": 0.0,
     "profiles.mini.recipes.diva.optimizer.lr": 0.05,
 }
 
@@ -388,7 +388,7 @@ def test_a_run_goes_on_from_its_checkpoint(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], saves: int
 ) -> None:  # fmt: skip
     """After a step of either phase, the last ones too: to the same bytes as one without checkpoints."""
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    write_params(**{"launch.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(saves):
         run(train, "mini", "diva")
     assert outputs(here) == {}
@@ -404,7 +404,7 @@ def test_a_run_goes_on_from_its_checkpoint(
 
 
 def change_the_rate() -> None:
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.optimizer.lr": 0.25})
+    write_params(**{"launch.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.optimizer.lr": 0.25})
 
 
 def change_the_seed() -> None:
@@ -431,7 +431,7 @@ def change_the_backbone() -> None:
 def test_another_recipe_never_goes_on_from_a_checkpoint(
     here: Path, capsys: pytest.CaptureFixture[str], change, named: str
 ) -> None:  # fmt: skip
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    write_params(**{"launch.checkpoint_minutes": 0.0})
     with pytest.raises(KilledError), killed_after(5):
         run(train, "mini", "diva")
     change()
@@ -524,7 +524,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> Non
 def test_a_full_disk_costs_the_checkpoint_not_the_run(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    write_params(**{"launch.checkpoint_minutes": 0.0})
     save = scratch.save
 
     def save_on_a_full_disk(*arguments) -> None:

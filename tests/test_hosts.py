@@ -139,7 +139,7 @@ def test_a_taken_port_of_the_group_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def copies(here: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Two folders with the same inputs."""
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.steps": 6})
+    write_params(**{"launch.checkpoint_minutes": 0.0, "profiles.mini.recipes.diva.steps": 6})
     other = tmp_path / "other host"
     shutil.copytree(here, other)
     return here, other

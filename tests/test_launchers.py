@@ -35,7 +35,7 @@ def ready(tmp_path: Path) -> Clone:
     """A clone with all that a training of some seconds needs."""
     clone = Clone.make(tmp_path / "ready")
     content = read_yaml(clone.root / "params.yaml")
-    content["profiles"]["mini"]["train"]["checkpoint_minutes"] = 0.0
+    content["launch"]["checkpoint_minutes"] = 0.0
     content["profiles"]["mini"]["recipes"]["diva"] |= {"steps": 60}
     write_yaml(clone.root / "params.yaml", content)
     clone.run("dvc", "repro", *(f"pipeline/dvc.yaml:{name}" for name in INPUTS))

@@ -136,7 +136,7 @@ def small(steps: int = 1) -> dict[str, Any]:
     own = json.loads(json.dumps(PAPER["mllm"])) | {"seeds": 2, "context": 300, "batch": 3, "precision": "float32"}
     for phase in own["phases"]:
         phase |= {"steps": steps, "batch": 4}
-    return own | {"checkpoint_minutes": 0}
+    return own
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,9 @@ def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     served.stand_in(monkeypatch)
-    write_params(**{SETS: section(by_hand(tmp_path / "hand")), "profiles.mini.mllm": small()})
+    write_params(
+        **{SETS: section(by_hand(tmp_path / "hand")), "profiles.mini.mllm": small(), "launch.checkpoint_minutes": 0}
+    )
     yield served
     served.heal()
 
@@ -232,7 +234,9 @@ def scored() -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("hub")
 def test_a_published_model_learns_both_phases_and_answers(here: Path) -> None:
-    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(1)})
+    write_params(
+        **{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(1), "launch.checkpoint_minutes": 0}
+    )
     run(mllm_sets)
     files = scored()
     scores, table = json.loads(files["scores.json"]), pd.read_parquet(io.BytesIO(files["right.parquet"]))
@@ -253,7 +257,9 @@ def test_a_published_model_learns_both_phases_and_answers(here: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_params(**{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(3)})
+    write_params(
+        **{SETS: section(by_hand(here / "hand")), "profiles.mini.mllm": small(3), "launch.checkpoint_minutes": 0}
+    )
     run(mllm_sets)
     undisturbed = scored()
     steps, real = iter(range(99)), Fit.step
@@ -424,12 +430,12 @@ def test_what_is_to_be_fetched_by_hand_is_asked_for_before_anything_is_fetched(
     learnt = by_hand(tmp_path / "third")
     learnt["tune"]["images"] = "data/nowhere"
     axes = {"run.benchmarks": ["mllm"], "run.benchmark_sets": ["mllm"], "run.recipes": [], "run.inputs": []}
-    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), **axes})
+    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), "launch.checkpoint_minutes": 0, **axes})
     with pytest.raises(SystemExit):
         run(plan)
     assert "data/nowhere: no such file or folder. Fetch it by hand" in capsys.readouterr().err
     learnt["tune"]["images"] = "third/images"
-    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), **axes})
+    write_params(**{SETS: section(learnt), "profiles.mini.mllm": small(), "launch.checkpoint_minutes": 0, **axes})
     hub.fail("/api/datasets/MMVP/MMVP/revision/main", 403, X_Error_Code="GatedRepo")
     with pytest.raises(SystemExit):
         run(plan)

@@ -84,7 +84,7 @@ def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: 
 @pytest.mark.slow
 def test_a_killed_control_goes_on_to_the_same_weights(finished: Path, here: Path) -> None:
     """Of a killed training, tests/test_engine.py sees that the control is given the same start."""
-    write_params(**{"profiles.mini.train.checkpoint_minutes": 0.0})
+    write_params(**{"launch.checkpoint_minutes": 0.0})
     shutil.copytree(finished / MODELS / "diva", MODELS / "diva")
     with pytest.raises(KilledError), killed_after(2):
         run(shuffled, "mini", "diva")

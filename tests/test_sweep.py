@@ -77,7 +77,7 @@ def test_a_table_grows_and_a_seed_counts_once(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("key", "value", "same"),
     [
-        ("profiles.mini.train.checkpoint_minutes", 7, True),
+        ("launch.checkpoint_minutes", 7, True),
         ("profiles.mini.mllm.seeds", 7, True),
         ("profiles.mini.segmentation_sets.test", 7, True),
         ("profiles.mini.recipes.two_stage.steps", 7, True),

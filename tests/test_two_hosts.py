@@ -49,7 +49,7 @@ def clones(here: Path, tmp_path: Path) -> dict[str, Clone]:
             found[host].root,
             **{
                 "launch": {"train": "torchrun", "processes": 2},
-                "profiles.mini.train.checkpoint_minutes": 0.0,
+                "launch.checkpoint_minutes": 0.0,
                 "profiles.mini.recipes.diva.steps": 12,
                 "profiles.mini.recipes.diva.optimizer.lr": 0.05,
             },

@@ -17,6 +17,7 @@ from pipeline.benchmarks import questions as sets
 from pipeline.benchmarks.mllm import Fit, Llava, PatchTokens
 from pipeline.benchmarks.questions import Choice, Conversation
 from pipeline.benchmarks.sets import SetImage
+from pipeline.core import config
 from pipeline.core.code import program
 from pipeline.core.compute import generator, seeded
 from pipeline.core.processes import cpus
@@ -25,6 +26,7 @@ from pipeline.engine.scratch import Scratch, digest
 from pipeline.models.backbones import Backbone, tensors_sha256
 from pipeline.models.exports import OpenClipOnly, tokenizer, transformers_model
 from pipeline.models.residual_head import WithHead
+from pipeline.sections.launch import Launch
 from pipeline.sections.mllm import Mllm
 
 LAST = 20  # steps whose mean loss is told
@@ -76,7 +78,7 @@ def score(
         model = mllm.new(vision, language, tok, seed).to(processes.device)
         return Llava(model, tok, p.context, p.batch, processes, p.precision)
 
-    kept = Kept(checkpoint, _fingerprint(backbone, root, p, learnt, tests), p.checkpoint_minutes, processes)
+    kept = Kept(checkpoint, _fingerprint(backbone, root, p, learnt, tests), processes)
     prompt, seeds = p.phases[-1].prompt, range(len(kept.finished), p.seeds)
     for number in seeds:
         own = llava(number)
@@ -116,7 +118,8 @@ class Kept(Scratch):
     losses: of the seed at hand, by phase.
     """
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any], minutes: float, processes: PartialState) -> None:
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any], processes: PartialState) -> None:
+        minutes: float = config.read(Launch, "launch").checkpoint_minutes if path else 0.0
         super().__init__(path, fingerprint, minutes, processes)
         state = self.state() or {"finished": [], "losses": []}
         self.finished: list[dict[str, Any]] = state["finished"]
@@ -169,7 +172,7 @@ def _train(
 def _fingerprint(backbone: Backbone, root: Path, p: Mllm, *asked: Any) -> dict[str, Any]:
     """All that the answers depend on; the number of processes, which changes rounding alone, is left out."""
     return {
-        "mllm": p.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "mllm": p.model_dump(mode="json"),
         "weights": backbone.sha256,
         "language": digest(sorted((root / "language").glob("*"))),
         "asked": hashlib.sha256(repr(asked).encode()).hexdigest(),

@@ -16,14 +16,14 @@ from pipeline.core.stages import UserError
 PARAMS_FILE = Path("params.yaml")
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """`-S lr=0.00005` makes DVC write `5e-05`, which YAML 1.1 reads as a string for want of a dot: take it as meant."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
 
 
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Float = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]

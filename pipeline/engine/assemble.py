@@ -232,7 +232,7 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
     """
     return {
         "seed": t.seed,
-        "train": t.section.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "train": t.section.model_dump(mode="json"),
         "recipe": t.recipe.model_dump(mode="json"),
         "condition": dataclasses.asdict(t.own),
         "fitted": digest([t.fitted]) if t.fitted and t.fitted.is_file() else None,
@@ -313,6 +313,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
     recipe = recipes.read(profile, recipe_name)
     own: Condition = config.read(Condition, f"backbones.{name}.condition")
     seed: int = config.read(config.Seed, "seed")
+    launch: Launch = config.read(Launch, "launch")
     weights = f"{recipe_name}-{control}" if control else recipe_name
     fitted = Path("models", profile, recipe_name, name, FITTED) if control else None
     key = f"profiles.{profile}.recipes.{recipe_name}"
@@ -334,7 +335,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
             )
         shards = Shards(
             images, section.max_undecodable, section.validation.images, captioned,
-            config.read(Launch, "launch").cache_gb,
+            launch.cache_gb,
         )  # fmt: skip
         encoder = FrozenEncoder.load(teacher).to(processes.device) if any(loss.encodes for loss in losses) else None
         if fitted and processes.is_main_process and not fitted.is_file():
@@ -347,7 +348,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
 
     with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         t, mark = hosts.agreed(processes, load)
-        checkpoint = Checkpoint(scratch, mark, section.checkpoint_minutes, processes)
+        checkpoint = Checkpoint(scratch, mark, launch.checkpoint_minutes, processes)
         feedback = build_feedback(t, processes.device)
         try:
             end = train(t, feedback, curves, processes, checkpoint)

@@ -1,9 +1,6 @@
 """The losses of a recipe, their settings checked."""
 
-import json
-
-from pydantic import TypeAdapter, ValidationError
-
+from pipeline.core import config
 from pipeline.core.stages import UserError
 from pipeline.diva import losses
 from pipeline.diva.losses import Loss
@@ -16,11 +13,7 @@ def losses_of(key: str, recipe: Recipe) -> list[Loss]:
     for loss, settings in recipe.losses.items():
         if loss not in known:
             raise UserError(f"{key}.losses.{loss} is unknown. Known: {', '.join(known)}.")
-        try:
-            found.append(TypeAdapter(known[loss]).validate_json(json.dumps(settings), strict=True))
-        except ValidationError as error:
-            wrong = (f"{'.'.join([f'{key}.losses.{loss}', *map(str, e['loc'])])} ({e['msg']})" for e in error.errors())
-            raise UserError(f"{', '.join(wrong)}. Correct them in params.yaml.") from None
+        found.append(config.checked(known[loss], settings, f"{key}.losses.{loss}"))
     return found
 
 

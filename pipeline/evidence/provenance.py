@@ -70,7 +70,6 @@ def run(profile: str, backbone: str, recipe: str) -> str:
     named = {"threads", *(Path(file).stem for file in DECIDE)}
     decide: dict[str, Any] = {name: value for name, value in config.read(anything, key).items() if name in named}
     decide |= {"recipe": config.read(anything, f"{key}.recipes.{recipe}", base=f"{key}.base_recipe")}
-    decide["train"].pop("checkpoint_minutes")
     entry = config.read(anything, f"backbones.{backbone}")
     own = [entry[name] for name in ("source", "condition", "published_pooling")]
     return hashlib.sha256(json.dumps([decide, own, program(*DECIDE)], sort_keys=True).encode()).hexdigest()[:12]

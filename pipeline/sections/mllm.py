@@ -34,7 +34,6 @@ class Mllm(Section):
     context: Count
     batch: Count
     precision: Literal["float32", "bfloat16"]
-    checkpoint_minutes: NonNegativeFloat
     phases: Annotated[list[MllmPhase], Field(min_length=1)]
 
     @model_validator(mode="after")

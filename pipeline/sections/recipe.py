@@ -1,11 +1,11 @@
 """Section `recipes`, each on the profile's `base_recipe`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.core import config
-from pipeline.core.config import Count, Name, NonNegativeFloat, PositiveFloat, Section, Share
+from pipeline.core.config import Count, Name, NonNegativeFloat, PositiveFloat, Section, Share, number
 
 
 class Warmup(Section):
@@ -71,7 +71,7 @@ class Recipe(Section):
     with_projection: bool
     timesteps: list[int] = Field(min_length=2, max_length=2)
     draw_weights: list[PositiveFloat] = Field(min_length=1)
-    losses: dict[Name, dict[str, Any]] = Field(min_length=1)
+    losses: dict[Name, dict[str, Annotated[Any, BeforeValidator(number)]]] = Field(min_length=1)
     optimizer: Sgd | AdamW = Field(discriminator="kind")
     batch: Count
     steps: Count

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.core.config import Count, NonNegativeFloat, PositiveFloat, Section, Share
+from pipeline.core.config import Count, PositiveFloat, Section, Share
 
 Pair = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
@@ -49,4 +49,3 @@ class Train(Section):
     compile: bool
     max_undecodable: Share
     validation: Validation
-    checkpoint_minutes: NonNegativeFloat
