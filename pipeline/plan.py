@@ -29,7 +29,7 @@ from pipeline.core.code import program
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data import downloads
-from pipeline.models.registry import complete, embedding_width
+from pipeline.models.registry import complete, embedding_width, patches
 from pipeline.sections import params
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.checkpoint import LocalFiles
@@ -210,6 +210,7 @@ def check_values(p: params.Params) -> None:
     """Raise UserError for values that a later stage would refuse, after all was fetched."""
     for name in p.run.backbones:
         embedding_width(name, p.backbones[name].source)
+        _check_rules(name, p.backbones[name])
     if p.run.recipes:
         from pipeline.engine.checks import check_encoder, check_recipes  # not above: torch takes a second
 
@@ -222,6 +223,15 @@ def check_values(p: params.Params) -> None:
             if images.kind == "links" and not Path("data", p.run.profile, "images").exists():
                 images.links.check_distributor()
                 check_there(images.links.tsv, "links.tsv")
+
+
+def _check_rules(name: str, entry: BackboneEntry) -> None:
+    found = patches(complete(name, entry.source))
+    for key, rule in (("condition", entry.condition), ("published_pooling", entry.published_pooling)):
+        try:
+            rule.tokens.check(found)
+        except ValueError as error:
+            raise UserError(f"params.yaml:\n  backbones.{name}.{key}.tokens: {error}. Correct its number.") from None
 
 
 def check_by_hand(p: params.Params) -> None:
@@ -327,9 +337,11 @@ def _pinned(section: params.Section, maker: str, threads: int) -> dict:
     """threads: they decide the bytes of what torch makes."""
     found = {maker: _only_pins(section)}
     if isinstance(section, PublishedImages):
-        index = Path(found[maker].pop("index")["file"])
+        chosen = found[maker][section.kind]
         if section.kind == "index":
-            found[maker]["index"] = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else None
+            index = Path(section.index.file)
+            chosen = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else None
+        found[maker] = {"kind": section.kind, section.kind: chosen}
     if getattr(section, "kind", None) == "mini":
         found |= {"code": program(f"{maker}.py")}
         if maker in ("denoiser", "encoder", "backbone"):

@@ -11,6 +11,7 @@ from dvc.utils.serialize import modify_yaml
 
 from pipeline.core import config
 from pipeline.core.stages import UserError
+from pipeline.engine.losses import losses_of
 from pipeline.sections import params, recipe
 from pipeline.sections.download import Download
 from pipeline.sections.recipe import Recipe
@@ -99,6 +100,9 @@ def test_the_committed_file_loads() -> None:
         (f"{DIVA}.timesteps", [-1, 10], "[-1, 10]"),
         (f"{MINI}.condition.tokens", {"kind": "all", "number": 3}, "'all' with number 3"),
         (f"{MINI}.condition.tokens", {"kind": "random"}, "'random' with number 0"),
+        (f"{MINI}.condition.tokens", {"kind": "random", "number": 76.5}, "'random' with number 76.5: wanted a whole"),
+        (f"{MINI}.condition.tokens", {"kind": "windows", "number": 0.5}, "'windows' with number 0.5: wanted a whole"),
+        (f"{MINI}.condition.tokens", {"kind": "random_fraction", "number": 1.5}, "number 1.5: wanted a fraction"),
         (f"{MINI}.published_pooling.tokens", {"kind": "windows", "number": 0}, "'windows' with number 0"),
         ("run.backbones", ["openai"], "'openai'"),
         ("run.profile", "papr", "'papr'"),
@@ -304,9 +308,11 @@ def test_a_small_rate_as_dvc_writes_it_is_a_number(file: Path) -> None:
     """DVC's YAML writer leaves out the dot, and YAML 1.1 then reads a string."""
     with modify_yaml(str(file)) as content:
         content["profiles"]["mini"]["recipes"]["diva"]["optimizer"]["lr"] = 0.00005
+        content["profiles"]["mini"]["recipes"]["diva"]["losses"] = {"denoise": {"weight": 0.00005}}
     assert re.search(r"\blr: 5e-05\b", file.read_text(), re.MULTILINE)
     assert yaml.safe_load("5e-05") == "5e-05"
     assert params.load(file).profile.recipes["diva"].optimizer.lr == 5e-05
+    assert losses_of("", params.load(file).profile.recipes["diva"])[0].weight == 5e-05
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

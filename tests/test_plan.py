@@ -165,6 +165,17 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
     assert "\ndisk: 65.7 GB needed, 10,000.0 GB free in " in out  # checkpoint 2 beside six models of 3.9
 
 
+def test_only_the_kind_of_images_in_use_is_pinned() -> None:
+    def pinned(**changes: Any) -> dict[str, Any]:
+        return plan.pins(write(**changes))["images"]
+
+    for kind, own in (("shards", "shards.match"), ("links", "links.min_success")):
+        before = pinned(**{"images.kind": kind})
+        value = {"shards.match": ["*.tar"], "links.min_success": 0.7}
+        for key in value:
+            assert (pinned(**{"images.kind": kind, f"images.{key}": value[key]}) == before) == (key != own)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("asked")
 def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +389,22 @@ SMALL = {  # open_clip's configuration of a model
         (
             "contrastive",
             {"recipes.contrastive.losses": {"info_nce": {"weight": 1.0, "negatives": 3}}},
-            f"{KEY}.contrastive.losses.info_nce.temperature (Field required)",
+            f"{KEY}.contrastive.losses.info_nce.temperature: missing. Add it.",
+        ),
+        *(
+            (
+                "contrastive",
+                {f"recipes.contrastive.losses.info_nce.{setting}": value},
+                f"{KEY}.contrastive.losses.info_nce{said}",
+            )
+            for setting, value, said in (
+                ("negatives", 0, ": negatives is 0, wanted a number above 0."),
+                ("negatives", 1.5, ".negatives: found 1.5. "),
+                ("view", 1.5, ": view is 1.5, wanted a number above 0 and at most 1."),
+                ("temperature", 0.0, ": temperature is 0.0, wanted a number above 0."),
+                ("weight", float("nan"), ".weight: found nan. "),
+                ("wieght", 1.0, ".wieght: unknown key (found 1.0)"),
+            )
         ),
         (
             "contrastive",
@@ -469,3 +495,26 @@ def test_a_list_of_links_is_not_asked_for_where_its_images_are_there(asked: list
     Path("data/paper/images").mkdir(parents=True)
     run(plan)
     assert Path("data/paper/planned/images.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "tokens"),
+    [
+        ("openai_224", {"kind": "random_fraction", "number": 0.003}),  # of 256 patches
+        ("openai_224", {"kind": "windows", "number": 257}),
+        ("siglip_224", {"kind": "windows", "number": 257}),  # a tower of timm
+        ("mini", {"kind": "random_fraction", "number": 0.05}),
+    ],
+)
+def test_a_rule_that_selects_no_token_is_refused(
+    backbone: str, tokens: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("condition", "published_pooling"):
+        content = read_yaml(COMMITTED)
+        content["run"] |= {"profile": content["backbones"][backbone]["profile"], "backbones": [backbone]}
+        content["run"] |= {"recipes": [], "inputs": []}
+        content["backbones"][backbone][key]["tokens"] = tokens
+        if key == "condition":
+            content["backbones"][backbone][key]["text"] = "mean"
+        write_yaml(Path("params.yaml"), content)
+        assert f"backbones.{backbone}.{key}.tokens: kind '{tokens['kind']}' with" in refusal(capsys)

@@ -5,9 +5,10 @@ draw, or a scalar if it does not use draws. Its attributes say what it needs bey
 """
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.diva.feedback import Feedback
+from pipeline.diva.rules import STRICT
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Made:
         return checkpoint(self.feedback.denoiser, *given, use_reentrant=False, preserve_rng_state=False).float()
 
 
+def between(low: float, high: float = math.inf) -> Any:
+    """A setting above `low`, which is out of range, and at most `high`. Without it a number is above 0."""
+    return field(metadata={"range": (low, high)})
+
+
 @dataclass
 class Loss:
     """weight: of this term in the sum that is minimised.
@@ -77,7 +84,7 @@ class Loss:
     encodes, the frozen image encoder.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # unknown settings are refused
+    __pydantic_config__: ClassVar = STRICT
 
     weight: float
     name: ClassVar[str]
@@ -89,6 +96,16 @@ class Loss:
     captioned: ClassVar[bool] = False
     bank: ClassVar[int] = 0
     encodes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range, and for an empty list."""
+        for setting in fields(self):
+            value, (low, high) = getattr(self, setting.name), setting.metadata.get("range", (0.0, math.inf))
+            if isinstance(value, list) and not value:
+                raise ValueError(f"{setting.name} is empty. Name some")
+            if isinstance(value, int | float) and not low < value <= high:
+                most = f" and at most {high:g}" if high < math.inf else ""
+                raise ValueError(f"{setting.name} is {value}, wanted a number above {low:g}{most}")
 
     def prepare(self, given: Given) -> None:
         """Called before training."""
@@ -118,11 +135,12 @@ class InfoNCE(Loss):
 
     temperature: float
     negatives: int
-    view: float
+    view: float = between(0, 1)
     name = "info_nce"
     denoises = conditions = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.second_view, self.images = self.view, self.negatives + 1  # type: ignore[misc]
 
     def __call__(self, made: Made) -> torch.Tensor:
@@ -186,12 +204,13 @@ class Reranking(Loss):
     """
 
     captions: int
-    candidates: int
+    candidates: int = between(1)
     evidence: float
     name = "reranking"
     denoises = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.bank = self.captions  # type: ignore[misc]
 
     def prepare(self, given: Given) -> None:
@@ -232,6 +251,7 @@ class CaptionContrast(Loss):
     captioned = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.bank = self.captions  # type: ignore[misc]
 
     def prepare(self, given: Given) -> None:
@@ -270,7 +290,7 @@ class Kernel(Loss):
     KUEA; no denoiser. A kernel is ((x y + offset) / (1 + offset)) ^ degree of unit embeddings x, y."""
 
     degree: int
-    offset: float
+    offset: float = between(-1)
     name = "kernel"
     images = 2
     encodes = True

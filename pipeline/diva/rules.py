@@ -19,10 +19,23 @@ class TokenRule:
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number where none is taken, for none where one is, and for one below 0."""
+        """Raises ValueError for a number where none is taken, for none where one is, and for one out of range."""
         if self.number < 0 or (self.kind in ("none", "all")) != (self.number == 0):
             raise ValueError(
                 f"kind '{self.kind}' with number {self.number:g}: none and all take none, the others need one above 0"
+            )
+
+        if self.kind in ("random", "windows") and self.number != int(self.number):
+            raise ValueError(f"kind '{self.kind}' with number {self.number:g}: wanted a whole number")
+        if self.kind == "random_fraction" and self.number > 1:
+            raise ValueError(f"kind 'random_fraction' with number {self.number:g}: wanted a fraction, at most 1")
+
+    def check(self, patches: int) -> None:
+        """Raises ValueError where the rule, which selects tokens, selects none of so many patches."""
+        few = {"random_fraction": not self.positions(patches), "windows": self.number > patches}
+        if few.get(self.kind):
+            raise ValueError(
+                f"kind '{self.kind}' with number {self.number:g} selects none of the tower's {patches} patches"
             )
 
     def positions(self, patches: int) -> int:

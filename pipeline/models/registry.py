@@ -1,4 +1,4 @@
-"""What open_clip's registry says of a backbone: its preprocessing, and where its checkpoint lies."""
+"""What is known of a backbone before it is fetched: what open_clip's registry says, and its tower's sizes."""
 
 from pipeline.core import config
 from pipeline.core.stages import UserError
@@ -67,3 +67,19 @@ def embedding_width(name: str, source: MiniSource | CheckpointSource | RegistryS
         except UserError as error:
             raise UserError(f"backbones.{name}.source: {error}") from None
     return architecture["embed_dim"]
+
+
+def patches(source: MiniSource | CheckpointSource) -> int:
+    """How many patch tokens the image tower of a source in full has."""
+    architecture = source.architecture
+    if isinstance(architecture, dict) and not {"patch_size", "image_size"} - architecture["vision_cfg"].keys():
+        vision = architecture["vision_cfg"]  # for a plan of the mini world need not wait for torch
+        return (vision["image_size"] // vision["patch_size"]) ** 2
+    import torch
+
+    from pipeline.models.backbones import image_tokens, model_config, on_meta
+
+    config = model_config(architecture)
+    size = config["vision_cfg"]["image_size"]
+    with torch.device("meta"):
+        return image_tokens(on_meta(config).visual, torch.empty(1, 3, size, size))[1].shape[1]
