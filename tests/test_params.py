@@ -240,34 +240,6 @@ def test_nothing_of_a_recipe_is_spelled_null() -> None:
     assert not any("null" in part for part in recipes)
 
 
-@pytest.mark.parametrize(
-    ("key", "now"),
-    [
-        (f"{DIVA}.fit", "warmup"),
-        (f"{DIVA}.warmup.told", "warmup.source (image_embeddings, caption_embeddings)"),
-        (f"{DIVA}.gap", "gap_correction"),
-        ("profiles.mini.recipes.text_anchored.gap_correction.pictures", "gap_correction.images"),
-        (f"{DIVA}.contrast", "losses.info_nce"),
-        (f"{DIVA}.anchor", "losses.self_distillation"),
-        (f"{TRAIN}.held_out", "train.validation"),
-        (f"{TRAIN}.recipe", "run.recipes"),
-        (f"{TRAIN}.lr", "optimizer.lr of a recipe"),
-        (f"{TRAIN}.steps", "steps of a recipe, or of base_recipe"),
-        ("run.weights", "run.checkpoints, run.recipes and run.controls"),
-        ("profiles.mini.denoiser.pictures", "denoiser.images"),
-        ("profiles.mini.denoiser.held_out", "denoiser.validation"),
-        (f"{MINI}.source.image_tower.pictures", "image_tower.images"),
-        (f"{MINI}.published_read_out", "published_pooling"),
-        (f"{MINI}.published_pooling.unit_tokens", "published_pooling.normalize_tokens"),
-        (f"{MINI}.published_pooling.unit_sum", "published_pooling.normalize_output"),
-        (f"{TRAIN}.streams", "no key: any number of processes share a batch"),
-    ],
-)
-def test_an_old_key_is_refused_with_the_new_one(file: Path, key: str, now: str) -> None:
-    change(file, key, {"weight": 1.0})
-    assert f"{key}: an old key. Now it is {now}." in message(file)
-
-
 def test_a_stage_reads_its_section_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     change(file, f"{TRAIN}.precision", "float16")

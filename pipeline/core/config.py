@@ -109,13 +109,8 @@ def _at(whole: Any, key: str) -> Any:
     return whole
 
 
-def checked(
-    kind: Any, section: Any, key: str = "", path: Path = PARAMS_FILE, renamed: dict[str, str] | None = None
-) -> Any:
-    """The content of a section as `kind`. As JSON, from which strict types take dataclasses, too.
-
-    renamed: keys of earlier versions, by the end of their full name, and what took their place.
-    """
+def checked(kind: Any, section: Any, key: str = "", path: Path = PARAMS_FILE) -> Any:
+    """The content of a section as `kind`. As JSON, from which strict types take dataclasses, too."""
     try:
         text = json.dumps(section, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # a date as a key; a section that holds itself
@@ -125,12 +120,10 @@ def checked(
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise UserError(
-            "\n".join([f"{path}:", *(_explain(e, section, key, renamed or {}) for e in error.errors())])
-        ) from None
+        raise UserError("\n".join([f"{path}:", *(_explain(e, section, key) for e in error.errors())])) from None
 
 
-def _explain(error: Any, content: Any, key: str, renamed: dict[str, str]) -> str:
+def _explain(error: Any, content: Any, key: str) -> str:
     parts = [key] if key else []
     for part in error["loc"]:  # pydantic names the chosen kind of a section, too, as if it were a key: leave it out
         if isinstance(part, int) if isinstance(content, list) else isinstance(content, dict) and part in content:
@@ -140,8 +133,6 @@ def _explain(error: Any, content: Any, key: str, renamed: dict[str, str]) -> str
         parts.append(str(error["loc"][-1]))
     where = ".".join(parts) or "run"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if old := next((old for old in renamed if f".{where}".endswith(f".{old}")), None):
-            return f"  {where}: an old key. Now it is {renamed[old]}."
         return f"  {where}: unknown key (found {error['input']!r}). Remove it, or correct its name."
     if error["type"] == "missing":
         return f"  {where}: missing. Add it."

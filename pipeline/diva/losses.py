@@ -205,7 +205,7 @@ class Reranking(Loss):
 
     captions: int
     candidates: int = between(1)
-    evidence: float
+    evidence: float = between(0)
     name = "reranking"
     denoises = True
 

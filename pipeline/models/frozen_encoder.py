@@ -50,11 +50,6 @@ class FrozenEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_for_hf(self.model.cpu(), str(folder), safe_serialization=True)
 
-    @property
-    def width(self) -> int:
-        """Of an embedding."""
-        return self.model.num_features
-
     @torch.no_grad()
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 pixels of any size, resized to the encoder's own, to float32 [B, D], not normalised."""

@@ -24,36 +24,6 @@ from pipeline.sections.train import Train
 from pipeline.sections.zeroshot import Zeroshot
 from pipeline.sections.zeroshot_sets import ZeroshotSets
 
-RENAMED = {  # keys of earlier versions, by the end of their full name, and what took their place
-    "run.weights": "run.checkpoints, run.recipes and run.controls",
-    "train.recipe": "run.recipes",
-    "train.held_out": "train.validation",
-    "train.projection_steps": "warmup.steps of a recipe",
-    "train.projection_lr": "warmup.lr of a recipe",
-    **{f"train.{key}": f"optimizer.{key} of a recipe" for key in ("lr", "momentum", "weight_decay")},
-    **{
-        f"train.{key}": f"{key} of a recipe, or of base_recipe"
-        for key in ("batch", "clip_norm", "draw_weights", "steps", "timesteps", "warmup_ratio")
-    },
-    "train.shard": "no key: every GPU holds the model",
-    "train.streams": "no key: any number of processes share a batch",
-    "gpu_memory": "no key: stage plan tries a step where there is a GPU",
-    "fit": "warmup",
-    "warmup.told": "warmup.source (image_embeddings, caption_embeddings)",
-    "gap": "gap_correction",
-    "gap_correction.pictures": "gap_correction.images",
-    "contrast": "losses.info_nce",
-    "anchor": "losses.self_distillation",
-    "denoiser.pictures": "denoiser.images",
-    "denoiser.held_out": "denoiser.validation",
-    "image_tower.pictures": "image_tower.images",
-    "published_read_out": "published_pooling",
-    "released": "checkpoints.released.weights",
-    "published.later": "checkpoints.<method>.published (pairs, and their pooling)",
-    "published_pooling.unit_tokens": "published_pooling.normalize_tokens",
-    "published_pooling.unit_sum": "published_pooling.normalize_output",
-}
-
 
 class Profile(Section):
     """threads: of arithmetic on a CPU, which pipeline/__init__.py pins before this file is read. encoder: needed where
@@ -175,4 +145,4 @@ def load(path: Path = config.PARAMS_FILE) -> Params:
             profile["recipes"] = {
                 name: config.on_base(own, base, where, path) for name, own in profile["recipes"].items()
             }
-    return config.checked(Params, content, path=path, renamed=RENAMED)
+    return config.checked(Params, content, path=path)
