@@ -78,7 +78,8 @@ def score(
         model = mllm.new(vision, language, tok, seed).to(processes.device)
         return Llava(model, tok, p.context, p.batch, processes, p.precision)
 
-    kept = Kept(checkpoint, _fingerprint(backbone, root, p, learnt, tests), processes)
+    minutes: float = config.read(Launch, "launch").checkpoint_minutes if checkpoint else 0.0
+    kept = Kept(checkpoint, _fingerprint(backbone, root, p, learnt, tests), minutes, processes)
     prompt, seeds = p.phases[-1].prompt, range(len(kept.finished), p.seeds)
     for number in seeds:
         own = llava(number)
@@ -118,8 +119,7 @@ class Kept(Scratch):
     losses: of the seed at hand, by phase.
     """
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any], processes: PartialState) -> None:
-        minutes: float = config.read(Launch, "launch").checkpoint_minutes if path else 0.0
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any], minutes: float, processes: PartialState) -> None:
         super().__init__(path, fingerprint, minutes, processes)
         state = self.state() or {"finished": [], "losses": []}
         self.finished: list[dict[str, Any]] = state["finished"]

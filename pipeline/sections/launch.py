@@ -16,4 +16,4 @@ class Launch(Section):
     score: str = ""
     processes: Count
     cache_gb: PositiveFloat = 200.0
-    checkpoint_minutes: NonNegativeFloat
+    checkpoint_minutes: NonNegativeFloat = 5.0
