@@ -79,37 +79,37 @@ class MeasuredRun(NamedTuple):
             pairs = pd.read_csv(folder / "scores/mmvp/mini-pretrained/pairs.csv", keep_default_na=False)
             right = pairs.pivot(index=["pair", "pattern"], columns="pooling", values="statement_to_image")
             scored = {"pretrained": report["score"]["pretrained"], "gain": report["gain"]}
+            loss = denoiser["validation_loss"]
+            figures = {
+                "pretrained": judged(scored["pretrained"]),
+                "gain": {name: judged(gain, name) for name, gain in scored["gain"].items()},
+                "denoiser": {"right": loss["right"]}
+                | {f"{k}_less_right": loss[k] - loss["right"] for k in ("empty", "wrong")},
+                "training": {
+                    recipe: {"validation_loss_fell_by": found["validation_loss_first"] - found["validation_loss_last"]}
+                    for recipe, found in training.items()
+                },
+            }
+            counts = {
+                "images": images,
+                "training": {
+                    recipe: {key: found[key] for key in ("steps", "images", "undecodable_images")}
+                    for recipe, found in training.items()
+                },
+                "parameters": {"backbone": backbone["parameters"], "unet": denoiser["unet_parameters"]},
+                "draws": {
+                    name: {
+                        pooling: {direction: found[pooling][direction]["draws"] for direction in found[pooling]}
+                        for pooling in POOLINGS
+                    }
+                    for name, found in mmvp.items()
+                },
+            }
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{folder}: not the metrics of a run of profile mini with the committed `run`: {error}. "
                 "Run `dvc repro`."
             ) from None
-        loss = denoiser["validation_loss"]
-        figures = {
-            "pretrained": judged(scored["pretrained"]),
-            "gain": {name: judged(gain, name) for name, gain in scored["gain"].items()},
-            "denoiser": {"right": loss["right"]}
-            | {f"{k}_less_right": loss[k] - loss["right"] for k in ("empty", "wrong")},
-            "training": {
-                recipe: {"validation_loss_fell_by": found["validation_loss_first"] - found["validation_loss_last"]}
-                for recipe, found in training.items()
-            },
-        }
-        counts = {
-            "images": images,
-            "training": {
-                recipe: {key: value for key, value in found.items() if "loss" not in key and key != "seed"}
-                for recipe, found in training.items()
-            },
-            "parameters": {"backbone": backbone["parameters"], "unet": denoiser["unet_parameters"]},
-            "draws": {
-                name: {
-                    pooling: {direction: found[pooling][direction]["draws"] for direction in found[pooling]}
-                    for pooling in POOLINGS
-                }
-                for name, found in mmvp.items()
-            },
-        }
         return cls(
             flat(figures), flat(counts), flat({name: found["verdict"] for name, found in weights.items()}), right
         )
