@@ -876,7 +876,7 @@ class Blurred(Raw):
     def __init__(self, tokenizer) -> None:
         super().__init__(64)
         self.tokenizer = tokenizer
-        self.words = torch.randn(100, 48, generator=generator("test", "words"))
+        self.words = torch.randn(100, 48, generator=generator("test", "fixed words"))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         coarse = F.avg_pool2d(pixels, 16).flatten(1)
