@@ -23,11 +23,12 @@ from scipy import stats
 from shrunk import ROOT, run, write_params
 from test_recipes import SMALL
 
+from metrics.recipes import experiment
 from pipeline.core.stages import UserError
 from pipeline.evidence.statistics import over_groups
 from pipeline.sections import params
-from pipeline.tools import experiment
-from pipeline.tools.experiment import MEASURES, Trial
+from pipeline.tools import trials
+from pipeline.tools.trials import MEASURES, Trial
 
 
 def test_the_cells_are_a_latin_square() -> None:
@@ -64,10 +65,10 @@ def test_every_space_has_as_many_settings_and_its_recipe_takes_each() -> None:
         tried = {study: experiment.choices(recipe, study) for study in experiment.STUDIES}
         assert len({tuple(each) for each in tried.values()}) == 3  # the studies are independent
         for choice in chain.from_iterable(tried.values()):
-            found = experiment.chosen(recipes[recipe], choice).model_dump()
+            found = trials.chosen(recipes[recipe], choice).model_dump()
             for key, _, value in (each.partition("=") for each in choice.split()):
                 assert reduce(dict.__getitem__, key.split("."), found) == float(value)
-    assert experiment.chosen(recipes["two_stage"], "trained.rank=4").trained.rank == 4  # a whole number
+    assert trials.chosen(recipes["two_stage"], "trained.rank=4").trained.rank == 4  # a whole number
 
 
 def rows(values: dict[Trial, dict[str, float]]) -> pd.DataFrame:
@@ -224,8 +225,8 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
 
 ENDLESS = """
 import os, signal, time
+from metrics.recipes import experiment
 from pipeline.sections import params
-from pipeline.tools import experiment
 if __name__ == "__main__":
     experiment.SCRATCH.mkdir(parents=True)
     with experiment.workers(params.load()) as pool:

@@ -11,9 +11,10 @@ import yaml
 from scipy import stats
 from shrunk import run, write_params
 
+from metrics.recipes import experiment
 from pipeline.core.stages import UserError
 from pipeline.mini import world
-from pipeline.tools import experiment, ladder
+from pipeline.tools import ladder
 from pipeline.tools.ladder import ENTRIES, MEASURES, Entry, FrozenWorld
 
 ENTRY: dict[str, Any] = {
@@ -156,7 +157,7 @@ def test_an_interrupted_entry_goes_on_and_made_again_has_the_same_log(
         run(ladder, "own", "--again")
     assert made[7:] == [0, 1, 2, 3, 4, 5]
     assert first.to_string(index=False) in capsys.readouterr().out
-    assert not FrozenWorld.scratch.exists()
+    assert not ladder.SCRATCH.exists()
     run(ladder)
     assert "| `own` | nothing | 99 | no | 5 |" in capsys.readouterr().out
     write(claim=99.0, recipe=ENTRY["recipe"] | {"steps": 1})

@@ -37,10 +37,10 @@ from pipeline.data.shards import Shards
 from pipeline.engine.losses import losses_of
 from pipeline.sections import params
 from pipeline.sections.recipe import Recipe
-from pipeline.tools.experiment import MEASURES, NAME, Assets, Trial
 from pipeline.tools.pages import table
+from pipeline.tools.trials import MEASURES, NAME, Assets, Trial
 
-ENTRIES, SET = Path("metrics/recipes/ladder"), "ladder"
+ENTRIES, SET, SCRATCH = Path("metrics/recipes/ladder"), "ladder", Path("data/.ladder.scratch")
 ALLOWED, LEVEL = 0.5, 0.01
 COST = "seconds"
 
@@ -59,10 +59,8 @@ class Entry(Section):
 class FrozenWorld(Assets):
     """The default world of profile mini, as `dvc repro` makes it, and one recipe."""
 
-    scratch = Path("data/.ladder.scratch")
-
     def __init__(self, p: params.Params, compute: torch.device, recipe: Recipe) -> None:
-        super().__init__(p, compute)
+        super().__init__(p, compute, SCRATCH)
         self.own = recipe
 
     def recipe(self, run: Trial) -> Recipe:
@@ -207,9 +205,9 @@ def main(*arguments: str) -> None:
         return
     found = entry(asked.name)
     world = FrozenWorld(params.load(), deterministic_device(), recipe_of(asked.name, found))
-    folder = world.scratch if asked.again else ENTRIES
+    folder = SCRATCH if asked.again else ENTRIES
     rows = log(world, asked.name, found, folder / f"{asked.name}.csv")
-    remove(world.scratch)
+    remove(SCRATCH)
     judge(asked.name, found, rows)
 
 
