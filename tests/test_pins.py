@@ -28,7 +28,8 @@ TWO = "run: {profile: chosen}\nprofiles: {a: {threads: 3}, b: {threads: 4}}"
 
 def found_by(code: str, folder: Path, **environment: str) -> dict:
     """What `code` prints as JSON on its last line, in a fresh process, without the pins of this one."""
-    clean = {name: value for name, value in os.environ.items() if name not in pipeline.PINS}
+    set_here = {*pipeline.PINS, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    clean = {name: value for name, value in os.environ.items() if name not in set_here}
     clean |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=folder, env=clean, text=True)
     return json.loads(printed.splitlines()[-1])
@@ -40,6 +41,20 @@ def test_the_package_pins_before_torch_and_leaves_what_the_user_set() -> None:
         environment, numpy = found_by(code, ROOT, **own)
         assert not numpy
         assert {name: environment.get(name) for name in pipeline.PINS} == pipeline.PINS | own
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ("passive", "1000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+def test_waiting_threads_spin_shortly_and_then_sleep(own: dict, expected: tuple) -> None:
+    code = "import json, os, pipeline; print(json.dumps(dict(os.environ)))"
+    environment = found_by(code, ROOT, **own)
+    assert (environment["OMP_WAIT_POLICY"], environment.get("GOMP_SPINCOUNT")) == expected
 
 
 @pytest.mark.slow
