@@ -38,8 +38,8 @@ def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("param
     return wanted
 
 
-# A thread that waits for the others spins for some 20 microseconds, then sleeps. With the default of libgomp, which spins
-# for milliseconds, a busy machine trains at half the speed; where threads sleep at once, a quiet one does.
+# A thread that waits for the others spins for some 20 microseconds, then sleeps. Spinning on, it would slow down a busy
+# machine; sleeping at once, a quiet one.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
