@@ -18,7 +18,7 @@ class Published(Section):
     before: PositiveFloat
     after: PositiveFloat
     before_patterns: list[NonNegativeFloat] = Field(min_length=9, max_length=9)
-    after_patterns: list[NonNegativeFloat] | None = Field(min_length=9, max_length=9)
+    after_patterns: list[NonNegativeFloat] | None = Field(None, min_length=9, max_length=9)
     imagenet1k: PositiveFloat | None = None
 
 

@@ -12,7 +12,7 @@ class LocalFiles(Section):
     """A checkpoint on this machine: a file, or a folder as transformers saves it.
 
     origin: where others can get it. sha256: of the file, or of the lines "NAME SHA256\\n" of its files, sorted by
-    name; null: any bytes, which is allowed below data/by_hand, where DVC sees a change.
+    name; without it, any bytes, which is allowed below data/by_hand, where DVC sees a change.
     """
 
     path: str

@@ -1,13 +1,27 @@
 """Files from elsewhere, wherever a section names some."""
 
+import re
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.core.config import Section
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SHA256 = r"^[0-9a-f]{64}$"
+
+
+def _hash(value: Any) -> str | None:
+    """None for the word `hub`."""
+    if value is None or value == "hub":
+        return None
+    if isinstance(value, str) and re.fullmatch(SHA256, value):
+        return value
+    raise ValueError(f"found {value!r}, wanted a sha256 (64 of 0-9 and a-f), or hub for the one that the hub states")
+
+
+Sha256 = Annotated[str, Field(pattern=SHA256)]
+Hash = Annotated[str | None, BeforeValidator(_hash)]  # of a file's bytes; None: the one that the hub states
 Address = Annotated[str, Field(pattern=r"^(https?://|hf://(datasets/)?[\w.-]+/[\w.-]+@[\w.-]+$)")]
 
 
@@ -21,7 +35,7 @@ class Download(Section):
 
     at: list[Address] = Field(min_length=1)
     licence: str
-    files: dict[str, Sha256 | None] = Field({})  # path below the address -> sha256; null: the one that the hub states
+    files: dict[str, Hash] = Field({})  # path below the address -> sha256, or the word hub
     match: list[str] = Field([])  # instead of `files`, on a hub: every file whose path fits one of these patterns
 
     @model_validator(mode="after")

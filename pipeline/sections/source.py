@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from pipeline.core.config import Count, Float, PositiveFloat, Section, Share
-from pipeline.sections.download import Address, Download, Sha256
+from pipeline.sections.download import Address, Download, Hash
 
 
 class MiniTextTower(Section):
@@ -49,7 +49,7 @@ class CheckpointSource(Section):
     architecture: str | dict[str, Any]  # the name of one of open_clip's configurations, or a configuration
     preprocessing: Preprocessing
     weights: Download
-    tokenizer: Download | None = None  # its files; null: CLIP's own, a part of open_clip
+    tokenizer: Download | None = None  # its files; without them, CLIP's own, a part of open_clip
 
     @field_validator("weights")
     @classmethod
@@ -62,8 +62,9 @@ class CheckpointSource(Section):
 class RegistrySource(Section):
     """A published checkpoint that open_clip's registry knows, with architecture, preprocessing and address.
 
-    model, tag: its names there. files: the checkpoint and its sha256. revision: of its repository, if it is taken from
-    the hub. mirrors: further addresses. tokenizer: files of that repository, where the model does not take CLIP's own.
+    model, tag: its names there. files: the checkpoint and its sha256, or the word hub. revision: of its repository, if
+    it is taken from the hub. mirrors: further addresses. tokenizer: files of that repository, where the model does not
+    take CLIP's own.
     """
 
     kind: Literal["open_clip"]
@@ -71,9 +72,9 @@ class RegistrySource(Section):
     tag: str
     revision: str | None = None
     licence: str
-    files: dict[str, Sha256 | None] = Field(min_length=1, max_length=1)
+    files: dict[str, Hash] = Field(min_length=1, max_length=1)
     mirrors: list[Address] = Field([])
-    tokenizer: dict[str, Sha256 | None] = Field({})
+    tokenizer: dict[str, Hash] = Field({})
 
 
 Source = Annotated[MiniSource | CheckpointSource | RegistrySource, Field(discriminator="kind")]

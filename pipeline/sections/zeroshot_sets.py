@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.core.config import Count, Section
 from pipeline.sections.download import Download
@@ -17,7 +17,7 @@ class MiniZeroshotSets(Section):
 
 
 class PublishedZeroshotSets(Section):
-    """clip-benchmark's sets on the hub by name; null for a set that is usually meant but is not there.
+    """clip-benchmark's sets on the hub by name; absent: a set that is usually meant, but is not there.
 
     run: the names of those that are fetched and scored, or all.
     """
@@ -25,7 +25,7 @@ class PublishedZeroshotSets(Section):
     kind: Literal["hub"]
     at: str  # the address, with {name} and {revision}
     licence: str
-    sets: dict[str, str | None]
+    sets: dict[str, Annotated[str | None, BeforeValidator(lambda found: None if found == "absent" else found)]]
     run: Literal["all"] | Annotated[list[str], Field(min_length=1)]
 
     @model_validator(mode="after")
