@@ -5,7 +5,6 @@ index: a file that names shards, which stay where they are. mini: images that ar
 fetches, so that they take the path of links.
 """
 
-import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -52,7 +51,7 @@ def indexed(file: Path, folder: Path) -> dict[str, Any]:
         "shards": len(found.found),
         "images": len(found),
         "bytes": sum(stated.bytes for stated in found.remote.files.values()),
-        "source": {"at": found.remote.at, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "source": {"at": found.remote.at, "sha256": downloads.digest(file)},
     }
 
 
@@ -61,10 +60,9 @@ def published(section: Links, folder: Path, scratch: Path) -> dict[str, Any]:
     section.check_distributor()
     tsv = Path(section.tsv)
     table = read_links(tsv, section.rows)
-    with tsv.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = downloads.digest(tsv)
     report = links.download(table, folder, scratch, **section.model_dump(exclude={"tsv", "rows"}))
-    return report | {"source": {"list": section.tsv, "sha256": digest}}
+    return report | {"source": {"list": section.tsv, "sha256": sha256}}
 
 
 def read_links(tsv: Path, rows: int) -> pyarrow.Table:

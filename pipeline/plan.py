@@ -11,7 +11,6 @@ for sizes only. An output that exists counts as fetched, whatever it holds.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import re
 import shutil
@@ -340,7 +339,7 @@ def _pinned(section: params.Section, maker: str, threads: int) -> dict:
         chosen = found[maker][section.kind]
         if section.kind == "index":
             index = Path(section.index.file)
-            chosen = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else None
+            chosen = downloads.digest(index) if index.is_file() else None
         found[maker] = {"kind": section.kind, section.kind: chosen}
     if getattr(section, "kind", None) == "mini":
         found |= {"code": program(f"{maker}.py")}

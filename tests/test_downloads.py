@@ -71,6 +71,14 @@ def test_what_was_gathered_outlives_the_failure_of_another_download(hub: Hub) ->
     assert not downloads.SCRATCH.exists()
 
 
+def test_the_same_download_for_two_folders_comes_once(hub: Hub) -> None:
+    records = fetch_all(dict.fromkeys([Path("out/a"), Path("out/b")], wanted(WEIGHTS)))
+    assert files(Path("out")) == {f"a/{WEIGHTS}": BODY, f"b/{WEIGHTS}": BODY}
+    assert records[Path("out/a")] == records[Path("out/b")]
+    assert len(gets(hub, WEIGHTS)) == 1
+    assert not downloads.SCRATCH.exists()
+
+
 def matching(*patterns: str, at: str = AT) -> Download:
     return Download(at=[at], licence="MIT", match=list(patterns))
 

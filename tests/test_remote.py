@@ -323,7 +323,7 @@ def test_a_full_disk_is_told(local: Path, address: str, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(remote.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"the disk is full, http.*Free space there or lower launch.cache_gb"):
+    with pytest.raises(UserError, match=r"No space left on device, http.*Free space there or lower launch.cache_gb"):
         epoch(Shards(indexed(local, address)))
     assert Handler.asked == []
 
@@ -338,7 +338,7 @@ def test_a_system_without_fallocate_fetches_and_tells_of_a_full_disk(
     assert epoch(Shards(indexed(local, address))) == wanted
     shutil.rmtree(remote.CACHE)
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"the disk is full, http.*Free space there"):
+    with pytest.raises(UserError, match=r"No space left on device, http.*Free space there"):
         epoch(Shards(indexed(local, address)))
 
 

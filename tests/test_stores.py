@@ -227,5 +227,5 @@ def test_a_full_disk_is_told(store: Store, local: Path) -> None:  # noqa: F811
     finally:
         subprocess.run(["umount", cache], check=True)
     assert process.returncode == 1
-    assert "the disk is full" in said
+    assert "No space left on device" in said
     assert store.reading().communicate() == (wanted(local), "")

@@ -14,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,9 +114,10 @@ def note_timing(more: dict[str, Any]) -> None:
         print(f"warning: no time was noted in {TIMINGS} ({error})", file=sys.stderr)
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, **options: Any) -> Iterator[T]:
-    """Iterate with a bar and an ETA; in a log file a line every ten seconds. `options` are tqdm's."""
+def progress(items: Iterable[T] | None, what: str, total: int | None = None, **options: Any) -> "tqdm[T]":
+    """A bar with an ETA, which iterates `items` or is told; in a log file a line every ten seconds. `options` are
+    tqdm's."""
     interval = 0.1 if sys.stderr.isatty() else 10
-    yield from tqdm(
+    return tqdm(
         items, desc=what, total=total, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options
     )

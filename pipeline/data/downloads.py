@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 from tqdm import tqdm
 
 from pipeline.core.outputs import remove
-from pipeline.core.stages import UserError
+from pipeline.core.stages import UserError, progress
 from pipeline.sections.checkpoint import LocalFiles
 from pipeline.sections.download import Download
 
@@ -128,11 +129,7 @@ def found_here(local: LocalFiles) -> dict[str, Any]:
     Raises UserError where there is none, and where params.yaml has another hash.
     """
     path = Path(local.path)
-    try:
-        there = path.exists()
-    except (OSError, ValueError):  # too long a name, or a NUL in it
-        there = False
-    if not there:
+    if not os.path.exists(path):  # noqa: PTH110 - of too long a name Path raises an error
         raise UserError(
             f"{path}: no such file or folder. It is not fetched by itself: get it from {local.origin} (licence: "
             f"{local.licence}), put it there, or give another path in params.yaml."
@@ -141,14 +138,20 @@ def found_here(local: LocalFiles) -> dict[str, Any]:
     if not files:  # a pipe would never end
         what = "no file in this folder" if path.is_dir() else "neither a file nor a folder"
         raise UserError(f"{path}: {what}. Get it from {local.origin}, or give another path in params.yaml.")
-    hashes = {str(each.relative_to(path)): _digest(each, hashlib.sha256()) for each in files}
-    lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+    hashes = {str(each.relative_to(path)): digest(each) for each in files}
+    lines = "".join(f"{name} {found}\n" for name, found in hashes.items())
     listed = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()  # a name's bytes, UTF-8 or not
     found = listed if path.is_dir() else next(iter(hashes.values()))
     if local.sha256 and found != local.sha256:
         raise UserError(f"{path}: other bytes than params.yaml states: expected sha256 {local.sha256}, found {found}.")
     size = sum(each.stat().st_size for each in files)
     return {"path": str(path), "origin": local.origin, "licence": local.licence, "bytes": size, "sha256": found}
+
+
+def digest(path: Path, begun: "Callable[[], hashlib._Hash]" = hashlib.sha256) -> str:
+    """Of a file's bytes, in hexadecimal digits; begun: makes the hash that they are added to."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, begun).hexdigest()
 
 
 def fetch_all(
@@ -172,13 +175,16 @@ def fetch_all(
     gathered = {folder: _gather(download, (earlier or {}).get(folder)) for folder, download in downloads.items()}
     for folder, (_, _, record) in gathered.items():
         _as_recorded(record, (recorded or {}).get(folder))
+    wanting = Counter(scratch for _, scratch, _ in gathered.values())  # the same files may be for several folders
     for folder, (listing, scratch, _) in gathered.items():
+        wanting[scratch] -= 1
         for remote in listing.files:
             target = folder / remote.name
             with _writing(target, remote.size):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(scratch / remote.name, target)
-        _clear(scratch)
+                (shutil.copyfile if wanting[scratch] else shutil.move)(scratch / remote.name, target)
+        if not wanting[scratch]:
+            _clear(scratch)
     return {folder: record for folder, (_, _, record) in gathered.items()}
 
 
@@ -201,11 +207,7 @@ def _gather(download: Download, earlier: Path | None = None) -> tuple[Listing, P
 
     # The user's token goes to the hub alone.
     headers = build_hf_headers(headers=AS_IT_IS) if listing.revision else AS_IT_IS
-    interval = 0.1 if sys.stderr.isatty() else 10  # as in core.stages.progress
-    with tqdm(
-        desc="fetching", total=listing.size, initial=here, unit="B", unit_scale=True,
-        mininterval=interval, maxinterval=interval, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+    with progress(None, "fetching", listing.size, initial=here, unit="B", unit_scale=True) as bar:
         found = _fetch_files(listing, scratch, headers, bar)
 
     record = {
@@ -473,7 +475,7 @@ def _fetch_one(remote: Remote, path: Path, headers: dict[str, str], bar: tqdm) -
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
             partial.rename(path)
-    return remote.sha256 or _digest(path, hashlib.sha256())
+    return remote.sha256 or digest(path)
 
 
 def _get(remote: Remote, partial: Path, headers: dict[str, str], bar: tqdm) -> None:
@@ -507,16 +509,11 @@ def _difference(remote: Remote, path: Path) -> str:
     """How a file differs from what is stated, e.g. 'sha256 X, found Y'; empty if it does not."""
     fact, stated, found = "size", str(remote.size), str(path.stat().st_size)
     if stated == found and remote.sha256:
-        fact, stated, found = "sha256", remote.sha256, _digest(path, hashlib.sha256())
+        fact, stated, found = "sha256", remote.sha256, digest(path)
     elif stated == found and remote.blob:
-        begun = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
-        fact, stated, found = "git blob id", remote.blob, _digest(path, begun)
+        blob = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+        fact, stated, found = "git blob id", remote.blob, digest(path, lambda: blob)
     return f"{fact} {stated}, found {found}" if stated != found else ""
-
-
-def _digest(path: Path, begun: "hashlib._Hash") -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: begun).hexdigest()
 
 
 # The disk

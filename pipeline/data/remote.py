@@ -17,15 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import aiohttp
 import fsspec
 from filelock import lock_descriptor
-from pydantic import Field
 
-from pipeline.core.config import Count
-from pipeline.core.stages import UserError
+from pipeline.core.config import Count, Sha256
+from pipeline.core.stages import NO_ROOM, UserError
 
 CACHE = Path("data/.shards")
 TRIES = 5
@@ -34,7 +33,6 @@ PATIENCE = 60.0  # seconds without a byte, and before a rate is judged
 SLOWEST = 100e3  # bytes a second; a server that is slower on average is asked anew
 CHUNK = 1 << 22
 STREAMS = 8  # shards of a window that come at once
-FULL = (errno.ENOSPC, errno.EDQUOT)
 HTTP = ("http://", "https://")
 
 
@@ -43,7 +41,7 @@ class ShardFile:
     """What an index says of a shard."""
 
     bytes: Count
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # it names a file of the cache
+    sha256: Sha256  # it names a file of the cache
 
 
 class RemoteShards:
@@ -123,9 +121,9 @@ class RemoteShards:
             except (ImportError, ValueError) as error:  # no driver for this kind of address
                 raise self._refused(url, "cannot be read with the packages installed here", error) from error
             except Exception as error:  # drivers raise a dozen kinds
-                if isinstance(error, OSError) and error.errno in FULL:
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise UserError(
-                        f"{CACHE}: the disk is full, {url} needs {size / 1e9:.3g} GB. Free space there or lower "
+                        f"{CACHE}: {error.strerror}, {url} needs {size / 1e9:.3g} GB. Free space there or lower "
                         "launch.cache_gb, then run again."
                     ) from error
                 if number == TRIES:

@@ -6,7 +6,6 @@ from pipeline.core.stages import UserError
 from pipeline.engine.losses import check_micro_batches, losses_of
 from pipeline.models.registry import embedding_width
 from pipeline.sections.denoiser import MiniDenoiser
-from pipeline.sections.encoder import MiniEncoder
 from pipeline.sections.params import Params
 from pipeline.sections.recipe import Head
 
@@ -31,7 +30,7 @@ def check_encoder(p: Params) -> None:
         )
     with torch.device("meta"):  # no weights are drawn
         try:
-            new_model(section.architecture, section.arguments if isinstance(section, MiniEncoder) else {})
+            new_model(section.architecture, section.arguments)
         except UserError as error:
             raise UserError(f"{key}: {error}. Correct it.") from None
 

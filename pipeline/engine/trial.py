@@ -17,7 +17,7 @@ from pipeline.models.frozen_encoder import FrozenEncoder, new_model
 from pipeline.models.registry import complete
 from pipeline.models.stable_diffusion import Denoiser, PatchAutoencoder
 from pipeline.sections.denoiser import MiniDenoiser
-from pipeline.sections.encoder import EncoderSource, MiniEncoder
+from pipeline.sections.encoder import EncoderSource
 from pipeline.sections.params import Params
 
 STABLE_DIFFUSION_2_1_BASE: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def random_denoiser(section: Any, shape: dict[str, dict[str, Any]] = STABLE_DIFF
 
 def random_encoder(section: EncoderSource) -> FrozenEncoder:
     """A frozen image encoder with random weights, of the architecture that section `encoder` names."""
-    return FrozenEncoder(new_model(section.architecture, section.arguments if isinstance(section, MiniEncoder) else {}))
+    return FrozenEncoder(new_model(section.architecture, section.arguments))
 
 
 class WithoutText(Denoiser):

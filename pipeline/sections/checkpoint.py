@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from pipeline.core.config import PositiveFloat, Section
-from pipeline.sections.download import Download, Sha256
+from pipeline.core.config import PositiveFloat, Section, Sha256
+from pipeline.sections.download import Download
 
 
 class LocalFiles(Section):

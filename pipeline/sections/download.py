@@ -1,27 +1,23 @@
 """Files from elsewhere, wherever a section names some."""
 
-import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from pipeline.core.config import Section
-
-SHA256 = r"^[0-9a-f]{64}$"
+from pipeline.core.config import Section, Sha256
 
 
-def _hash(value: Any) -> str | None:
+def _hash(value: Any, checked: ValidatorFunctionWrapHandler) -> str | None:
     """None for the word `hub`."""
-    if value is None or value == "hub":
-        return None
-    if isinstance(value, str) and re.fullmatch(SHA256, value):
-        return value
-    raise ValueError(f"found {value!r}, wanted a sha256 (64 of 0-9 and a-f), or hub for the one that the hub states")
+    try:
+        return None if value == "hub" else checked(value)
+    except ValidationError:
+        wanted = "a sha256 (64 of 0-9 and a-f), or hub for the one that the hub states"
+        raise ValueError(f"found {value!r}, wanted {wanted}") from None
 
 
-Sha256 = Annotated[str, Field(pattern=SHA256)]
-Hash = Annotated[str | None, BeforeValidator(_hash)]  # of a file's bytes; None: the one that the hub states
+Hash = Annotated[Sha256 | None, WrapValidator(_hash)]  # of a file; None: the one that the hub states
 Address = Annotated[str, Field(pattern=r"^(https?://|hf://(datasets/)?[\w.-]+/[\w.-]+@[\w.-]+$)")]
 
 

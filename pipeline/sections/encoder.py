@@ -1,6 +1,6 @@
 """Section `encoder`, of stage encoder: the frozen image encoder that some recipes' losses read."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,7 @@ class PublishedEncoder(Section):
 
     kind: Literal["hub"]
     architecture: str
+    arguments: ClassVar[dict[str, Any]] = {}
     download: Download
 
 
