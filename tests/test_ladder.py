@@ -98,7 +98,10 @@ def test_seeds_that_agree_in_everything_are_compared_as_they_are() -> None:
         ({"claim": -1.0}, r"claim: found -1\.0"),
         ({"more": 1}, "more: unknown key"),
         ({"recipe": {"trained": {"kind": "tower"}}}, r"recipe\.optimizer: missing"),
-        ({"recipe": ENTRY["recipe"] | {"losses": {"magic": {"weight": 1.0}}}}, "losses.magic is unknown. Known: "),
+        (
+            {"recipe": ENTRY["recipe"] | {"losses": {"magic": {"weight": 1.0}}}},
+            "own.yaml:\n  recipe.losses.magic: unknown loss. Known: ",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unfinished")

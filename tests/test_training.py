@@ -359,11 +359,17 @@ def test_a_loss_is_one_class_and_one_entry() -> None:
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ({"denoize": {"weight": 1.0}}, r"^x\.losses\.denoize is unknown\. Known: denoise, info_nce, self_dist"),
-        ({"denoise": {}}, r"losses\.denoise\.weight \(Field required\)"),
-        ({"denoise": {"weight": "1"}}, r"losses\.denoise\.weight \(Input should be a valid number\)"),
-        ({"denoise": {"weight": 1.0, "power": 2}}, r"losses\.denoise\.power \(Unexpected keyword argument\)"),
-        ({"throwaway": {"weight": 1.0, "power": 1.5}}, r"losses\.throwaway\.power \(Input should be a valid int"),
+        (
+            {"denoize": {"weight": 1.0}},
+            r"^params\.yaml:\n  x\.losses\.denoize: unknown loss\. Known: denoise, info_nce, self_dist",
+        ),
+        ({"denoise": {}}, r"x\.losses\.denoise\.weight: missing"),
+        ({"denoise": {"weight": "1"}}, r"x\.losses\.denoise\.weight: found '1'. Input should be a valid number"),
+        ({"denoise": {"weight": 1.0, "power": 2}}, r"x\.losses\.denoise\.power: unknown key"),
+        (
+            {"throwaway": {"weight": 1.0, "power": 1.5}},
+            r"x\.losses\.throwaway\.power: found 1\.5\. Input should",
+        ),
     ],
 )
 def test_wrong_settings_of_a_loss_name_their_key(losses: dict, message: str) -> None:

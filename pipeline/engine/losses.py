@@ -1,5 +1,7 @@
 """The losses of a recipe, their settings checked."""
 
+from pathlib import Path
+
 from pipeline.core import config
 from pipeline.core.stages import UserError
 from pipeline.diva import losses
@@ -7,13 +9,13 @@ from pipeline.diva.losses import Loss
 from pipeline.sections.recipe import Recipe
 
 
-def losses_of(key: str, recipe: Recipe) -> list[Loss]:
-    """The losses of a recipe; key: its full name in params.yaml. Raises UserError naming the key that is wrong."""
+def losses_of(key: str, recipe: Recipe, path: Path = config.PARAMS_FILE) -> list[Loss]:
+    """The losses of a recipe; key: its full name in the file. Raises UserError naming file and key of what is wrong."""
     found, known = [], losses.known()
     for loss, settings in recipe.losses.items():
         if loss not in known:
-            raise UserError(f"{key}.losses.{loss} is unknown. Known: {', '.join(known)}.")
-        found.append(config.checked(known[loss], settings, f"{key}.losses.{loss}"))
+            raise UserError(f"{path}:\n  {key}.losses.{loss}: unknown loss. Known: {', '.join(known)}.")
+        found.append(config.checked(known[loss], settings, f"{key}.losses.{loss}", path))
     return found
 
 

@@ -100,7 +100,7 @@ def block(found: Entry) -> dict[str, Any]:
 def recipe_of(name: str, found: Entry) -> Recipe:
     file = ENTRIES / f"{name}.yaml"
     recipe: Recipe = config.checked(Recipe, block(found), "recipe", file)
-    losses_of(f"{file}: recipe", recipe)
+    losses_of("recipe", recipe, file)
     return recipe
 
 
