@@ -225,12 +225,27 @@ def check_values(p: params.Params) -> None:
 
 
 def _check_rules(name: str, entry: BackboneEntry) -> None:
-    found = patches(complete(name, entry.source))
+    found = _patches(name, entry)
     for key, rule in (("condition", entry.condition), ("published_pooling", entry.published_pooling)):
         try:
             rule.tokens.check(found)
         except ValueError as error:
             raise UserError(f"params.yaml:\n  backbones.{name}.{key}.tokens: {error}. Correct its number.") from None
+
+
+def _patches(name: str, entry: BackboneEntry) -> int:
+    """How many patch tokens the image tower has."""
+    source = complete(name, entry.source)
+    try:
+        if isinstance(source, MiniSource):  # not by its model, whose vocabulary is the tokenizer's
+            vision = source.architecture["vision_cfg"]
+            return (vision["image_size"] // vision.get("patch_size", 16)) ** 2  # open_clip's default
+        return patches(source)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"params.yaml:\n  backbones.{name}.source makes no image tower with patch tokens ({type(error).__name__}: "
+            f"{error}). Correct its architecture."
+        ) from None
 
 
 def check_by_hand(p: params.Params) -> None:

@@ -119,7 +119,7 @@ def test_an_entry_that_is_not_there_and_a_world_that_is_not_made_are_named(capsy
     write()
     for name, message in (
         ("other", "other.yaml does not exist. Write it, or name one of these: own."),
-        ("own", "models/mini/pretrained/mini does not exist. Make the frozen world: `dvc repro backbone@mini`."),
+        ("own", "models/mini/pretrained/mini does not exist. Make the frozen world: `dvc repro pipeline/dvc.yaml:back"),
     ):
         with pytest.raises(SystemExit):
             run(ladder, name)

@@ -498,6 +498,29 @@ def test_a_list_of_links_is_not_asked_for_where_its_images_are_there(asked: list
 
 
 @pytest.mark.parametrize(
+    ("vision", "said"),
+    [
+        (None, "TypeError"),
+        ({"width": 128}, "KeyError: 'image_size'"),
+        ({"image_size": "64"}, "TypeError"),
+        ({"image_size": 64, "patch_size": 0}, "ZeroDivisionError"),
+        ({"image_size": 64}, None),  # open_clip's patches have 16 px
+    ],
+)
+def test_an_architecture_without_patch_tokens_is_refused_by_its_key(
+    vision: Any, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = read_yaml(COMMITTED)
+    content["run"] |= {"recipes": [], "inputs": []}
+    content["backbones"]["mini"]["source"]["architecture"]["vision_cfg"] = vision
+    write_yaml(Path("params.yaml"), content)
+    if said:
+        assert f"backbones.mini.source makes no image tower with patch tokens ({said}" in refusal(capsys)
+    else:
+        run(plan)
+
+
+@pytest.mark.parametrize(
     ("backbone", "tokens"),
     [
         ("openai_224", {"kind": "random_fraction", "number": 0.003}),  # of 256 patches

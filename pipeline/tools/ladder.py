@@ -8,9 +8,10 @@ Both go on where they were interrupted.
 
 An entry is metrics/recipes/ladder/<NAME>.yaml: who made it, its claim in points of pairs, its seeds, and its recipe, a
 block as in profiles.mini.recipes of params.yaml. Its log, <NAME>.csv, has a row for each seed; rows of another recipe,
-whose hash is not the entry's, make room. The world is the default
-of profile mini: `dvc repro input@images input@denoiser backbone@mini` makes it. The scores are on pictures of the
-world's set "ladder", on which nothing is trained or tuned.
+whose hash is not the entry's, make room. The world is the default of profile mini; the scores are on images of its set
+"ladder", on which nothing is trained or tuned. This makes the world:
+
+    dvc repro pipeline/dvc.yaml:input@images pipeline/dvc.yaml:input@denoiser pipeline/dvc.yaml:backbone@mini
 
 The claim holds if the seeds' mean gain is larger and their mean loss of zero-shot accuracy smaller than ALLOWED, each
 by a one-sided t test at LEVEL. Exit status 1 if it does not.
@@ -78,7 +79,7 @@ class FrozenWorld(Assets):
 
     def _made(self, folder: Path, made_by: str) -> Path:
         if not folder.is_dir():
-            raise UserError(f"{folder} does not exist. Make the frozen world: `dvc repro {made_by}`.")
+            raise UserError(f"{folder} does not exist. Make the frozen world: `dvc repro pipeline/dvc.yaml:{made_by}`.")
         return folder
 
 

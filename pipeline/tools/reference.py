@@ -36,7 +36,11 @@ from pipeline.evidence.statistics import interval
 
 METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
-MEASURED = (":(glob)metrics/mini/*.json", "metrics/mini/scores", "metrics/mini/train")  # what the locks hash of METRICS
+OTHERS = ("report.html", "report.md", "oracle", "sensitivity")  # which name the machine, or come from other commands
+MEASURED = ("metrics/mini", *(f":!metrics/mini/{name}" for name in OTHERS))
+    "metrics/mini",
+    *(f":!metrics/mini/{name}" for name in ("report.html", "report.md", "oracle", "sensitivity")),
+)
 LEVEL = 0.99
 MODELS = ("pretrained.", "denoiser.")  # figures that no training seed touches, only rounding
 OTHER = {"stock": "published", "published": "stock"}
@@ -217,7 +221,9 @@ def reference_run(seed: int, rounding: dict[str, str]) -> Path:
 
 def make() -> None:
     """Make the reference runs, one for each core at a time, and write the reference."""
-    changed = subprocess.run(["git", "status", "--porcelain", "pipeline", "params.yaml", *LOCKS], capture_output=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "pipeline", "params.yaml", "dvc.yaml", *LOCKS, *MEASURED], capture_output=True
+    )
     if changed.returncode or changed.stdout:
         raise UserError(
             "reference runs are made from the last commit, but this folder is no git repository or has changes. "

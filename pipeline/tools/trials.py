@@ -137,7 +137,7 @@ class Assets:
         recipe, section, own = self.recipe(run), self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.post_training(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
-        losses = losses_of(run.recipe, recipe)
+        losses = losses_of(f"profiles.{NAME}.recipes.{run.recipe}", recipe)
         encoder = FrozenEncoder.load(self.encoder()) if any(loss.encodes for loss in losses) else None
         t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted, encoder)
         feedback = build_feedback(t, self.compute)
