@@ -36,7 +36,7 @@ from pipeline.evidence.statistics import interval
 
 METRICS, OUTPUT, SCRATCH = Path("metrics/mini"), Path("metrics/reference"), Path("data/.reference.scratch")
 LOCKS = ("dvc.lock", "pipeline/dvc.lock")
-NOT_MEASURED = ("report.html", "report.md", "oracle", "sensitivity")  # which name the machine, or come from other commands
+NOT_MEASURED = ("report.html", "report.md", "oracle", "sensitivity")  # machine and times, or of other commands
 MEASURED = ("metrics/mini", *(f":!metrics/mini/{name}" for name in NOT_MEASURED))
 LEVEL = 0.99
 MODELS = ("pretrained.", "denoiser.")  # figures that no training seed touches, only rounding
