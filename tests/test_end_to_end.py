@@ -157,6 +157,7 @@ def test_every_verb_of_dvc_ends_well(reproduced: Clone, tmp_path: Path) -> None:
     reproduced.copy(tmp_path / "clone").use_every_verb(tmp_path)
 
 
+@pytest.mark.parametrize("weights", [WEIGHTS[:2]], ids=len, indirect=True)
 @pytest.mark.exhaustive
 def test_clones_that_share_a_cache_take_over_what_no_lock_has(reproduced: Clone, tmp_path: Path) -> None:
     """By DVC's record of runs, after `dvc commit --force`; the commit that the new clone has knows of no run."""
@@ -209,7 +210,7 @@ def test_a_killed_training_ends_with_the_same_bytes(
     reproduced: Clone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """DVC is killed with a signal that it cannot catch, while a second training is refused."""
-    clone, made = reproduced.copy(tmp_path / "clone"), ("models/mini/diva", "metrics/mini/train")
+    clone, made = reproduced.copy(tmp_path / "clone"), ("models/mini/diva", "metrics/mini/train/mini-diva")
     content = read_yaml(clone.root / "params.yaml")
     write_yaml(clone.root / "params.yaml", content | {"seed": 3})
     undisturbed = clone.copy(tmp_path / "undisturbed")
@@ -242,7 +243,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     """From nothing: DVC killed while img2dataset's processes fetch, a stage interrupted, another killed with DVC."""
     clone, left = Clone.make(tmp_path, weights), []
 
-    dvc = start_until(clone, "data/mini/.images.partial")
+    dvc = start_until(clone, "data/mini/.images.partial", "pipeline/dvc.yaml:input@images")
     os.killpg(dvc.pid, signal.SIGSTOP)
     refused = clone.run("python", "-m", "pipeline.images", status=1)
     assert re.search(r"data/mini/images is being written by process \d+ on .*pipeline/images.py", refused)
@@ -252,7 +253,7 @@ def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     printed_at_its_end(clone, dvc)
     left.append(clone.contents("data", "models", "metrics"))
 
-    dvc = start_until(clone, "data/mini/.denoiser.partial")
+    dvc = start_until(clone, "data/mini/.denoiser.partial", "pipeline/dvc.yaml:input@denoiser")
     os.killpg(dvc.pid, signal.SIGINT)
     assert "interrupted: no unfinished output is left" in printed_at_its_end(clone, dvc)
     left.append(clone.contents("data", "models", "metrics"))

@@ -24,6 +24,7 @@ from shrunk import ROOT, run, write_params
 from test_recipes import SMALL
 
 from metrics.recipes import experiment
+from pipeline.core.outputs import remove
 from pipeline.core.stages import UserError
 from pipeline.evidence.statistics import over_groups
 from pipeline.sections import params
@@ -216,7 +217,7 @@ def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_table(monkeypa
     assert found[found.benchmark == "test 3"][list(MEASURES)].notna().all().all()
     run(experiment)  # nothing is left to do
     assert [file.read_bytes() for file in files] == first
-    experiment.remove(experiment.SCRATCH)
+    remove(experiment.SCRATCH)
     for file in files:
         file.unlink()
     run(experiment)  # from nothing, undisturbed
