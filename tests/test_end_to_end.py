@@ -235,7 +235,7 @@ def test_a_killed_training_ends_with_the_same_bytes(
     assert clone.contents(*made) == undisturbed.contents(*made) != reproduced.contents(*made)
 
 
-@pytest.mark.exhaustive
+@by_dvc_alone
 @pytest.mark.usefixtures("interruptible")
 def test_a_run_killed_and_interrupted_ends_with_the_same_bytes(
     reproduced: Clone, weights: tuple[str, ...], tmp_path: Path
