@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -95,8 +96,9 @@ class Family:
     def kill_parent(self) -> None:
         (parent,) = [p for p in self.members("parent.py") if "unshare" not in p.cmdline()]
         parent.kill()
-        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        with suppress(psutil.NoSuchProcess):  # it is gone
+            while parent.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
     def said(self) -> str:
         """Wait until all have ended; returns what they said."""
