@@ -30,7 +30,7 @@ from pipeline.core.config import PARAMS_FILE
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, stage
 from pipeline.evidence import downstream, figures, results, statistics
-from pipeline.evidence.page import card, cells, section
+from pipeline.evidence.page import card_figures, cells, section
 from pipeline.evidence.provenance import provenance
 from pipeline.evidence.results import COLUMNS, Claim, Scores, label, without_controls
 from pipeline.evidence.templates import fill
@@ -84,7 +84,7 @@ def build(p: Reported) -> tuple[dict, dict, dict[str, dict], pd.DataFrame, dict]
         if readings["pretrained"]:
             found["downstream"] = downstream.evidence(readings)
         report[backbone] = summary(scores, found, entry.published)
-        cards |= {f"{backbone}-{weights}": card(scores, found, weights) for weights in without_controls(scores)}
+        cards |= {f"{backbone}-{weights}": card_figures(scores, found, weights) for weights in without_controls(scores)}
         tables.append(figures.by_pattern(scores).assign(backbone=backbone))
         sections.append(section(p, backbone, scores, claimed, found, report[backbone]["gain"]))
     reconstructions = Path("data", profile, "denoiser", "reconstructions.png")

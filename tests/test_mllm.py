@@ -78,7 +78,7 @@ def pixels() -> torch.Tensor:
 
 
 def made(vision: nn.Module, tok: PreTrainedTokenizerFast, seed: int = 0, **settings: Any) -> Llava:
-    model = benchmark.new(vision, benchmark.untrained(LANGUAGE, tok), tok, seed).eval()
+    model = benchmark.new(vision, benchmark.llama_config(LANGUAGE, tok), tok, seed).eval()
     return Llava(model, tok, **{"context": 20, "rows": 8, "processes": PartialState(cpu=True), **settings})
 
 
@@ -228,10 +228,10 @@ def test_what_the_last_block_does_is_not_read(
 
 def test_a_tokenizer_that_does_not_fit_is_refused(vision: nn.Module, tok: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=rf"vocab_size is 5, but the tokenizer has {len(tok)}"):
-        benchmark.untrained({**LANGUAGE, "vocab_size": 5}, tok)
+        benchmark.llama_config({**LANGUAGE, "vocab_size": 5}, tok)
     without = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, unk_token="<pad>", pad_token="<pad>")
     with pytest.raises(UserError, match="lacks one of"):
-        benchmark.new(vision, benchmark.untrained(LANGUAGE, tok), without, 0)
+        benchmark.new(vision, benchmark.llama_config(LANGUAGE, tok), without, 0)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from pipeline.data.downloads import Listing, Remote
 from pipeline.diva import step
 from pipeline.diva.losses import Denoise, InfoNCE
 from pipeline.diva.step import MicroBatch
-from pipeline.engine import trial
+from pipeline.engine import fetches, trial
 from pipeline.engine.assemble import out_of_memory
 from pipeline.engine.losses import smaller
+from pipeline.engine.pins import pins
 from pipeline.models.registry import complete
 from pipeline.sections import params
 from pipeline.sections.download import Download
@@ -125,24 +126,24 @@ def test_mini_fetches_nothing_and_does_not_wait_for_large_packages() -> None:
     ],
 )
 def test_what_is_needed_follows_from_the_weights(weights: str, more: set[str]) -> None:
-    assert {str(folder) for folder, _ in plan.downloads_of(write(weights=weights))} == ALWAYS | more
+    assert {str(folder) for folder, _ in fetches.downloads_of(write(weights=weights))} == ALWAYS | more
 
 
 def test_an_encoder_is_needed_and_counted_once_a_recipe_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each recipe has a folder of its own."""
     p = write(weights="diva contrastive two_stage")
-    before = {folder for folder, _ in plan.downloads_of(p)}
+    before = {folder for folder, _ in fetches.downloads_of(p)}
     monkeypatch.setattr(Denoise, "encodes", True)  # a loss of diva and of two_stage
-    more = [(str(folder), download) for folder, download in plan.downloads_of(p) if folder not in before]
+    more = [(str(folder), download) for folder, download in fetches.downloads_of(p) if folder not in before]
     folders = ["data/paper/encoder/diva", "data/paper/encoder/two_stage"]
     assert more == [(folder, p.profile.encoder.download) for folder in folders]  # type: ignore[union-attr]
     fetched = items(*((folder, 1.2) for folder in folders))
-    assert (plan.disk(p, fetched) - plan.disk(p, [])) / GB == pytest.approx(2.4)
+    assert (fetches.disk(p, fetched) - fetches.disk(p, [])) / GB == pytest.approx(2.4)
 
 
 def test_every_backbone_and_its_tokenizer_are_needed() -> None:
     p = write("openai_336 siglip_384")
-    found = [download for folder, download in plan.downloads_of(p) if folder.parent.name == "pretrained"]
+    found = [download for folder, download in fetches.downloads_of(p) if folder.parent.name == "pretrained"]
     first, second = (complete(name, p.backbones[name].source) for name in p.run.backbones)
     assert found == [first.weights, second.weights, second.tokenizer]
 
@@ -152,10 +153,10 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
     run(plan)
     out = capsys.readouterr().out
     shown = " ".join(out.replace("│", " ").split())
-    assert len(asked) == len(plan.downloads_of(p)) == 5
+    assert len(asked) == len(fetches.downloads_of(p)) == 5
     rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "│" in line]
     addresses = "".join(row[2] for row in rows)  # a long one is folded
-    for folder, download in plan.downloads_of(p):
+    for folder, download in fetches.downloads_of(p):
         assert str(folder) in shown
         assert download.at[0] in addresses
         assert all(word in shown for word in download.licence.split())
@@ -167,7 +168,7 @@ def test_addresses_sizes_and_licences_are_shown(asked: list[Download], capsys: p
 
 def test_only_the_kind_of_images_in_use_is_pinned() -> None:
     def pinned(**changes: Any) -> dict[str, Any]:
-        return plan.pins(write(**changes))["images"]
+        return pins(write(**changes))["images"]
 
     for kind, own in (("shards", "shards.match"), ("links", "links.min_success")):
         before = pinned(**{"images.kind": kind})
@@ -195,13 +196,15 @@ def test_what_is_scored_depends_on_its_own_values_and_code(monkeypatch: pytest.M
     for changes, changed in (({"mmvp.draws": 3}, "mmvp"), ({"zeroshot.recall": 3}, "zeroshot"), ({"threads": 3}, "")):
         other = planned(**changes)
         assert {name for name in before if other[name] != before[name]} == {n for n in names if n.startswith(changed)}
-    monkeypatch.setattr(plan, "program", lambda file: "another" if file == "mmvp.py" else code.program(file))
+    monkeypatch.setattr(
+        "pipeline.engine.pins.program", lambda file: "another" if file == "mmvp.py" else code.program(file)
+    )
     other = planned()
     assert {name for name in before if other[name] != before[name]} == {n for n in names if n.startswith("mmvp-")}
     p = write()
     for benchmark, folder in (("mmvp", "data/paper/zeroshot/wds/imagenet1k"), ("zeroshot", None)):
         alone = p.model_copy(update={"run": p.run.model_copy(update={"benchmarks": [benchmark]})})
-        assert {str(path) for path, _ in plan.downloads_of(alone)} == ALWAYS - {folder}
+        assert {str(path) for path, _ in fetches.downloads_of(alone)} == ALWAYS - {folder}
 
 
 @pytest.mark.slow
@@ -244,8 +247,8 @@ def test_a_hub_that_does_not_answer_stops_the_run(
 # ------------------------------------------------------------------------------------------------------------- the disk
 
 
-def items(*sizes: tuple[str, float]) -> list[plan.Item]:
-    return [plan.Item(Path(folder), "", 1, size * GB, "") for folder, size in sizes]
+def items(*sizes: tuple[str, float]) -> list[fetches.Item]:
+    return [fetches.Item(Path(folder), "", 1, size * GB, "") for folder, size in sizes]
 
 
 FETCHED = [
@@ -258,13 +261,13 @@ FETCHED = [
 def test_disk_counts_what_stays_and_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     p = write("openai_224 dfn_224", "pretrained diva")
     models = 4 * (0.4276 + 0.9861)
-    assert plan.disk(p, items(*FETCHED[:4])) / GB == pytest.approx(405 + (2 + 4) * models + 4)  # 4: two exports twice
+    assert fetches.disk(p, items(*FETCHED[:4])) / GB == pytest.approx(405 + 6 * models + 4)  # two exports twice
 
     Path("models/paper/pretrained/dfn_224").mkdir(parents=True)
-    assert plan.disk(p, items(*FETCHED[:3])) / GB == pytest.approx(405 + (2 + 4) * models - 4 * 0.9861 + 0.9)
+    assert fetches.disk(p, items(*FETCHED[:3])) / GB == pytest.approx(405 + (2 + 4) * models - 4 * 0.9861 + 0.9)
 
     p = write("dfn_224", "released")
-    assert plan.disk(p, items(FETCHED[4])) / GB == pytest.approx((1 + 4) * 4 * 0.9861 + 3)
+    assert fetches.disk(p, items(FETCHED[4])) / GB == pytest.approx((1 + 4) * 4 * 0.9861 + 3)
 
 
 def test_disk_counts_twice_without_links(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +275,7 @@ def test_disk_counts_twice_without_links(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError("no links on this file system")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    assert plan.disk(write(), items(*FETCHED[:3])) / GB == pytest.approx(2 * (405 + 3 * 4 * 0.4276) + 0.9)
+    assert fetches.disk(write(), items(*FETCHED[:3])) / GB == pytest.approx(2 * (405 + 3 * 4 * 0.4276) + 0.9)
 
 
 @pytest.mark.slow
@@ -281,18 +284,18 @@ def test_disk_does_not_count_what_stopped_fetches_left(monkeypatch: pytest.Monke
     for size, path in zip((4 * 2**20, 2**20), left, strict=True):
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(size))
-    found = plan.disk(write(), items(*FETCHED[:2]))
+    found = fetches.disk(write(), items(*FETCHED[:2]))
     assert found == pytest.approx(405 * GB + 3 * 4e6 * 427.6 - 5 * 2**20, abs=1)
     for folder in ("pretrained/openai_224", "export/openai_224-pretrained"):
         Path("models/paper", folder).mkdir(parents=True)
-    assert plan.disk(write(), items(("data/paper/mmvp", 0.001))) == 0
+    assert fetches.disk(write(), items(("data/paper/mmvp", 0.001))) == 0
 
 
 def test_a_model_without_published_figures_counts_as_a_large_one() -> None:
     p = write()
     unknown = p.backbones["openai_224"].model_copy(update={"published": None})
     p = p.model_copy(update={"backbones": {"openai_224": unknown}})
-    assert plan.disk(p, []) == 3 * 4 * GB
+    assert fetches.disk(p, []) == 3 * 4 * GB
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "diva"])

@@ -21,7 +21,7 @@ from pipeline import images
 from pipeline.core.stages import UserError
 from pipeline.data import remote
 from pipeline.data.shards import Shards
-from pipeline.plan import pins
+from pipeline.engine.pins import pins
 from pipeline.sections import params
 from pipeline.tools import index
 

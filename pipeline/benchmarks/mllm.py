@@ -57,7 +57,7 @@ def tokenizer(conversations: list[Conversation]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def untrained(language: dict, tok: PreTrainedTokenizerFast) -> LlamaConfig:
+def llama_config(language: dict, tok: PreTrainedTokenizerFast) -> LlamaConfig:
     """A Llama for the tokenizer. Raises UserError for a tokenizer with more entries than the language model."""
     entries = len(tok)
     if (wanted := language.get("vocab_size", entries)) < entries:

@@ -22,7 +22,7 @@ from pipeline.core.code import program
 from pipeline.core.compute import generator, seeded
 from pipeline.core.processes import cpus
 from pipeline.core.stages import UserError, progress
-from pipeline.engine.scratch import Scratch, digest
+from pipeline.engine.scratch import Scratch, digest_together
 from pipeline.models.backbones import Backbone, tensors_sha256
 from pipeline.models.exports import OpenClipOnly, tokenizer, transformers_model
 from pipeline.models.residual_head import WithHead
@@ -72,7 +72,7 @@ def score(
         language, tok = mllm.published(root / "language")
     else:
         tok = mllm.tokenizer([each for _, conversations in learnt.values() for each in conversations])
-        language = mllm.untrained(p.language, tok)
+        language = mllm.llama_config(p.language, tok)
 
     def llava(seed: int) -> Llava:
         model = mllm.new(vision, language, tok, seed).to(processes.device)
@@ -174,7 +174,7 @@ def _fingerprint(backbone: Backbone, root: Path, p: Mllm, *asked: Any) -> dict[s
     return {
         "mllm": p.model_dump(mode="json"),
         "weights": backbone.sha256,
-        "language": digest(sorted((root / "language").glob("*"))),
+        "language": digest_together(sorted((root / "language").glob("*"))),
         "asked": hashlib.sha256(repr(asked).encode()).hexdigest(),
         "code": program("benchmarks/mllm_score.py"),
         "torch": torch.__version__,

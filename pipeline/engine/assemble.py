@@ -34,7 +34,7 @@ from pipeline.engine.curves import ends, plot
 from pipeline.engine.feed import Feed
 from pipeline.engine.losses import losses_of, smaller
 from pipeline.engine.resume import Checkpoint, Projection, RunState, of_all
-from pipeline.engine.scratch import digest
+from pipeline.engine.scratch import digest_together
 from pipeline.engine.speed import Speed
 from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
 from pipeline.models.frozen_encoder import FrozenEncoder
@@ -235,11 +235,11 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
         "train": t.section.model_dump(mode="json"),
         "recipe": t.recipe.model_dump(mode="json"),
         "condition": dataclasses.asdict(t.own),
-        "fitted": digest([t.fitted]) if t.fitted and t.fitted.is_file() else None,
+        "fitted": digest_together([t.fitted]) if t.fitted and t.fitted.is_file() else None,
         "backbone": t.backbone.sha256,
-        "denoiser": digest(sorted(path for path in denoiser.rglob("*") if path.is_file())),
-        "images": digest([images / INDEX]),
-        "encoder": digest(sorted(encoder.iterdir())) if t.encoder else None,
+        "denoiser": digest_together(sorted(path for path in denoiser.rglob("*") if path.is_file())),
+        "images": digest_together([images / INDEX]),
+        "encoder": digest_together(sorted(encoder.iterdir())) if t.encoder else None,
         "code": program("engine/assemble.py"),
         "torch": torch.__version__,
     }

@@ -2,7 +2,8 @@
 
 Sample i of step s of a phase, its crop and its noise are a function of the seed, the phase, s and i alone. So a run
 resumes at any step, and any number of processes share a batch, each a contiguous part of it. Threads of this process
-read and crop ahead; PIL and numpy release the interpreter's lock meanwhile, so no worker processes are needed.
+read and crop; PIL and numpy release the interpreter's lock meanwhile, so no worker processes are needed. They work
+ahead where a GPU computes; on a CPU they would take its cores from the step, which costs more than waiting for them.
 """
 
 import os
@@ -72,8 +73,8 @@ class Feed:
         processes: int = 1, threads: int | None = None, mismatched: bool = False,
     ) -> None:  # fmt: skip
         """steps: (phase, step) of every call to come; the phases are those of the training, and `gap`, whose batches
-        have captions. threads: how many decode; by default one for each core of this process if a GPU computes, else
-        one. mismatched: show the tower another image of the step than the one to be restored, as a control.
+        have captions. threads: how many decode; by default one for each core of this process. mismatched: show the
+        tower another image of the step than the one to be restored, as a control.
 
         Raises UserError if a process would have no image, or a micro-batch too few images for a loss.
         """
@@ -91,9 +92,8 @@ class Feed:
         check_micro_batches(losses, recipe.batch, processes, p.micro_batch)
         self.gpu = compute.type == "cuda"
         if threads is None:
-            cores = cpus()
-            threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if self.gpu else 1
-        self.ahead = 2 + 2 * threads // min(p.micro_batch, len(self.own))
+            threads = max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.ahead = 2 + 2 * threads // min(p.micro_batch, len(self.own)) if self.gpu else 0
         self.pool = ThreadPoolExecutor(threads, "images")
         self.coming = self._coming()
         self.following: Window | None = None

@@ -31,7 +31,7 @@ from pipeline.core.compute import deterministic_device
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.processes import STARTED_BY, on_every_gpu
 from pipeline.core.stages import UserError
-from pipeline.engine.scratch import differences
+from pipeline.engine.scratch import changes
 from pipeline.sections.launch import Launch
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
     if not problems:
         first, of_first, _ = found[0]
         for host, mark, _ in found[1:]:
-            if changed := differences(of_first, mark, "there"):
+            if changed := changes(of_first, mark, "there"):
                 problems.append(f"{host} differs from {first} in {', '.join(changed)}")
         problems = list(dict.fromkeys(problems))
     if problems:

@@ -33,7 +33,7 @@ class Scratch:
         """In all processes, what `write` was given beside the tensors. None if there is nothing, or if it is of another
         fingerprint; then it prints what differs."""
         found = read_state(self.path) if self.path and self.processes.is_main_process else None
-        if found and (changed := differences(found["fingerprint"], self.fingerprint)):
+        if found and (changed := changes(found["fingerprint"], self.fingerprint)):
             differs = f"is of another run, which differs in {', '.join(changed)}"
             print(f"{self.path} {differs}: training starts anew", flush=True)
             found = None
@@ -80,7 +80,7 @@ def read_state(path: Path) -> Any | None:
         return None
 
 
-def digest(files: list[Path]) -> str:
+def digest_together(files: list[Path]) -> str:
     """sha256 of the sha256 of each file."""
     together = hashlib.sha256()
     for path in files:
@@ -89,13 +89,13 @@ def digest(files: list[Path]) -> str:
     return together.hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], word: str = "now") -> list[str]:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], word: str = "now") -> list[str]:
     """What differs, e.g. 'recipe.lr (0.01, now 0.02)'; long values such as hashes are not spelled out."""
     found = []
     for key in {**old, **new}:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += [f"{key}.{inner}" for inner in differences(before, after, word)]
+            found += [f"{key}.{inner}" for inner in changes(before, after, word)]
         elif before != after:
             short = max(len(str(before)), len(str(after))) < 40
             found.append(f"{key} ({before}, {word} {after})" if short else key)

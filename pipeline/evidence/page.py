@@ -173,7 +173,7 @@ def headline(scores: dict[str, Scores], found: dict) -> list[list[str]]:
     return rows
 
 
-def card(scores: dict[str, Scores], found: dict, weights: str) -> dict:
+def card_figures(scores: dict[str, Scores], found: dict, weights: str) -> dict:
     """What a model card says of these weights' scores, and of no others but the pretrained ones.
 
     rows: figure, original and, of tuned weights, theirs and the gain. sets: names of the zero-shot sets by figure.
