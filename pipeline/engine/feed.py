@@ -1,17 +1,18 @@
 """The inputs of each step: crops of images and random draws, as micro-batches on the device of this process.
 
 Sample i of step s of a phase, its crop and its noise are a function of the seed, the phase, s and i alone. So a run
-resumes at any step, and any number of processes share a batch, each a contiguous part of it. Threads of this process
-read and crop; PIL and numpy release the interpreter's lock meanwhile, so no worker processes are needed. They work
-ahead where a GPU computes; on a CPU they would take its cores from the step, which costs more than waiting for them.
+resumes at any step, and any number of processes share a batch, each a contiguous part of it. Where a GPU computes,
+threads of this process read and crop ahead; PIL and numpy release the interpreter's lock meanwhile, so no worker
+processes are needed. On a CPU threads would take its cores from the step, which costs more than reading before it.
 """
 
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,10 +50,10 @@ Crop = tuple[np.ndarray, tuple[float, float], torch.Generator]  # where it is wr
 
 @dataclass(frozen=True)
 class Coming:
-    """A micro-batch that threads are filling: uint8 pixels [B, 3, size, size]; what they return is the captions.
+    """A micro-batch that is being filled: uint8 pixels [B, 3, size, size].
 
-    samples: numbers within the batch. shown, view: None where the step wants none. filling: of each sample, then of
-    the images shown in their place.
+    samples: numbers within the batch. shown, view: None where the step wants none. filling: calls that return, once
+    the image is there, its caption: of each sample, then of the images shown in their place.
     """
 
     phase: str
@@ -61,7 +62,7 @@ class Coming:
     pixels_BCHW: torch.Tensor
     shown_BCHW: torch.Tensor | None
     view_BCHW: torch.Tensor | None
-    filling: list[Future[str]]
+    filling: list[Callable[[], str]]
 
 
 class Feed:
@@ -73,8 +74,9 @@ class Feed:
         processes: int = 1, threads: int | None = None, mismatched: bool = False,
     ) -> None:  # fmt: skip
         """steps: (phase, step) of every call to come; the phases are those of the training, and `gap`, whose batches
-        have captions. threads: how many decode; by default one for each core of this process. mismatched: show the
-        tower another image of the step than the one to be restored, as a control.
+        have captions. threads: how many read ahead, none if 0; by default one for each core of this process if a GPU
+        computes, else 0. mismatched: show the tower another image of the step than the one to be restored, as a
+        control.
 
         Raises UserError if a process would have no image, or a micro-batch too few images for a loss.
         """
@@ -92,9 +94,9 @@ class Feed:
         check_micro_batches(losses, recipe.batch, processes, p.micro_batch)
         self.gpu = compute.type == "cuda"
         if threads is None:
-            threads = max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.ahead = 2 + 2 * threads // min(p.micro_batch, len(self.own)) if self.gpu else 0
-        self.pool = ThreadPoolExecutor(threads, "images")
+            threads = max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if self.gpu else 0
+        self.ahead = 2 + 2 * threads // min(p.micro_batch, len(self.own)) if threads else 0
+        self.pool = ThreadPoolExecutor(threads, "images") if threads else None
         self.coming = self._coming()
         self.following: Window | None = None
         self.opener = ThreadPoolExecutor(1, "shards")  # its own thread, because fetching a window may take long
@@ -105,7 +107,7 @@ class Feed:
             coming = next(self.coming)
             assert coming.step == step, f"step {coming.step} is next, and {step} was asked for"
             start = time.perf_counter()
-            captions = [future.result() for future in coming.filling][: len(coming.samples)]
+            captions = [filled() for filled in coming.filling][: len(coming.samples)]
             self.waited += time.perf_counter() - start
             draws = [
                 self.draw([generator(self.seed, "draw", coming.phase, step, i, k) for i in coming.samples])
@@ -131,7 +133,7 @@ class Feed:
         yield from waiting
 
     def _start(self, phase: str, step: int, samples: range) -> Coming:
-        """Let threads fill a micro-batch."""
+        """Begin to fill a micro-batch."""
         pixels_BCHW = self._room(samples)
         shown_BCHW = self._room(samples) if self.mismatched else None
         view_BCHW = self._room(samples) if self.view and phase == "tower" else None
@@ -156,14 +158,15 @@ class Feed:
         size = self.p.size
         return torch.empty(len(samples), 3, size, size, dtype=torch.uint8, pin_memory=self.gpu)
 
-    def _submit(self, phase: str, step: int, sample: int, crops: list[Crop]) -> Future[str]:
+    def _submit(self, phase: str, step: int, sample: int, crops: list[Crop]) -> Callable[[], str]:
         number = (self.first.get(phase, 0) + step) * self.recipe.batch + sample
         window, place = self.shards.place(self.seed, number)
         following, _ = self.shards.place(self.seed, min(number + len(window.order) // 4, self.last))
         if following is not self.following:
             self.following = following
             self.opener.submit(self.shards.open, following)  # its errors are raised where the shard is read
-        return self.pool.submit(self._fill, window, place, crops)
+        fill = partial(self._fill, window, place, crops)
+        return self.pool.submit(fill).result if self.pool else fill
 
     def _fill(self, window: Window, place: int, crops: list[Crop]) -> str:
         """Write crops of a sample where they belong; returns the caption."""

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,7 +297,8 @@ def loader(p: Params, images: int) -> dict[str, Any]:
         feed = large_feed(p, Shards(folder), steps, threads)
         done, memory, times = 0, [], []
         for coming in progress(feed.coming, f"{threads} threads", len(steps) * recipe.batch // section.micro_batch):
-            wait(coming.filling)
+            for filled in coming.filling:
+                filled()
             done += len(coming.samples)
             if done % recipe.batch == 0:
                 times.append(time.perf_counter())

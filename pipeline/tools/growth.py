@@ -81,8 +81,8 @@ def _measured(p: Params, folder: Path, images: int) -> dict[str, float]:
     def first_batch(epochs: float) -> Shards:
         shards = Shards(Path())
         for coming in large_feed(p, shards, [("tower", int(epochs * len(shards)) // batch)]).coming:
-            for image in coming.filling:
-                image.result()
+            for filled in coming.filling:
+                filled()
         return shards
 
     with chdir(folder):
