@@ -38,11 +38,11 @@ def pins(processor: Path = Path("/proc/cpuinfo"), parameters: Path = Path("param
     return wanted
 
 
-# A thread that waits for the others spins for some 200 microseconds, then sleeps. Spinning on, it would slow down a
-# busy machine; sleeping at once, a quiet one.
+# A thread that waits for the others spins for some 20 microseconds, then sleeps. Spinning on, it would slow down a busy
+# machine; sleeping at once, a quiet one.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 PINS = pins()
 for _variable, _value in PINS.items():
     os.environ.setdefault(_variable, _value)

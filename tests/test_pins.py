@@ -46,7 +46,7 @@ def test_the_package_pins_before_torch_and_leaves_what_the_user_set() -> None:
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, ("passive", "10000")),
+        ({}, ("passive", "1000")),
         ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
         ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
     ],
