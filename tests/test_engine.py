@@ -272,7 +272,7 @@ def test_compiled_feedback_has_the_same_losses_and_gradients(
         backbone, denoiser = Backbone.load(MODELS / "pretrained/mini"), Denoiser.load(DATA / "denoiser")
         p, own = section(compile=compiled, micro_batch=4), params.load().backbones["mini"].condition
         shards = Shards(Path("data/mini/images"), 0.5)
-        t = assemble.Training(p, recipe(batch=4), own, [], 42, backbone, denoiser, shards)
+        t = assemble.Training(p, recipe(batch=4), own, [Denoise(1.0)], 42, backbone, denoiser, shards)
         feedback = assemble.build_feedback(t, CPU)
         (micro,) = feed((backbone, denoiser), p, batch=4)(0)
         feedback.tower.requires_grad_(True)

@@ -26,7 +26,7 @@ INPUTS = ("input@images", "input@denoiser", "encoder@diva", "backbone@mini")
 
 def launched_by(clone: Clone, train: str, processes: int = 1) -> None:
     content = read_yaml(clone.root / "params.yaml")
-    content["launch"] = {"train": train, "processes": processes}
+    content["launch"] |= {"train": train, "processes": processes}
     write_yaml(clone.root / "params.yaml", content)
 
 
