@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ INSTRUCTIONS = {
 TWO = "run: {profile: chosen}\nprofiles: {a: {threads: 3}, b: {threads: 4}}"
 
 
-def found_by(code: str, folder: Path, **environment: str) -> dict:
+def found_by(code: str, folder: Path, **environment: str) -> Any:
     """What `code` prints as JSON on its last line, in a fresh process, without the pins of this one."""
     set_here = {*pipeline.PINS, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
     clean = {name: value for name, value in os.environ.items() if name not in set_here}
@@ -105,6 +107,24 @@ def test_what_the_user_overrides_is_said(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv(name, "another")
     deterministic_device()
     assert f"the environment sets {name}=another (pinned: {value})" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return memory by other rules")
+def test_memory_of_one_step_is_kept_for_the_next(tmp_path: Path) -> None:
+    """16 tensors of 1 MB a step are 4096 pages, which glibc alone returns after each step and faults in again."""
+    code = """
+import json, resource, torch
+from pipeline.core.compute import deterministic_device
+deterministic_device()
+faults = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 18) for _ in range(16)]
+    del tensors
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(faults))
+"""
+    assert max(found_by(code, tmp_path)[2:]) < 400
 
 
 def test_provenance_tells_what_decides_the_bytes() -> None:
