@@ -21,7 +21,9 @@ from pipeline.sections.denoiser import MiniDenoiser
 @stage
 def main() -> None:
     profile, compute = config.profile(), deterministic_device()
-    section: MiniDenoiser | sections.PublishedDenoiser = config.read(sections.Denoiser, f"profiles.{profile}.denoiser")
+    section: MiniDenoiser | sections.PublishedDenoiser = config.read(
+        sections.DenoiserSource, f"profiles.{profile}.denoiser"
+    )
     outputs = Path("data", profile, "denoiser"), Path("metrics", profile, "denoiser.json")
     with atomic(*outputs) as (folder, metrics_file):
         if isinstance(section, MiniDenoiser):

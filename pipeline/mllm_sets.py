@@ -16,12 +16,12 @@ import json
 import re
 import string
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pipeline.benchmarks.questions import Counted
-from pipeline.benchmarks.sets import write_split
+from pipeline.benchmarks.sets import Samples, write_split
 from pipeline.core import config
 from pipeline.core.compute import generator
 from pipeline.core.outputs import atomic, remove, write_json
@@ -30,8 +30,6 @@ from pipeline.data import downloads
 from pipeline.data.decoding import UndecodableError, decode
 from pipeline.mini import sets, world
 from pipeline.sections.mllm_sets import LlavaJson, MiniMllmSets, MllmSets, PublishedMllmSets
-
-Samples = Iterator[tuple[str, dict[str, bytes]]]
 
 LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."

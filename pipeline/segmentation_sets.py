@@ -8,14 +8,13 @@ and packs them.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from glob import escape
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from pipeline.benchmarks.masks import UNLABELLED, check_mask
-from pipeline.benchmarks.sets import png, write_split
+from pipeline.benchmarks.sets import Samples, png, write_split
 from pipeline.core import config
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
@@ -41,7 +40,7 @@ def pack(root: Path, section: LocalSegmentationSets) -> None:
         write_json(root / name / "classes.json", {"classes": classes, "templates": section.templates})
 
 
-def _local(name: str, local: LocalSet, split: str, most: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _local(name: str, local: LocalSet, split: str, most: int | None) -> Samples:
     """The images of a split and their masks, by number; `most` of them, evenly spaced, if there are more."""
     hint = f"Fetch the set by hand (params.yaml, segmentation_sets.sets.{name}, says from where), or remove it there."
     if local.ids:

@@ -11,14 +11,15 @@ but the tower sees another image of the same step. So what it gains is not attri
 
 from pipeline.core import config
 from pipeline.core.stages import stage
-from pipeline.engine import assemble, hosts
+from pipeline.engine import hosts
 from pipeline.sections.launch import Launch
+from pipeline.train import post_train
 
 
 @stage
 def main(backbone: str, recipe: str) -> None:
     hosts.start("pipeline.shuffled", config.read(Launch, "launch"))
-    assemble.post_train(backbone, recipe, "shuffled")
+    post_train(backbone, recipe, "shuffled")
 
 
 if __name__ == "__main__":

@@ -255,11 +255,11 @@ def test_only_recipes_whose_losses_read_it_need_one(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "expected"), [("kernel", [2, 2]), ("diva", [])])
+@pytest.mark.parametrize(("recipe", "expected"), [("kernel", [2, 2, 2, 2]), ("diva", [])])
 def test_memory_is_tried_with_the_encoder_where_it_is_read(
     recipe: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each of two steps, on the images of a micro-batch."""
+    """In each of two steps, on the images of two micro-batches."""
     write_params()
     shown, forward = list[int](), FrozenEncoder.forward
     monkeypatch.setattr(

@@ -447,23 +447,23 @@ def test_another_recipe_never_goes_on_from_a_checkpoint(
     assert outputs(here) == made
 
 
-@pytest.mark.parametrize("what", ["denoiser", "images", "fitted", "encoder"])
+@pytest.mark.parametrize("what", ["denoiser", "images", "start", "encoder"])
 def test_a_checkpoint_is_of_the_files_that_a_run_reads(here: Path, what: str) -> None:
     files = {
         "denoiser": DATA / "denoiser/scheduler/scheduler_config.json",
         "images": Path("data/mini/images/shards.json"),
-        "fitted": Path("fitted"),
+        "start": Path("start"),
         "encoder": Path("encoder/config.json"),
     }
     files["encoder"].parent.mkdir()
-    for empty in ("fitted", "encoder"):
+    for empty in ("start", "encoder"):
         files[empty].touch()
     p, backbone = params.load(), Backbone.load(MODELS / "pretrained/mini")
 
     def mark() -> dict:
         own, recipe = p.backbones["mini"].condition, p.profile.recipes["diva"]
         t = assemble.Training(
-            p.profile.train, recipe, own, [], 42, backbone, Denoiser.load(DATA / "denoiser"), None, files["fitted"],
+            p.profile.train, recipe, own, [], 42, backbone, Denoiser.load(DATA / "denoiser"), None, files["start"],
             lambda images: images.flatten(1),
         )  # fmt: skip
         return assemble.fingerprint(t, DATA / "denoiser", files["images"].parent, files["encoder"].parent)

@@ -351,8 +351,8 @@ def test_any_number_of_processes_gives_the_same_curves(here: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_fitted_denoiser_computes_in_the_precision_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are float32 while they are fitted, else most steps would be rounded away, and bfloat16 afterwards."""
+def test_a_denoiser_in_warm_up_computes_in_the_precision_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are float32 while they are trained, else most steps would be rounded away; bfloat16 afterwards."""
     shrink("two_stage", micro_batch=3, precision="bfloat16")
     seen: list[tuple[torch.dtype, torch.dtype, torch.dtype]] = []
     predict = Denoiser.forward

@@ -360,12 +360,13 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     least = 4 if recipe == "contrastive" else 1  # images of a micro-batch that its loss contrasts
     fits = fits if fits >= least else 0
-    p, taken, terms = params.load(), list[int](), step.terms
+    p, taken, terms = params.load(), list[tuple[int, bool]](), step.terms
 
     def narrow(feedback: Any, losses: Any, micro: MicroBatch, precision: torch.dtype) -> dict[str, torch.Tensor]:
         if len(micro.images_BCHW) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        taken.append(len(micro.images_BCHW))
+        gradients = any(parameter.grad is not None for parameter in feedback.parameters())
+        taken.append((len(micro.images_BCHW), gradients))
         return terms(feedback, losses, micro, precision)
 
     monkeypatch.setattr(step, "terms", narrow)
@@ -374,7 +375,11 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
     with pytest.raises(UserError, match=f"to train mini by recipe {recipe} with micro_batch 8. {way}"):
         TRY(p, "mini", recipe, torch.device("cpu"))
     phases = 1 + (p.profile.recipes[recipe].warmup is not None)
-    assert taken == [fits] * 2 * phases * (fits > 0)
+    step_ = [
+        (fits, False),
+        (fits, True),
+    ]  # a second micro-batch beside the first one's gradients, if a step has several
+    assert taken == step_[: 1 + (p.profile.recipes[recipe].batch > fits)] * 2 * phases * (fits > 0)
 
 
 KEY = "profiles.paper.recipes"

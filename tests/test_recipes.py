@@ -397,7 +397,7 @@ def test_timesteps_are_drawn_from_the_recipe_s_range() -> None:
 
 def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
     feedback = build()
-    feedback.fits_denoiser = True
+    feedback.warms_up_denoiser = True
     before = snapshot(feedback)
     train(feedback, both(feedback)[0])
     assert moved(before, feedback) == {

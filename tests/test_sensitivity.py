@@ -89,7 +89,7 @@ def test_the_command_measures_every_pattern_and_timestep_and_repeats_itself(caps
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_a_projection_fitted_on_captions_is_measured_on_the_text_tower_too() -> None:
+def test_a_projection_warmed_up_on_captions_is_measured_on_the_text_tower_too() -> None:
     small = {"batch": 4, **SMALL["text_anchored"]}
     write_params(
         **{f"profiles.mini.recipes.text_anchored.{key}": value for key, value in small.items()},

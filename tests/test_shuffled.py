@@ -19,7 +19,7 @@ from pipeline.data.shards import Shards
 from pipeline.diva.losses import InfoNCE
 from pipeline.diva.rules import TokenRule
 from pipeline.engine import feed as feed_
-from pipeline.engine.assemble import FITTED
+from pipeline.engine.assemble import START
 from pipeline.engine.feed import Feed
 from pipeline.models.backbones import Backbone, stored_tensors
 from pipeline.models.stable_diffusion import Denoiser
@@ -52,11 +52,11 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
     run(shuffled, "mini", name)
     made = [json.loads((MODELS / weights / "mini/diva.json").read_text()) for weights in (name, f"{name}-shuffled")]
     assert made[0]["recipe"] == made[1]["recipe"]
-    if name == "two_stage":  # its warm-up fits the denoiser, too
-        with safe_open(MODELS / name / "mini" / FITTED, "pt") as file:
-            fitted = set(file.keys())
-        assert {"projection.weight", "projection.bias"} < fitted
-        assert any(key.startswith("denoiser.unet.") for key in fitted)
+    if name == "two_stage":  # its warm-up trains the denoiser, too
+        with safe_open(MODELS / name / "mini" / START, "pt") as file:
+            start = set(file.keys())
+        assert {"projection.weight", "projection.bias"} < start
+        assert any(key.startswith("denoiser.unet.") for key in start)
     (tower,) = losses(f"{name}-shuffled").values()
     warmup = params.load().profile.recipes[name].warmup
     assert losses(name).keys() == {"tower"} | ({"projection"} if warmup else set())
@@ -73,7 +73,7 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on profile paper, where nothing is fitted before the tower."""
+    """As on profile paper, where nothing is trained before the tower."""
     write_params(**{"profiles.mini.recipes.diva.warmup": None})
     run(train, "mini", "diva")
     monkeypatch.setattr(feed_, "derangement", in_place)
@@ -98,7 +98,7 @@ def test_a_killed_control_goes_on_to_the_same_weights(finished: Path, here: Path
 def test_the_control_without_its_run_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         run(shuffled, "mini", "diva")
-    assert "models/mini/diva/mini/fitted.safetensors does not exist" in capsys.readouterr().err
+    assert "models/mini/diva/mini/start.safetensors does not exist" in capsys.readouterr().err
 
 
 STEPS = [("tower", step) for step in range(4)]

@@ -4,7 +4,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ from pipeline.data.decoding import members
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
 IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")  # that clip-benchmark reads as images; of several, the first
+Samples = Iterator[tuple[str, dict[str, bytes]]]  # their keys, and what lies beside each other by its extension
 
 
-def write_split(root: Path, split: str, kind: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+def write_split(root: Path, split: str, kind: str, samples: Samples) -> None:
     """Write one split as one shard. Its bytes depend on the samples alone: keys, and contents by extension."""
     (root / split).mkdir(parents=True)
     (root / "dataset_type.txt").write_text(kind + "\n", encoding="utf-8")

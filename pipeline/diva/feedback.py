@@ -24,16 +24,16 @@ class Feedback(nn.Module):
         text_rule: Literal["sequence", "mean"],
         pixels: PixelRule,
         gap_correction: GapCorrection | None = None,
-        fits_denoiser: bool = False,
+        warms_up_denoiser: bool = False,
     ) -> None:
         """tower: pixels to (pooled [B, D], patches [B, N, D]). denoiser: (noised, timestep, condition) to its
         prediction, with `latent` of pixels, `unet`, `alphas_cumprod` and `prediction_type`.
 
-        gap_correction: the map before the projection. fits_denoiser: whether `unet` is fitted with the projection, and
-        so belongs to what a run changes.
+        gap_correction: the map before the projection. warms_up_denoiser: whether the warm-up trains `unet`, too, which
+        then belongs to what a run changes.
         """
         super().__init__()
-        self.fits_denoiser, self.gap_correction = fits_denoiser, gap_correction
+        self.warms_up_denoiser, self.gap_correction = warms_up_denoiser, gap_correction
         self.tower, self.projection, self.denoiser = tower, projection, denoiser
         self.register_buffer("text_1LD", text_1LD, persistent=False)
         self.tokens, self.text_rule, self.pixels = tokens, text_rule, pixels

@@ -1,6 +1,6 @@
 """The gap between a CLIP's image and text embeddings, and the map that corrects it.
 
-The denoiser's visual projection may be fitted on text embeddings of captions; then what it is given in their place,
+The denoiser's visual projection may be warmed up on text embeddings of captions; then what it is given in their place,
 image embeddings, must look like them. CLIP's two kinds of embeddings lie in two narrow cones apart from each other
 ("Mind the Gap", arXiv 2203.02053), and an image's holds much that no text says.
 """

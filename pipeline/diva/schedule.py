@@ -32,6 +32,11 @@ class Phase:
     clip_norm: float
     losses: list[Loss]
 
+    def release(self) -> None:
+        """Drop gradients and the optimizer's moments. Those of a UNet would fill a GPU during the next phase."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
     """Rate of optimizer step `step` (0-based): linear from 0 over ceil(steps x ratio) steps, then cosine to 0."""

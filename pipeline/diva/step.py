@@ -3,7 +3,6 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,7 +67,7 @@ def terms(feedback: Feedback, losses: list[Loss], micro: MicroBatch, precision: 
         wanted = target(latent_KBChw, noise, t, denoiser.alphas_cumprod, denoiser.prediction_type)
     shown = pixels.tower(micro.images_BCHW if micro.shown_BCHW is None else micro.shown_BCHW)
     view = None if micro.view_BCHW is None else pixels.tower(micro.view_BCHW)
-    with autocast(t.device, precision):
+    with torch.autocast(t.device.type, precision, precision != torch.float32):
         positions, pooled, conditions = [draw.positions_BK for draw in draws], None, list[torch.Tensor]()
         if micro.on_captions:
             assert micro.caption_BD is not None
@@ -132,10 +131,6 @@ def add_up(parameters: list[nn.Parameter], values: dict[str, torch.Tensor], proc
     sums = processes.reduce(torch.cat([tensor.flatten() for tensor in own]), "sum")
     for tensor, part in zip(own, sums.split([tensor.numel() for tensor in own]), strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 @torch.no_grad()
@@ -288,7 +283,7 @@ def restore_optimizer(phase: Phase, tensors: dict[str, torch.Tensor]) -> None:
 
 def _trained(feedback: Feedback) -> dict[str, nn.Parameter]:
     parts = {"tower": feedback.tower, "projection": feedback.projection}
-    if feedback.fits_denoiser:
+    if feedback.warms_up_denoiser:
         parts["denoiser.unet"] = feedback.denoiser.unet
     return {
         f"{part}.{name}": parameter for part, module in parts.items() for name, parameter in module.named_parameters()

@@ -7,9 +7,7 @@ it.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from pipeline.core import config
 from pipeline.core.code import program
 from pipeline.core.compute import seeded
-from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError, progress
 from pipeline.data.shards import INDEX, Shards
 from pipeline.diva import adapters, pixels, step
@@ -30,22 +26,18 @@ from pipeline.diva.losses import Denoise, Given, Loss
 from pipeline.diva.rules import CLASS_TOKEN, Condition, TokenRule
 from pipeline.diva.schedule import Phase, learning_rate
 from pipeline.engine import hosts
-from pipeline.engine.curves import ends, plot
+from pipeline.engine.curves import plot
 from pipeline.engine.feed import Feed
-from pipeline.engine.losses import losses_of, smaller
 from pipeline.engine.resume import Checkpoint, Projection, RunState, of_all
 from pipeline.engine.scratch import digest_together
 from pipeline.engine.speed import Speed
-from pipeline.models.backbones import Backbone, ImageTower, fresh_head, save_like
-from pipeline.models.frozen_encoder import FrozenEncoder
+from pipeline.models.backbones import Backbone, ImageTower, fresh_head
 from pipeline.models.residual_head import WithHead
 from pipeline.models.stable_diffusion import Denoiser
-from pipeline.sections import recipe as recipes
-from pipeline.sections.launch import Launch
 from pipeline.sections.recipe import Head, Lora, Recipe, Sgd
 from pipeline.sections.train import Train
 
-FITTED = "fitted.safetensors"
+START = "start.safetensors"
 PARTS = {"tower": "", "lora": ".lora_", "head": "residual_head."}  # a part of the names of a trained part's parameters
 
 
@@ -54,7 +46,7 @@ class Training:
     """What one training is made of.
 
     own: the backbone's condition. losses: the recipe's. shards: its images; None where only memory is measured.
-    fitted: for a control, which is the tower phase alone: what `save_fitted` wrote of the run that it is compared with.
+    starts_from: for a control, which is the tower phase alone: what `save_start` wrote of the recipe's run.
     encoder: the frozen image encoder, where a loss needs it.
     """
 
@@ -66,13 +58,13 @@ class Training:
     backbone: Backbone
     denoiser: Denoiser
     shards: Shards | None
-    fitted: Path | None = None
+    starts_from: Path | None = None
     encoder: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def phased(self) -> Recipe:
         """The recipe, without the warm-up that a control does not make again."""
-        return self.recipe.model_copy(update={"warmup": None}) if self.fitted else self.recipe
+        return self.recipe.model_copy(update={"warmup": None}) if self.starts_from else self.recipe
 
     @property
     def condition(self) -> Condition:
@@ -153,14 +145,14 @@ def build_feedback(t: Training, compute: torch.device) -> Feedback:
     with seeded(t.seed, "projection"):
         projection = torch.nn.Linear(backbone.width, denoiser.unet.config.cross_attention_dim)
     text_1LD = denoiser.text([p.prompt])
-    fits_denoiser = warmup is not None and warmup.denoiser
+    warms_up_denoiser = warmup is not None and warmup.denoiser
     backbone.to(compute).clip.requires_grad_(False)
     denoiser.to(compute)
     scale = float(backbone.logit_scale)
     given = Given(backbone.tower, backbone.embed, scale, denoiser.text, first_captions(t), t.encoder)
     for loss in t.losses:
         loss.prepare(given)
-    denoiser.for_feedback(getattr(torch, p.precision), fits_denoiser)
+    denoiser.for_feedback(getattr(torch, p.precision), warms_up_denoiser)
     gap = measure_gap(t, compute) if t.recipe.gap_correction and t.shards else None
     if isinstance(trained, Head):
         backbone.clip.visual = WithHead(backbone.clip.visual, fresh_head(backbone.width, trained.heads, t.seed))
@@ -174,7 +166,7 @@ def build_feedback(t: Training, compute: torch.device) -> Feedback:
         denoiser.vae.encoder.compile()
     return Feedback(
         tower, projection, denoiser, text_1LD, t.condition.tokens, t.condition.text,
-        pixel_rule(backbone, p), gap, fits_denoiser,
+        pixel_rule(backbone, p), gap, warms_up_denoiser,
     ).to(compute)  # fmt: skip
 
 
@@ -198,26 +190,26 @@ def phases(feedback: Feedback, recipe: Recipe, found: list[Loss]) -> list[Phase]
     )  # fmt: skip
     if not (warmup := recipe.warmup):
         return [of_tower]
-    fitted = [*projection, *(feedback.denoiser.unet.parameters() if feedback.fits_denoiser else [])]
+    warmed_up = [*projection, *(feedback.denoiser.unet.parameters() if feedback.warms_up_denoiser else [])]
     of_projection = Phase(
-        "projection", warmup.steps, recipe.batch, fitted, torch.optim.AdamW(fitted, lr=warmup.lr, fused=True),
+        "projection", warmup.steps, recipe.batch, warmed_up, torch.optim.AdamW(warmed_up, lr=warmup.lr, fused=True),
         lambda number: warmup.lr, [1.0] * len(recipe.draw_weights), recipe.clip_norm, [Denoise(1.0)],
     )  # fmt: skip
     return [of_projection, of_tower]
 
 
-def save_fitted(feedback: Feedback, start: Projection, path: Path) -> None:
+def save_start(feedback: Feedback, start: Projection, path: Path) -> None:
     """Write what the tower phase started from: the projector, and the denoiser if it was trained in the warm-up."""
     tensors = {f"projection.{name}": tensor for name, tensor in start.items()}
-    if feedback.fits_denoiser:
-        fitted = feedback.denoiser.unet.named_parameters()
-        tensors |= {f"denoiser.unet.{name}": tensor.detach() for name, tensor in fitted}
+    if feedback.warms_up_denoiser:
+        unet = feedback.denoiser.unet.named_parameters()
+        tensors |= {f"denoiser.unet.{name}": tensor.detach() for name, tensor in unet}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 @torch.no_grad()
-def put_fitted(feedback: Feedback, path: Path, processes: Accelerator) -> None:
-    """Put back what `save_fitted` wrote; the first process alone has the file."""
+def put_start(feedback: Feedback, path: Path, processes: Accelerator) -> None:
+    """Put back what `save_start` wrote; the first process alone has the file."""
     own = dict(feedback.named_parameters())
     saved = hosts.to_all(processes, load_file(path) if processes.is_main_process else None)
     for name, tensor in saved.items():
@@ -235,7 +227,7 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
         "train": t.section.model_dump(mode="json"),
         "recipe": t.recipe.model_dump(mode="json"),
         "condition": dataclasses.asdict(t.own),
-        "fitted": digest_together([t.fitted]) if t.fitted and t.fitted.is_file() else None,
+        "start": digest_together([t.starts_from]) if t.starts_from and t.starts_from.is_file() else None,
         "backbone": t.backbone.sha256,
         "denoiser": digest_together(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest_together([images / INDEX]),
@@ -248,8 +240,8 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
 def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint) -> RunState:
     """Run the phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError."""
     assert t.shards
-    if t.fitted:
-        put_fitted(feedback, t.fitted, processes)
+    if t.starts_from:
+        put_start(feedback, t.starts_from, processes)
     planned, every = phases(feedback, t.phased, t.losses), t.section.validation.every
     precision = getattr(torch, t.section.precision)
     so_far = checkpoint.resume(feedback) or RunState([], t.shards.undecodable)
@@ -258,7 +250,7 @@ def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator,
     schedule = [(phase.name, number) for phase in planned for number in range(done[phase.name], phase.steps)]
     feed = t.feed(
         feedback.tokens, t.losses, processes.device, schedule, process=processes.process_index,
-        processes=processes.num_processes, mismatched=t.fitted is not None,
+        processes=processes.num_processes, mismatched=t.starts_from is not None,
     )  # fmt: skip
     validation = feed.validation()
 
@@ -280,7 +272,7 @@ def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator,
         if so_far.optimizer and so_far.optimizer[0] == phase.name:
             step.restore_optimizer(phase, so_far.optimizer[1])
         if phase.name == "tower":
-            t.denoiser.for_feedback(precision)  # now frozen, if it was fitted
+            t.denoiser.for_feedback(precision)  # now frozen, if it was warmed up
         if phase.name == "tower" and not first:
             so_far.start = {name: tensor.clone() for name, tensor in feedback.projection.state_dict().items()}
         steps = step.run(feedback, phase, feed, precision, processes, first, measure(phase), checkpoint.due)
@@ -295,7 +287,7 @@ def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator,
                 checkpoint.save(feedback, phase, so_far)
         if main:
             speed.report()
-        phase.optimizer.state.clear()  # the moments of a UNet fill a GPU
+        phase.release()
     so_far.undecodable = of_all(so_far.undecodable)
     return so_far
 
@@ -304,100 +296,3 @@ def tuned(backbone: Backbone) -> dict[str, torch.Tensor]:
     """The CLIP's state after training, with LoRA merged into its weights."""
     adapters.merge(backbone.clip.visual)
     return backbone.clip.state_dict()
-
-
-def post_train(name: str, recipe_name: str, control: str = "") -> None:
-    """Make models/<profile>/<weights>/<name> and its curves, by a recipe or by a control that starts where it did."""
-    profile = config.profile()
-    section: Train = config.read(Train, f"profiles.{profile}.train")
-    recipe = recipes.read(profile, recipe_name)
-    own: Condition = config.read(Condition, f"backbones.{name}.condition")
-    seed: int = config.read(config.Seed, "seed")
-    launch: Launch = config.read(Launch, "launch")
-    weights = f"{recipe_name}-{control}" if control else recipe_name
-    fitted = Path("models", profile, recipe_name, name, FITTED) if control else None
-    key = f"profiles.{profile}.recipes.{recipe_name}"
-    losses = losses_of(key, recipe)
-    captioned = recipe.reads_captions or any(loss.captioned or loss.bank for loss in losses)
-    processes = hosts.join()
-    original, images = Path("models", profile, "pretrained", name), Path("data", profile, "images")
-    models, teacher = Path("data", profile, "denoiser"), Path("data", profile, "encoder", recipe_name)
-    outputs = Path("models", profile, weights, name), Path("metrics", profile, "train", f"{name}-{weights}")
-    scratch = outputs[0].with_name(f".{name}.checkpoint")
-
-    def load() -> tuple[tuple[Training, dict[str, Any]], dict[str, Any]]:
-        """What is read, and what of it must be the same on all hosts."""
-        backbone, denoiser = Backbone.load(original), Denoiser.load(models)
-        if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
-            raise UserError(
-                f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
-                f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
-            )
-        shards = Shards(
-            images, section.max_undecodable, section.validation.images, captioned,
-            launch.cache_gb,
-        )  # fmt: skip
-        encoder = FrozenEncoder.load(teacher).to(processes.device) if any(loss.encodes for loss in losses) else None
-        if fitted and processes.is_main_process and not fitted.is_file():
-            raise UserError(
-                f"{fitted} does not exist, but the control starts from it. Run stage train of {name} first."
-            )
-        t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, fitted, encoder)
-        mark = fingerprint(t, models, images, teacher)
-        return (t, mark), {**mark, "fitted": bool(fitted), "packages": hosts.packages()}
-
-    with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
-        t, mark = hosts.agreed(processes, load)
-        checkpoint = Checkpoint(scratch, mark, launch.checkpoint_minutes, processes)
-        feedback = build_feedback(t, processes.device)
-        try:
-            end = train(t, feedback, curves, processes, checkpoint)
-        except torch.OutOfMemoryError as error:
-            half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)
-            way = out_of_memory(profile, name, recipe_name, losses, section.micro_batch, half)
-            raise UserError(f"{error}\n{way}") from None
-        except step.NotFiniteError as error:
-            tensors = tuned(t.backbone)
-            if not processes.is_main_process:
-                sys.exit(1)
-            kept = outputs[0].with_name(f"{name}.last-good")
-            remove(kept)
-            save_like(original, tensors, kept)
-            curves.rename(kept / "curves")
-            raise UserError(
-                f"{error}. Training stopped; the weights before that step are in {kept}, the curves up to it in "
-                f"{kept / 'curves'}. "
-                f"Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
-                "precision float32."
-            ) from None
-        tensors = tuned(t.backbone)
-        if processes.is_main_process:
-            result = {
-                "seed": seed,
-                "steps": recipe.steps,
-                "images": len(end.records) * recipe.batch,
-                "undecodable_images": sum(map(len, end.undecodable.values())),
-                **ends(end.records),
-            }
-            save_like(original, tensors, folder)
-            if not fitted:
-                assert end.start
-                save_fitted(feedback, end.start, folder / FITTED)
-            write_json(
-                folder / "diva.json",
-                {
-                    "backbone": name,
-                    "weights": weights,
-                    "seed": seed,
-                    "train": section.model_dump(),
-                    "recipe": recipe.model_dump(exclude_none=True),
-                    "captions": captioned,
-                    "condition": dataclasses.asdict(t.condition),
-                    "code": mark["code"],
-                    "result": result,
-                },
-            )
-            write_json(curves / "metrics.json", result)
-    if processes.is_main_process:
-        remove(scratch)
-    processes.end_training()

@@ -45,7 +45,9 @@ def derangement(count: int, draws: torch.Generator) -> list[int]:
             return order.tolist()
 
 
-Crop = tuple[np.ndarray, tuple[float, float], torch.Generator]  # where it is written, its share of the area, its draws
+Cropping = tuple[
+    np.ndarray, tuple[float, float], torch.Generator
+]  # where it is written, its share of the area, its draws
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,12 @@ class Feed:
         low, high = self.p.crop.scale
         filling, others = [], []
         for i, sample in enumerate(samples):
-            seen, crops = order[sample], list[Crop]()
+            seen, crops = order[sample], list[Cropping]()
             if shown_BCHW is not None:
                 crops.append((shown_BCHW[i].numpy(), (low, high), generator(self.seed, "crop", phase, step, seen)))
             if view_BCHW is not None:
                 crops.append((view_BCHW[i].numpy(), (self.view, 1.0), generator(self.seed, "view", phase, step, seen)))
-            own: Crop = pixels_BCHW[i].numpy(), (low, high), generator(self.seed, "crop", phase, step, sample)
+            own: Cropping = pixels_BCHW[i].numpy(), (low, high), generator(self.seed, "crop", phase, step, sample)
             filling.append(self._submit(phase, step, sample, [own] if self.mismatched else [own, *crops]))
             if self.mismatched:
                 others.append(self._submit(phase, step, seen, crops))
@@ -158,7 +160,7 @@ class Feed:
         size = self.p.size
         return torch.empty(len(samples), 3, size, size, dtype=torch.uint8, pin_memory=self.gpu)
 
-    def _submit(self, phase: str, step: int, sample: int, crops: list[Crop]) -> Callable[[], str]:
+    def _submit(self, phase: str, step: int, sample: int, crops: list[Cropping]) -> Callable[[], str]:
         number = (self.first.get(phase, 0) + step) * self.recipe.batch + sample
         window, place = self.shards.place(self.seed, number)
         following, _ = self.shards.place(self.seed, min(number + len(window.order) // 4, self.last))
@@ -168,7 +170,7 @@ class Feed:
         fill = partial(self._fill, window, place, crops)
         return self.pool.submit(fill).result if self.pool else fill
 
-    def _fill(self, window: Window, place: int, crops: list[Crop]) -> str:
+    def _fill(self, window: Window, place: int, crops: list[Cropping]) -> str:
         """Write crops of a sample where they belong; returns the caption."""
         sample = self.shards.read(window, place)
         for target, scale, draws in crops:

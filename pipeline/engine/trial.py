@@ -71,14 +71,18 @@ class WithoutText(Denoiser):
 
 
 def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: torch.device) -> Iterator[step.Record]:
-    """Two steps of each phase of a recipe, of one micro-batch each; the second one has the optimizer's state.
+    """Two steps of each phase of a recipe; the second one has the optimizer's state. Where a step of the recipe has
+    several micro-batches, it is of two here, of which the second is computed beside the gradients of the first.
 
-    A published denoiser is taken to have the sizes of stable-diffusion-2-1-base, fetched or not. Compilation and
-    modality-gap correction are left out, because they take little memory.
+    A published denoiser is taken to have the sizes of stable-diffusion-2-1-base, fetched or not. Left out: compilation
+    and modality-gap correction, which take little memory, and the sum of the gradients over several GPUs, which takes
+    as much as the update after it.
     """
     section = p.profile.train.model_copy(update={"micro_batch": micro_batch, "compile": False})
     recipe = p.profile.recipes[recipe_name]
-    recipe = recipe.model_copy(update={"batch": micro_batch, "steps": 2, "gap_correction": None})
+    micro_batches = 1 + (recipe.batch > micro_batch)
+    batch = micro_batches * micro_batch
+    recipe = recipe.model_copy(update={"batch": batch, "steps": 2, "gap_correction": None})
     if recipe.warmup:
         recipe = recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"steps": 2})})
     entry, losses = p.backbones[name], losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
@@ -102,14 +106,15 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
     processes, precision = Accelerator(cpu=compute.type == "cpu"), getattr(torch, section.precision)
     for phase in phases(feedback, recipe, losses):
         on_captions = phase.name == "projection" and recipe.warms_up_on_captions
-        batch = [step.stand_in(images_BCHW, drawn, phase.losses, backbone.width, on_captions)]
-        for record, _ in step.run(feedback, phase, lambda number, batch=batch: batch, precision, processes):  # type: ignore[misc]
+        micro = [step.stand_in(images_BCHW, drawn, phase.losses, backbone.width, on_captions)] * micro_batches
+        for record, _ in step.run(feedback, phase, lambda number, micro=micro: micro, precision, processes):  # type: ignore[misc]
             yield record
-        phase.optimizer.state.clear()
+        phase.release()
 
 
 def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None:
-    """Raises UserError if training does not fit the GPU's memory; it names the largest micro_batch that fits."""
+    """Raises UserError if training does not fit the GPU's memory; it names the largest that fits of
+    those that divide the `micro_batch` asked for."""
     asked, recipe = p.profile.train.micro_batch, p.profile.recipes[recipe_name]
     losses = losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
     least = max(loss.images for loss in losses)

@@ -2,22 +2,19 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pipeline.benchmarks.pairs import PROMPT
-from pipeline.benchmarks.sets import png, write_split
+from pipeline.benchmarks.sets import Samples, png, write_split
 from pipeline.core.outputs import write_json
 from pipeline.core.stages import progress
 from pipeline.mini import world
 from pipeline.sections.mllm_sets import MiniMllmSets
 from pipeline.sections.segmentation_sets import MiniSegmentationSets
 from pipeline.sections.zeroshot_sets import MiniZeroshotSets
-
-Samples = Iterator[tuple[str, dict[str, bytes]]]
 
 SPLITS = {"train": "probe", "test": "scorings"}  # of a set, and whose images of the mini world they are
 MASKS, QUESTIONS = 4, 5  # groups of a set's images: those of one benchmark are no other's

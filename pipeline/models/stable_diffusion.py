@@ -88,14 +88,14 @@ class Denoiser(nn.Module):
         self.tokenizer.save_pretrained(folder / "tokenizer")
         scheduler.save_pretrained(folder / "scheduler")
 
-    def for_feedback(self, precision: torch.dtype, fitted: bool = False) -> "Denoiser":
+    def for_feedback(self, precision: torch.dtype, trained: bool = False) -> "Denoiser":
         """The form in which the frozen parts are fastest: in `precision`, channels last. Returns self.
 
-        fitted: whether the UNet is trained in the warm-up; then it stays float32, because bfloat16 rounds updates away.
+        trained: whether the warm-up trains the UNet; then it stays float32, because bfloat16 rounds updates away.
         The text encoder and the VAE's decoder, which feedback does not use, are dropped.
         """
         self.text_encoder = self.vae.decoder = None
-        for part, dtype in ((self.vae, precision), (self.unet, torch.float32 if fitted else precision)):
+        for part, dtype in ((self.vae, precision), (self.unet, torch.float32 if trained else precision)):
             nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)  # diffusers' `to` would warn
         return self
 
@@ -126,7 +126,7 @@ class Denoiser(nn.Module):
         """What the UNet predicts under a condition: noise or velocity, by `prediction_type`; in the UNet's precision.
 
         Autocast stays outside: it would cast the weights anew at every call, and run the norms in float32. But it is
-        what computes in bfloat16 with the float32 weights of a UNet that is being fitted.
+        what computes in bfloat16 with the float32 weights of a UNet that is trained.
         """
         precision = self.unet.dtype
         if precision == torch.float32:

@@ -44,4 +44,4 @@ class PublishedDenoiser(Section):
     download: Download
 
 
-Denoiser = Annotated[MiniDenoiser | PublishedDenoiser, Field(discriminator="kind")]
+DenoiserSource = Annotated[MiniDenoiser | PublishedDenoiser, Field(discriminator="kind")]

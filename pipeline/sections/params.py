@@ -8,7 +8,7 @@ from pipeline.core import config
 from pipeline.core.config import Count, Name, Section
 from pipeline.core.stages import UserError
 from pipeline.sections.backbone import BackboneEntry
-from pipeline.sections.denoiser import Denoiser
+from pipeline.sections.denoiser import DenoiserSource
 from pipeline.sections.encoder import EncoderSource
 from pipeline.sections.images import Images
 from pipeline.sections.launch import Launch
@@ -35,7 +35,7 @@ class Profile(Section):
     zeroshot_sets: ZeroshotSets
     segmentation_sets: SegmentationSets
     mllm_sets: MllmSets
-    denoiser: Denoiser
+    denoiser: DenoiserSource
     encoder: EncoderSource | None = None
     train: Train
     recipes: dict[Name, Recipe]

@@ -122,7 +122,8 @@ class ReleasedDenoiser(Denoiser):
 
     def latent(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         if self.encoded is None or not torch.equal(self.encoded[0], pixels_BCHW):
-            with step.autocast(pixels_BCHW.device, self.precision), torch.no_grad():
+            half = self.precision != torch.float32
+            with torch.autocast(pixels_BCHW.device.type, self.precision, half), torch.no_grad():
                 mean = self.vae.encode(pixels_BCHW).latent_dist.mean
             self.encoded = pixels_BCHW, mean.float() * self.vae.config.scaling_factor
         return self.encoded[1]

@@ -33,7 +33,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from pipeline.benchmarks.pairs import PROMPT, Question, read_mmvp_vlm
-from pipeline.core.compute import deterministic_device, generator
+from pipeline.core.compute import autocast, deterministic_device, generator
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import UserError, progress, stage
 from pipeline.data.shards import Shards
@@ -71,7 +71,7 @@ def wrong_minus_right(
     return wrong - right
 
 
-def fitted(
+def warmed_up(
     backbone: Backbone, denoiser: Denoiser, p: params.Params, name: str, recipe_name: str, compute: torch.device
 ) -> Feedback:
     """The feedback after the projector warm-up, as stage train does it."""
@@ -121,14 +121,14 @@ def measure(
     denoiser.to(compute)
     # Before training drops the text encoder.
     captions = [denoiser.text([PROMPT + question.statement]).cpu() for question in questions]
-    feedback = fitted(backbone, denoiser, p, name, recipe_name, compute)
+    feedback = warmed_up(backbone, denoiser, p, name, recipe_name, compute)
     on_captions = p.profile.recipes[recipe_name].warms_up_on_captions
     steps, size = len(denoiser.alphas_cumprod), 2 * max(1, p.profile.mmvp.batch // 2)
     timesteps = [(2 * i + 1) * steps // (2 * TIMESTEPS) for i in range(TIMESTEPS)]
     rows = []
     for first in progress(range(0, len(questions), size), "pairs"):
         asked = questions[first : first + size]
-        with step.autocast(compute, getattr(torch, p.profile.train.precision)):
+        with autocast(compute, p.profile.train.precision):
             latent, projected = seen(feedback, backbone, denoiser, asked, p.profile.train, compute)
             conditions = {
                 "captions": torch.cat(captions[first : first + size]).to(compute),

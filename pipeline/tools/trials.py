@@ -17,7 +17,7 @@ from pipeline.core.outputs import atomic, remove
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
-from pipeline.engine.assemble import FITTED, Training, build_feedback, save_fitted, train, tuned
+from pipeline.engine.assemble import START, Training, build_feedback, save_start, train, tuned
 from pipeline.engine.drift import drift
 from pipeline.engine.losses import losses_of
 from pipeline.engine.resume import Checkpoint
@@ -124,7 +124,7 @@ class Assets:
             if run.weights == "drift":
                 drift(original, trained, run.seed, new)
             else:
-                self.train(run, original, trained / FITTED, new)
+                self.train(run, original, trained / START, new)
 
         key = f"{run.recipe}-{run.detail_share}-{run.denoiser_steps}-{run.seed}-{run.choice.replace(' ', '-')}"
         return self.once(f"{run.weights}-{key}", make)
@@ -132,23 +132,23 @@ class Assets:
     def recipe(self, run: Trial) -> Recipe:
         return chosen(self.p.profile.recipes[run.recipe], run.choice)
 
-    def train(self, run: Trial, original: Path, fitted: Path | None, folder: Path) -> None:
-        """Write the model's folder; fitted: where a control starts from."""
+    def train(self, run: Trial, original: Path, starts_from: Path | None, folder: Path) -> None:
+        """Write the model's folder; starts_from: the start of the tower phase, for a control."""
         recipe, section, own = self.recipe(run), self.p.profile.train, self.p.backbones[NAME].condition
         backbone, shards = Backbone.load(original), self.post_training(run.detail_share)
         denoiser = Denoiser.load(self.denoiser(run.denoiser_steps))
         losses = losses_of(f"profiles.{NAME}.recipes.{run.recipe}", recipe)
         encoder = FrozenEncoder.load(self.encoder()) if any(loss.encodes for loss in losses) else None
-        t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, fitted, encoder)
+        t = Training(section, recipe, own, losses, run.seed, backbone, denoiser, shards, starts_from, encoder)
         feedback = build_feedback(t, self.compute)
         curves = folder.with_name(f"{folder.name}.curves")
         checkpoint = Checkpoint(None, {}, float("inf"), self.processes)
         end = train(t, feedback, curves, self.processes, checkpoint)
         remove(curves)
         save_like(original, tuned(backbone), folder)
-        if not fitted:
+        if not starts_from:
             assert end.start
-            save_fitted(feedback, end.start, folder / FITTED)
+            save_start(feedback, end.start, folder / START)
 
     def score(self, run: Trial) -> dict[str, float | str]:
         """The measures in %, and which pairs are right, a bit each, in hexadecimal digits; all NaN, and no digits,
