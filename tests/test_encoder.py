@@ -22,7 +22,7 @@ from pipeline.core.compute import generator
 from pipeline.core.stages import UserError
 from pipeline.diva.losses import Denoise
 from pipeline.engine import trial
-from pipeline.engine.checks import recipes_that_encode
+from pipeline.engine.fetches import encoding
 from pipeline.mini import pretrain
 from pipeline.models.frozen_encoder import FrozenEncoder
 from pipeline.sections import params
@@ -249,9 +249,9 @@ def test_an_encoder_that_there_is_not_is_told_before_anything_is_fetched(
 
 def test_only_recipes_whose_losses_read_it_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     write_params(**{"run.recipes": ["diva", "contrastive"]})
-    assert recipes_that_encode(params.load()) == []
+    assert encoding(params.load()) == []
     monkeypatch.setattr(Denoise, "encodes", True)
-    assert recipes_that_encode(params.load()) == ["diva"]
+    assert encoding(params.load()) == ["diva"]
 
 
 @pytest.mark.slow

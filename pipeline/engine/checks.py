@@ -3,6 +3,7 @@
 import torch
 
 from pipeline.core.stages import UserError
+from pipeline.engine.fetches import encoding
 from pipeline.engine.losses import check_micro_batches, losses_of
 from pipeline.models.registry import embedding_width
 from pipeline.sections.denoiser import MiniDenoiser
@@ -10,15 +11,9 @@ from pipeline.sections.params import Params
 from pipeline.sections.recipe import Head
 
 
-def recipes_that_encode(p: Params) -> list[str]:
-    """The recipes of the run of which a loss reads the frozen image encoder."""
-    key, recipes = f"profiles.{p.run.profile}.recipes", p.profile.recipes
-    return [name for name in p.run.recipes if any(loss.encodes for loss in losses_of(f"{key}.{name}", recipes[name]))]
-
-
 def check_encoder(p: Params) -> None:
     """Raises UserError where a recipe of the run needs an encoder, and params.yaml has none that timm can make."""
-    if not (needed := recipes_that_encode(p)):
+    if not (needed := encoding(p)):
         return
     from pipeline.models.frozen_encoder import new_model  # not above: it imports timm, for which few runs need to wait
 

@@ -73,12 +73,13 @@ def downloads_of(p: params.Params) -> list[tuple[Path, Download]]:
 
 
 def encoding(p: params.Params) -> list[str]:
-    """The recipes of the run that read the frozen image encoder."""
+    """The recipes of the run of which a loss reads the frozen image encoder."""
     if not p.run.recipes:
         return []
-    from pipeline.engine.checks import recipes_that_encode  # not above: torch takes a second
+    from pipeline.engine.losses import losses_of  # not above: torch takes a second
 
-    return recipes_that_encode(p)
+    key, recipes = f"profiles.{p.run.profile}.recipes", p.profile.recipes
+    return [name for name in p.run.recipes if any(loss.encodes for loss in losses_of(f"{key}.{name}", recipes[name]))]
 
 
 def links_of(p: params.Params) -> list[Item]:
