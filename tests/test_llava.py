@@ -27,6 +27,7 @@ from pipeline.benchmarks.mllm import Fit
 from pipeline.benchmarks.questions import Choice
 from pipeline.core.stages import UserError
 from pipeline.evidence import downstream
+from pipeline.models.backbones import model_config
 from pipeline.sections import params
 from pipeline.sections.mllm_sets import LlavaJson
 from pipeline.tools import bench, true_size
@@ -468,11 +469,16 @@ def test_a_language_model_that_does_not_fit_is_refused(broken: str, said: str, t
 # At true size
 
 
+def small_config(name: str) -> dict[str, Any]:
+    config = model_config(name)
+    config["vision_cfg"] |= {"layers": 2, "width": 32, "head_width": 16}
+    config["text_cfg"] |= {"layers": 1, "width": 32, "heads": 2}
+    return config
+
+
 SMALL = {
-    "CLIP": {
-        "vision_cfg": {"layers": 2, "width": 32, "head_width": 16}, "text_cfg": {"layers": 1, "width": 32, "heads": 2}
-    },
-    "LANGUAGE": true_size.QWEN2_5_05B
+    "model_config": small_config,
+    "QWEN2_5_05B": true_size.QWEN2_5_05B
     | {"hidden_size": 28, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 300},
     "CLASSES": 3, "IMAGES": 1, "PIXELS": 340, "STEPS": 1,
 }  # fmt: skip

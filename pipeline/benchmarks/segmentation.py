@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,10 +18,9 @@ from pipeline.benchmarks.masks import SegmentationSet
 from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError, progress
 from pipeline.models.backbones import Backbone, tensors_sha256
-from pipeline.sections.segmentation import Segmentation
+from pipeline.sections.segmentation import Attention, Segmentation
 
 NOTHING = -2.0  # below every cosine, and finite, because logits are interpolated
-Attention = Literal["key_key", "value", "query_query_key_key"]
 Places = list[tuple[int, int]]
 Grids = Callable[[torch.Tensor], torch.Tensor]  # windows [W, 3, S, S] to logits [W, C, G, G]
 COLUMNS = ["right", "predicted", "labelled"]

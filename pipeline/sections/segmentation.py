@@ -6,6 +6,8 @@ from pydantic import Field
 
 from pipeline.core.config import Count, Float, PositiveFloat, Section
 
+Attention = Literal["key_key", "value", "query_query_key_key"]
+
 
 class PatchProbeSettings(Section):
     """cells: a patch has cells x cells predictions. batch: tokens of a step."""
@@ -24,6 +26,6 @@ class Segmentation(Section):
 
     scale: Annotated[Float, Field(ge=1)]
     stride: Annotated[Float, Field(gt=0, le=1)]
-    attention: Literal["key_key", "value", "query_query_key_key"]
+    attention: Attention
     neighbourhood: PositiveFloat
     probe: PatchProbeSettings

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,14 +31,13 @@ from pipeline.engine.trial import random_clip
 from pipeline.models.backbones import Backbone, model_config
 from pipeline.models.registry import complete
 from pipeline.sections.params import Params
+from pipeline.sections.segmentation import Attention
 
 TOWER, PIXELS = "openai_336", 512  # of the image that is segmented, the shorter side
 QWEN2_5_05B = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 }  # fmt: skip
-CLIP: dict[str, dict[str, Any]] = {}  # what differs from TOWER, by part
-LANGUAGE = QWEN2_5_05B
 WORDS = 100  # of question and answer
 CLASSES, IMAGES, STEPS = 150, 100, 10  # ADE20K's; whose tokens the probe draws its rows from; of the probe
 
@@ -46,11 +45,8 @@ CLASSES, IMAGES, STEPS = 150, 100, 10  # ADE20K's; whose tokens the probe draws 
 def tower(p: Params, compute: torch.device) -> Backbone:
     """The CLIP of TOWER with random weights."""
     source = complete(TOWER, p.backbone(TOWER).source)
-    config = model_config(source.architecture)
-    for part, values in CLIP.items():
-        config[part] |= values
     with seeded("bench", TOWER):
-        return random_clip(config, source.preprocessing.model_dump()).to(compute)
+        return random_clip(model_config(source.architecture), source.preprocessing.model_dump()).to(compute)
 
 
 def measured(work: Callable[[], Any], rounds: int, compute: torch.device) -> dict[str, float]:
@@ -82,7 +78,9 @@ def small_llava(p: Params, rounds: int, compute: torch.device) -> dict[str, Any]
     asked, told = (" ".join(f"word{i}" for i in range(first, first + half)) for first in (0, half))
     conversations = [Conversation(0, ((asked, told),))]
     tok = mllm.tokenizer([*conversations, Conversation(0, ((section.phases[-1].prompt, ""),))])
-    language = Qwen2Config(**LANGUAGE, pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=tok.eos_token_id)
+    language = Qwen2Config(
+        **QWEN2_5_05B, pad_token_id=tok.pad_token_id, bos_token_id=None, eos_token_id=tok.eos_token_id
+    )
     model = mllm.new(vision, language, tok, 0).to(compute)
     precision = section.precision if compute.type == "cuda" else "float32"
     llava = mllm.Llava(
@@ -125,7 +123,7 @@ def segmentation(p: Params, rounds: int, compute: torch.device) -> dict[str, Any
 
         return measured(work, rounds, compute)
 
-    for kind in ("key_key", "value", "query_query_key_key"):
+    for kind in get_args(Attention):
         read = partial(
             patches.text_space_tokens, backbone.clip.visual, attention=kind, neighbourhood=section.neighbourhood
         )
