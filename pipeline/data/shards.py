@@ -66,13 +66,12 @@ def index(folder: Path, size: int) -> dict[str, Any]:
     counts, captioned, others = {}, {}, Counter[str]()
     for tar in progress(tars, "counting images"):
         name = tar.relative_to(folder).as_posix()
-        images, other = _members(tar, OTHER_MIRROR)
-        if not images:
+        counts[name], captioned[name], other = count(tar, OTHER_MIRROR)
+        if not counts[name]:
             raise UserError(
                 f"{tar} has no image (members KEY.jpg; also {', '.join(IMAGES[1:])}), but {_listed(other)}. "
                 f"{OTHER_MIRROR}"
             )
-        counts[name], captioned[name] = len(images), sum(member.caption is not None for member in images)
         others += other
     write_index(folder, size, counts, captioned)
     return {
@@ -81,6 +80,12 @@ def index(folder: Path, size: int) -> dict[str, Any]:
         "captioned": sum(captioned.values()),
         "other_files": dict(sorted(most_frequent(others, "other endings").items())),
     }
+
+
+def count(tar: Path, remedy: str) -> tuple[int, int, Counter[str]]:
+    """A tar's images, how many of them have a caption, and its other files, as `_members` finds them."""
+    images, others = _members(tar, remedy)
+    return len(images), sum(member.caption is not None for member in images), others
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -218,12 +223,6 @@ def read_index(path: Path, remedy: str = REMEDY) -> ShardIndex:
         raise UserError(
             f"{path} is damaged: {where}found {repr(wrong['input'])[:80]}. {wrong['msg']}. {remedy}"
         ) from None
-
-
-def count(tar: Path) -> tuple[int, int]:
-    """A tar's images, and how many of them have a caption. Raises UserError for one that is not whole."""
-    found, _ = _members(tar, "Write it anew, or move it out of the folder.")
-    return len(found), sum(member.caption is not None for member in found)
 
 
 @dataclass(frozen=True)

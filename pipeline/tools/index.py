@@ -8,12 +8,11 @@ a training reads the shards from there (data/remote.py).
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from pipeline.core.outputs import atomic, write_json
 from pipeline.core.stages import UserError, progress, stage
-from pipeline.data import shards
+from pipeline.data import downloads, shards
 
 
 def index(folder: Path, at: str, size: int) -> dict:
@@ -26,12 +25,10 @@ def index(folder: Path, at: str, size: int) -> dict:
     files, counts, captioned = {}, {}, {}
     for tar in progress(tars, "indexing"):
         name = tar.relative_to(folder).as_posix()
-        counts[name], captioned[name] = shards.count(tar)
+        counts[name], captioned[name], _ = shards.count(tar, "Write it anew, or move it out of the folder.")
         if not counts[name]:
             raise UserError(f"{tar} has no image, and every shard of an index must have one. Move it out of {folder}.")
-        with tar.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"bytes": tar.stat().st_size, "sha256": digest}
+        files[name] = {"bytes": tar.stat().st_size, "sha256": downloads.digest(tar)}
     found = {"size": size, "samples": sum(counts.values()), "shards": counts, "captioned": captioned}
     return {**found, "at": at, "files": files}
 
