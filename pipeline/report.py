@@ -18,7 +18,6 @@ scored, but are no dependencies, so that DVC can make the report without them; t
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import dvc.api
@@ -155,20 +154,16 @@ def compare(p: Reported, first: str, second: str | None) -> list[str]:
     return worse
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+@stage
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--show", action="store_true", help="print the table of the last report")
     parser.add_argument("--compare", nargs="*", metavar="COMMIT", help="at most two; as in `dvc metrics diff`")
     parser.add_argument("--check", action="store_true", help="exit status 1 unless the verdicts are good")
-    found = parser.parse_args(arguments)
-    if found.compare is not None and len(found.compare) > 2:
-        parser.error(f"--compare takes two commits at most, found {len(found.compare)}")
-    return found
-
-
-@stage
-def main(*arguments: str) -> None:
-    asked, p = parsed(arguments), reported.load()
+    asked = parser.parse_args(arguments)
+    if asked.compare is not None and len(asked.compare) > 2:
+        parser.error(f"--compare takes two commits at most, found {len(asked.compare)}")
+    p = reported.load()
     names = ("report.json", "evidence.json", "cards", "patterns.csv", "report.html", "report.md")
     outputs = [Path("metrics", p.run.profile, name) for name in names]
     if asked.compare is not None:

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -146,15 +146,14 @@ def agreed(processes: Accelerator, make: Callable[[], tuple[T, dict[str, Any]]])
                 problems.append(f"{host} differs from {first} in {', '.join(changed)}")
         problems = list(dict.fromkeys(problems))
     if problems:
-        _refuse("The hosts of this stage differ, or one is not ready:\n  " + "\n  ".join(problems))
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(1)  # the first process of each host says why
+        listed = "\n  ".join(problems)
+        raise UserError(
+            f"The hosts of this stage differ, or one is not ready:\n  {listed}\nAll hosts need the same commit and "
+            "packages, and each needs the inputs (`dvc pull`)."
+        )
     return made  # type: ignore[return-value]
-
-
-def _refuse(problem: str) -> NoReturn:
-    """End this process; the first one of each host says why."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        sys.exit(1)
-    raise UserError(f"{problem}\nAll hosts need the same commit and packages, and each needs the inputs (`dvc pull`).")
 
 
 def packages() -> dict[str, str]:

@@ -83,16 +83,16 @@ def of_mllm(scores: dict, table: pd.DataFrame, scoring: dict) -> dict[str, Readi
         right = 100.0 * rows.pivot(index="seed", columns="sample", values="right").to_numpy(dtype=float)
         asked = {**scoring, "seeds": len(right), "samples": right.shape[1]}
         found[f"small LLaVA{own}: {result['counted']}s ({second})"] = Reading(
-            scores["reads_sha256"], asked, (result["right"], result[value]), right, _mean_change
+            scores["reads_sha256"],
+            asked,
+            (result["right"], result[value]),
+            right,
+            lambda before, after: statistics.over_seeds_and_answers(after - before),
         )
     return found
 
 
 OF = {"segmentation": of_segmentation, "mllm": of_mllm}
-
-
-def _mean_change(before: np.ndarray, after: np.ndarray) -> Interval:
-    return statistics.over_seeds_and_answers(after - before)
 
 
 def evidence(readings: dict[str, dict[str, Reading]]) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """Section `run`: the profile at hand, and the axes of its stages."""
 
-from itertools import chain
 from typing import Literal
 
 from pydantic import Field
@@ -21,8 +20,7 @@ class Run(Section):
     @property
     def trained(self) -> list[str]:
         """What is trained here: each recipe followed by its controls."""
-        each = [[recipe, *(f"{recipe}-{control}" for control in self.controls)] for recipe in self.recipes]
-        return [*chain.from_iterable(each)]
+        return [f"{recipe}{control}" for recipe in self.recipes for control in ("", *(f"-{c}" for c in self.controls))]
 
     @property
     def weights(self) -> list[str]:

@@ -89,8 +89,7 @@ def entry(name: str) -> Entry:
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in ENTRIES.glob("*.yaml")))
         raise UserError(f"{file} does not exist. Write it, or name one of these: {there}.")
-    found: Entry = config.checked(Entry, config.content(file), path=file)
-    return found
+    return config.checked(Entry, config.content(file), path=file)
 
 
 def block(found: Entry) -> dict[str, Any]:

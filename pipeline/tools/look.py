@@ -10,7 +10,6 @@ stock embedding's scores.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -69,19 +68,15 @@ def strip(questions: list[Question], stock: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+@stage
+def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.tools.look", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backbone")
     parser.add_argument("images", nargs=2, type=Path, metavar="image")
     parser.add_argument(
         "statements", nargs=2, metavar="statement", help=f"'{PROMPT}' is put before each, as in scoring"
     )
-    return parser.parse_args(arguments)
-
-
-@stage
-def main(*arguments: str) -> None:
-    asked, p, compute = parsed(arguments), params.load(), deterministic_device()
+    asked, p, compute = parser.parse_args(arguments), params.load(), deterministic_device()
     models = Path("models", p.backbone(asked.backbone).profile)
     asking = zip(asked.statements, asked.images, strict=True)
     questions = [Question(number, "", text, path, upright=True) for number, (text, path) in enumerate(asking, 1)]

@@ -169,11 +169,6 @@ def scoring_speed() -> str:
     return "\n\n".join(parts)
 
 
-def training_speed() -> str:
-    """The engine beside the released schedule, on every machine that was measured."""
-    return "\n\n".join(text(file).strip() for file in sorted(Path("metrics/bench").glob("*.md")))
-
-
 def ladder() -> str:
     """Every entry with a log."""
     from pipeline.tools.ladder import markdown  # not above: it needs all that trains
@@ -198,7 +193,7 @@ BLOCKS = {
     "third experiment": lambda: tables(text(Path("metrics/recipes/results.md"))),
     "second experiment": lambda: tables(text(Path("metrics/recipes/second/results.md"))),
     "first experiment": lambda: tables(text(Path("metrics/recipes/first/results.md"))),
-    "bench": training_speed,
+    "bench": lambda: "\n\n".join(text(file).strip() for file in sorted(Path("metrics/bench").glob("*.md"))),
     "scoring speed": scoring_speed,
     "modules": lambda: modules(Path("pipeline")),
     "tests": lambda: modules(Path("tests")),

@@ -245,11 +245,10 @@ def sweep(p: params.Params, seeds: list[int], at_once: int = 1) -> pd.DataFrame:
         else:
             one_by_one(p, own, ahead, group)
     if new:
-        subprocess.run(
-            [*DVC, "repro", "report", "--quiet"], check=True
-        )  # the workspace's own seed, from DVC's memory of it
+        again = [*DVC, "repro", "report", "--quiet"]
+        subprocess.run(again, check=True)  # the workspace's own seed, from DVC's memory of it
         add(p, report_of(p).read_text(encoding="utf-8"))
-        subprocess.run([*DVC, "repro", "report", "--quiet"], check=True)  # the report with the new table
+        subprocess.run(again, check=True)  # the report with the new table
     table = seeds_table(p.run.profile)
     return table[table.run.isin(own.values())]
 
