@@ -89,13 +89,13 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
             )
         t = Training(section, recipe, own, losses, seed, backbone, denoiser, shards, starts_from, encoder)
         mark = fingerprint(t, models, images, teacher)
-        return (t, mark), {**mark, "control": bool(starts_from), "packages": hosts.packages()}
+        return (t, mark), {**mark, "start": bool(starts_from), "packages": hosts.packages()}
 
     with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         t, mark = hosts.agreed(processes, load)
         checkpoint = Checkpoint(scratch, mark, launch.checkpoint_minutes, processes)
-        feedback = build_feedback(t, processes.device)
         try:
+            feedback = build_feedback(t, processes.device)
             end = train(t, feedback, curves, processes, checkpoint)
         except torch.OutOfMemoryError as error:
             half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)

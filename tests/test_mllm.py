@@ -288,8 +288,10 @@ def test_an_image_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
 def test_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         sets.read(tmp_path, "train")
-    with pytest.raises(UserError, match="does not name the tests"):
-        sets.tests(tmp_path)
+    for content in ("{", '["test"]', '{"test": "pairs"}'):
+        (tmp_path / "tests.json").write_text(content)
+        with pytest.raises(UserError, match="does not name the tests"):
+            sets.tests(tmp_path)
 
 
 @pytest.mark.parametrize(

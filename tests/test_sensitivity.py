@@ -105,6 +105,26 @@ def test_a_projection_warmed_up_on_captions_is_measured_on_the_text_tower_too() 
         assert found[0] != found[1] != found[2]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_losses_of_the_tower_phase_need_nothing_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that reads a frozen image encoder, beside the one that conditions the denoiser."""
+    losses = {"denoise": {"weight": 1.0}, "kernel": {"weight": 1.0, "degree": 1, "offset": 0.0}}
+    write_params(**{"profiles.mini.recipes.diva.losses": losses})
+    run(sensitivity, "mini", "diva")
+    printed = capsys.readouterr().out
+    assert "Camera Perspective" in printed
+    assert "oracle: pairs right" not in printed  # no such column without a bound
+
+
+@pytest.mark.usefixtures("here")
+def test_a_loss_that_is_wrong_is_named_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params(**{"profiles.mini.recipes.diva.losses": {"denoise": {"weight": "much"}}})
+    with pytest.raises(SystemExit):
+        run(sensitivity, "mini", "diva")
+    assert "profiles.mini.recipes.diva.losses.denoise.weight" in capsys.readouterr().err
+
+
 def test_without_a_denoiser_it_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / DATA / "denoiser/unet").rename(here / "elsewhere")
     with pytest.raises(SystemExit):

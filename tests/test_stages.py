@@ -42,6 +42,7 @@ from pipeline.core.outputs import atomic
 from pipeline.core.stages import TIMINGS, UserError, stage
 from pipeline.data.shards import Shards
 from pipeline.diva import step
+from pipeline.diva.feedback import Feedback
 from pipeline.diva.pairs import matching, score_pairs
 from pipeline.diva.rules import PoolingRule, TokenRule
 from pipeline.diva.step import Record
@@ -402,13 +403,14 @@ def poison_the_denoiser() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("where", "name"), [(step, "terms"), (Feedback, "__init__")], ids=["training", "building"])
 def test_a_training_that_fills_the_gpu_says_which_micro_batch_to_set(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: object, name: str
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(step, "terms", full)
+    monkeypatch.setattr(where, name, full)
     for micro_batch, way in ((2, "Add -S profiles.mini.train.micro_batch=1, which"), (1, "Use a GPU with more memory")):
         write_params(**{"profiles.mini.train.micro_batch": micro_batch})
         with pytest.raises(SystemExit):

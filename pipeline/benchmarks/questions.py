@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
+from pydantic import TypeAdapter
 
 from pipeline.benchmarks.sets import SetImage, contents
 from pipeline.core.stages import UserError
@@ -58,10 +59,9 @@ def tests(folder: Path) -> dict[str, Counted]:
     """What is counted, by test. Raises UserError if the file is missing or says anything else."""
     file = folder / "tests.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return TypeAdapter(dict[str, Counted]).validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} does not name the tests ({error}). {AGAIN}") from None
-    return found
 
 
 def read_test(folder: Path, name: str, counted: Counted) -> tuple[list[SetImage], list[Choice]]:

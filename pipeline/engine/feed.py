@@ -33,8 +33,8 @@ from pipeline.sections.train import Train
 
 
 def share(total: int, index: int, of: int) -> range:
-    """The part of range(total) of process `index` among `of` processes; sizes differ by one at most."""
-    return range(total * index // of, total * (index + 1) // of)
+    """The part of range(total) of process `index` among `of`. Sizes differ by one at most; the first has most."""
+    return range(-(-total * index // of), -(-total * (index + 1) // of))
 
 
 def derangement(count: int, draws: torch.Generator) -> list[int]:

@@ -97,7 +97,7 @@ def seeds(table: pd.DataFrame):
 
 
 def losses(curves: dict[str, Path]):
-    """The denoising loss of both phases for all weights that were trained; None if there are none."""
+    """The loss, with all its terms, of both phases for all weights that were trained; None if there are none."""
     found = {
         (phase, weights): pd.read_csv(file, sep="\t")
         for phase in ("projection", "tower")
@@ -117,7 +117,7 @@ def losses(curves: dict[str, Path]):
             color=colours(curves)[weights],
             label=label(weights),
         )
-        axis.set(title=f"{phase}: denoising loss", xlabel="step")
+        axis.set(title=f"{phase}: loss", xlabel="step")
         axis.legend()
     return figure
 

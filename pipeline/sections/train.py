@@ -31,7 +31,7 @@ class Crop(Section):
 class Pixels(Section):
     tower_statistics: Literal["openai", "own"]
     tower_antialias: bool
-    denoiser_statistics: Literal["imagenet", "own"]
+    denoiser_statistics: Literal["imagenet", "tower"]
 
 
 class Validation(Section):

@@ -40,6 +40,7 @@ from pipeline.data.shards import Shards
 from pipeline.diva import diffusion, step
 from pipeline.diva.condition import draw_positions
 from pipeline.diva.feedback import Feedback
+from pipeline.diva.losses import Denoise, Loss
 from pipeline.engine.assemble import Training, build_feedback, phases
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone
@@ -77,7 +78,7 @@ def warmed_up(
     """The feedback after the projector warm-up, as stage train does it."""
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
-    own, losses = p.backbones[name].condition, losses_of(recipe_name, recipe)
+    own, losses = p.backbones[name].condition, list[Loss]([Denoise(1.0)])  # the tower phase's play no part
     t = Training(section, recipe, own, losses, p.seed, backbone, denoiser, shards)
     feedback = build_feedback(t, compute)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
@@ -178,7 +179,8 @@ def main(backbone: str, recipe: str) -> None:
         raise UserError(
             f"profile {profile} has no recipe '{recipe}'. Choose one of these: {', '.join(p.profile.recipes)}."
         )
-    if not any(loss.conditions for loss in losses_of(recipe, p.profile.recipes[recipe])):
+    losses = losses_of(f"profiles.{profile}.recipes.{recipe}", p.profile.recipes[recipe])
+    if not any(loss.conditions for loss in losses):
         raise UserError(
             f"recipe '{recipe}' has no loss that conditions the denoiser on images, so there is none to measure. "
             "Name one that has, such as diva."
@@ -197,7 +199,8 @@ def main(backbone: str, recipe: str) -> None:
         if known.is_file():
             shares["oracle"] = pd.Series(json.loads(known.read_text(encoding="utf-8"))["patterns"]).round(1)
         print("images restored better under the right condition, mean of the timesteps from 60 % on (%)")
-        print("oracle: pairs right at the oracle upper bound (%)")
+        if known.is_file():
+            print("oracle: pairs right at the oracle upper bound (%)")
         print(shares.to_string())
         if not known.is_file():
             print(
