@@ -30,8 +30,8 @@ from pipeline.engine.assemble import (
     build_feedback,
     fingerprint,
     out_of_memory,
+    run_phases,
     save_start,
-    train,
     tuned,
 )
 from pipeline.engine.curves import ends
@@ -75,13 +75,10 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
         backbone, denoiser = Backbone.load(original), Denoiser.load(models)
         if recipe.timesteps[1] > len(denoiser.alphas_cumprod):
             raise UserError(
-                f"{key}.timesteps ends at {recipe.timesteps[1]}, but the "
-                f"denoiser has {len(denoiser.alphas_cumprod)} timesteps. Lower it."
+                f"{key}.timesteps ends at {recipe.timesteps[1]}, but the denoiser has {len(denoiser.alphas_cumprod)} "
+                "timesteps. Lower it."
             )
-        shards = Shards(
-            images, section.max_undecodable, section.validation.images, captioned,
-            launch.cache_gb,
-        )  # fmt: skip
+        shards = Shards(images, section.max_undecodable, section.validation.images, captioned, launch.cache_gb)
         encoder = FrozenEncoder.load(teacher).to(processes.device) if any(loss.encodes for loss in losses) else None
         if starts_from and processes.is_main_process and not starts_from.is_file():
             raise UserError(
@@ -96,7 +93,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
         checkpoint = Checkpoint(scratch, mark, launch.checkpoint_minutes, processes)
         try:
             feedback = build_feedback(t, processes.device)
-            end = train(t, feedback, curves, processes, checkpoint)
+            end = run_phases(t, feedback, curves, processes, checkpoint)
         except torch.OutOfMemoryError as error:
             half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)
             way = out_of_memory(profile, name, recipe_name, losses, section.micro_batch, half)
@@ -111,9 +108,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
             curves.rename(kept / "curves")
             raise UserError(
                 f"{error}. Training stopped; the weights before that step are in {kept}, the curves up to it in "
-                f"{kept / 'curves'}. "
-                f"Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use "
-                "precision float32."
+                f"{kept / 'curves'}. Lower {key}.optimizer.lr (now {recipe.optimizer.lr:g}), or use precision float32."
             ) from None
         tensors = tuned(t.backbone)
         if processes.is_main_process:

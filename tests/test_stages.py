@@ -303,7 +303,7 @@ def trained(seed: int = 42, processes: Accelerator | None = None) -> tuple[Backb
     t = assemble.Training(section, recipe, own, losses, seed, backbone, denoiser, shards)
     feedback = assemble.build_feedback(t, processes.device)
     checkpoint = Checkpoint(None, {}, 60, processes)
-    end = assemble.train(t, feedback, Path("curves"), processes, checkpoint)
+    end = assemble.run_phases(t, feedback, Path("curves"), processes, checkpoint)
     return backbone, denoiser, end.records
 
 

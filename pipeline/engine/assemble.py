@@ -1,9 +1,4 @@
-"""Post-training, from a recipe to tuned weights: what stage `train` runs, and the control `shuffled` after it.
-
-It runs on every GPU of the machine, or as one of the processes that a launcher started (engine/hosts.py), on as many
-machines. From models/<profile>/<weights>/.<backbone>.checkpoint a killed run goes on; the end of the run removes
-it.
-"""
+"""Post-training, from a recipe to tuned weights: what it is made of, and its phases, for every stage and tool."""
 
 import dataclasses
 import math
@@ -232,12 +227,14 @@ def fingerprint(t: Training, denoiser: Path, images: Path, encoder: Path) -> dic
         "denoiser": digest_together(sorted(path for path in denoiser.rglob("*") if path.is_file())),
         "images": digest_together([images / INDEX]),
         "encoder": digest_together(sorted(encoder.iterdir())) if t.encoder else None,
-        "code": program("engine/assemble.py"),
+        "code": program("train.py"),
         "torch": torch.__version__,
     }
 
 
-def train(t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint) -> RunState:
+def run_phases(
+    t: Training, feedback: Feedback, curves: Path, processes: Accelerator, checkpoint: Checkpoint
+) -> RunState:
     """Run the phases from where the checkpoint stands, drawing the curves. Raises step.NotFiniteError."""
     assert t.shards
     if t.starts_from:

@@ -17,7 +17,7 @@ from pipeline.core.outputs import atomic, remove
 from pipeline.core.stages import UserError
 from pipeline.data.shards import Shards
 from pipeline.diva.step import NotFiniteError
-from pipeline.engine.assemble import START, Training, build_feedback, save_start, train, tuned
+from pipeline.engine.assemble import START, Training, build_feedback, run_phases, save_start, tuned
 from pipeline.engine.drift import drift
 from pipeline.engine.losses import losses_of
 from pipeline.engine.resume import Checkpoint
@@ -143,7 +143,7 @@ class Assets:
         feedback = build_feedback(t, self.compute)
         curves = folder.with_name(f"{folder.name}.curves")
         checkpoint = Checkpoint(None, {}, float("inf"), self.processes)
-        end = train(t, feedback, curves, self.processes, checkpoint)
+        end = run_phases(t, feedback, curves, self.processes, checkpoint)
         remove(curves)
         save_like(original, tuned(backbone), folder)
         if not starts_from:
