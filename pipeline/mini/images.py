@@ -26,8 +26,8 @@ def draw(count: int, folder: Path) -> list[str]:
 
 def caption(index: int, detail_share: float) -> str:
     """The caption of a post-training image: its object, and in this share of the captions any number of details."""
-    scene = world.draw_scene(world.generator(SET, index))  # as world.image() draws it
-    rng = world.generator(SET, index, 1)
+    scene = world.draw_scene(world.rng_of(SET, index))  # as world.image() draws it
+    rng = world.rng_of(SET, index, 1)
     return world.caption(scene, world.any_details(rng) if rng.random() < detail_share else ())
 
 

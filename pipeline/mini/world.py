@@ -125,7 +125,7 @@ class Nuisance:
         return replace(self, x=self.x + rng.uniform(-3, 3), y=self.y + rng.uniform(-3, 3))
 
 
-def generator(set_name: str, *index: int) -> np.random.Generator:
+def rng_of(set_name: str, *index: int) -> np.random.Generator:
     """The generator of one image (or one group of images) of a set. Raises ValueError for an unknown set.
 
     It is numpy's, as the images are drawn without torch; SETS is its list, as PURPOSES of core/compute.py is of others.
@@ -243,21 +243,21 @@ def _draw(scene: np.ndarray, nuisance: Nuisance) -> tuple[Image.Image, Image.Ima
 
 def image(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image `index` of a set: (uint8 [64, 64, 3], its scene)."""
-    rng = generator(set_name, *index)
+    rng = rng_of(set_name, *index)
     scene = draw_scene(rng)
     return render(scene, Nuisance.sample(rng), rng), scene
 
 
 def segmented(set_name: str, *index: int) -> tuple[np.ndarray, np.ndarray]:
     """The same image, and which of SEGMENTS each pixel shows: (uint8 [64, 64, 3], uint8 [64, 64])."""
-    rng = generator(set_name, *index)
+    rng = rng_of(set_name, *index)
     scene, nuisance = draw_scene(rng), Nuisance.sample(rng)
     return render(scene, nuisance, rng), mask(scene, nuisance)
 
 
 def pair(pattern: int, index: int, set_name: str = "scorings") -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Two images of a scene that differ in `pattern` alone, but for a small shift and fresh noise; their scenes."""
-    rng = generator(set_name, 0, pattern, index)
+    rng = rng_of(set_name, 0, pattern, index)
     first, nuisance = draw_scene(rng), Nuisance.sample(rng)
     second = first.copy()
     values = CARDINALITIES[1 + pattern]
