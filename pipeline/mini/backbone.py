@@ -17,8 +17,11 @@ def make(name: str, source: MiniSource, folder: Path) -> dict[str, Any]:
     clip.to(deterministic_device())
     image, preprocessing = source.image_tower, source.preprocessing.model_dump()
     text_losses = pretrain.text_tower(clip, tok, source.text_tower)
-    blind = pretrain.rarely_a_detail(image.detail_probability)
-    image_losses = pretrain.image_tower(clip, tok, preprocessing, image, image.steps, blind)
+
+    def rarely(rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(9)[: int(rng.random() < image.detail_probability)]
+
+    image_losses = pretrain.image_tower(clip, tok, preprocessing, image, image.steps, rarely)
     backbones.write_config(architecture, preprocessing, folder)
     tok.save_pretrained(folder)
     backbones.save_weights(clip.state_dict(), folder)

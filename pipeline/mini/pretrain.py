@@ -139,11 +139,6 @@ def text_tower(clip: open_clip.CLIP, tok: PreTrainedTokenizerFast, p: MiniTextTo
     return fit([*text, *oracle.parameters()], p.steps, p.lr, loss_of, "text tower")
 
 
-def rarely_a_detail(probability: float) -> Details:
-    """One of the nine patterns with this probability, else none."""
-    return lambda rng: rng.permutation(9)[: int(rng.random() < probability)]
-
-
 def image_tower(
     clip: open_clip.CLIP,
     tok: PreTrainedTokenizerFast,
@@ -240,20 +235,16 @@ def denoiser(
     return model.requires_grad_(False), losses
 
 
-def new_encoder(p: MiniEncoder) -> nn.Module:
-    """A fresh model of timm for `encoder`, which sees pixels of -1..1."""
-    with seeded("mini", "encoder"):
-        size = (3, world.SIZE, world.SIZE)
-        return new_model(p.architecture, p.arguments, input_size=size, mean=[0.5] * 3, std=[0.5] * 3)
-
-
 def encoder(pixels: torch.Tensor, p: MiniEncoder, compute: torch.device) -> tuple[FrozenEncoder, list[float]]:
     """Train an image encoder by reconstruction: from its embedding alone, a decoder of two layers restores the image.
 
     pixels: uint8 [N, 3, 64, 64], and there is nothing else to learn from. What is restored are the patches' whitened
     components, in which a letter's stroke counts as much as the tint of the sky.
     """
-    rng, model = choices("encoder"), new_encoder(p).to(compute)
+    rng, size = choices("encoder"), (3, world.SIZE, world.SIZE)
+    with seeded("mini", "encoder"):  # of pixels of -1..1
+        model = new_model(p.architecture, p.arguments, input_size=size, mean=[0.5] * 3, std=[0.5] * 3)
+    model.to(compute)
     vae = autoencoder(pixels, **p.target.model_dump())
     with torch.no_grad():
         wanted = torch.cat([vae.encode(unit_range(part)).latent_dist.mean for part in pixels.split(1000)]).flatten(1)
