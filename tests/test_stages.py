@@ -93,7 +93,7 @@ def test_an_image_is_a_pure_function_of_its_index() -> None:
     assert first[0].tobytes() == second[0].tobytes()
     assert (first[1] == second[1]).all()
     with pytest.raises(ValueError, match="not in tuple"):
-        world.generator("training", 0)
+        world.rng_of("training", 0)
 
 
 def seen(scene: np.ndarray) -> np.ndarray:
@@ -719,14 +719,12 @@ class ByHand(nn.Module):
     def preprocess(self, image: Image.Image, resize_mode: str | None = None) -> torch.Tensor:
         return torch.tensor(round(np.asarray(image).mean() / 10))
 
-    def tokenizer(self, texts: list[str]) -> torch.Tensor:
-        assert all(text.startswith("a photo of ") for text in texts)
-        return torch.tensor([int(text.split()[-1]) for text in texts])
-
     def image_tokens(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[numbers], self.patch(self.images[numbers])
 
-    def encode_text(self, numbers: torch.Tensor) -> torch.Tensor:
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        assert all(text.startswith("a photo of ") for text in texts)
+        numbers = torch.tensor([int(text.split()[-1]) for text in texts])
         return (3 - 2 * (numbers % 2))[:, None] * self.texts[numbers]  # a pair's first statement is three times as long
 
 
@@ -866,6 +864,9 @@ class Raw(nn.Module):
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.permute(0, 3, 1, 2).float()
 
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        return self.encode_text(self.tokenizer(texts))
+
 
 def encoder(model: nn.Module, batch: int) -> Encoder:
     return Encoder(model, PartialState(cpu=True), batch, "float32")  # type: ignore[arg-type]
@@ -911,7 +912,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
         return F.normalize(model.encode_image(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)), dim=-1)
 
     def sentences(texts: list[str]) -> torch.Tensor:
-        return F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
+        return F.normalize(model.embed(texts), dim=-1)
 
     labels = torch.tensor([int(data) for data in members(root / "wds/objects/test/0.tar", ".cls")])
     assert labels.tolist() == [world.image("scorings", 1, i)[1][0] for i in range(n)]

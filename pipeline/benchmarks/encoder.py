@@ -123,9 +123,8 @@ class Encoder:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Text embeddings of length 1, [texts, D]."""
-        ids = self.backbone.tokenizer(texts).to(self.processes.device)
         with autocast(self.processes.device, self.precision):
-            return normalize(self.backbone.encode_text(ids).float(), dim=-1)
+            return normalize(self.backbone.embed(texts).float(), dim=-1)
 
     def classifier(self, found: BenchmarkSet) -> torch.Tensor:
         """[D, classes]: each class's mean over the templates, of length 1.

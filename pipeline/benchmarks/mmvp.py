@@ -34,8 +34,8 @@ def logits(
     seed: int, draw: int,
 ) -> torch.Tensor:  # fmt: skip
     """[pair, statement, image]."""
-    ids = backbone.tokenizer([PROMPT + question.statement for question in questions]).to(pooled.device)
-    text = torch.nn.functional.normalize(backbone.encode_text(ids), dim=-1).unflatten(0, (-1, 2))
+    statements = backbone.embed([PROMPT + question.statement for question in questions])
+    text = torch.nn.functional.normalize(statements, dim=-1).unflatten(0, (-1, 2))
     per_statement = []
     for statement in range(2):
         drawn = statement if rule.drawn_per == "statement" else 0

@@ -7,8 +7,6 @@ from typing import Any
 
 from pipeline.core.outputs import write_json
 
-FILE = "scoring.json"
-
 
 def write(folder: Path, version: int, **of: Any) -> None:
     """Write the record of a scoring: its version, prompts, rules, precision, data, and the sha256 of all of these.
@@ -17,7 +15,7 @@ def write(folder: Path, version: int, **of: Any) -> None:
     """
     record = {"version": version, **of}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    write_json(folder / FILE, {**record, "sha256": digest})
+    write_json(folder / "scoring.json", {**record, "sha256": digest})
 
 
 def content(folder: Path, small: tuple[str, ...]) -> str:
