@@ -26,7 +26,7 @@ from test_recipes import SMALL
 from metrics.recipes import experiment
 from pipeline.core.outputs import remove
 from pipeline.core.stages import UserError
-from pipeline.evidence.statistics import over_groups
+from pipeline.evidence.statistics import over_seeds
 from pipeline.sections import params
 from pipeline.tools import trials
 from pipeline.tools.trials import MEASURES, Trial
@@ -98,6 +98,38 @@ def test_a_study_keeps_the_setting_with_the_most_dev_pairs_that_keeps_zero_shot_
     assert best(lambda i: (50 + i, [80, 86, 82][i])) == {1}
 
 
+def test_groups_answer_two_questions() -> None:
+    new, these = experiment.over_groups([[6, 6.4, 6.3], [7.7, 6.7, 6.7], [2.3, 2, 3.9]])
+    assert new == pytest.approx(over_seeds([18.7 / 3, 21.1 / 3, 8.2 / 3]))
+    assert these == pytest.approx((5.33, 4.77, 5.89), abs=0.01)
+    assert np.isnan(experiment.over_groups([[1], [2]])[1].low)
+    with pytest.raises(ValueError, match="two at least"):
+        experiment.over_groups([[1, 2]])
+
+
+def test_with_answers_the_interval_is_of_new_answers_too() -> None:
+    changes = np.random.default_rng(3).normal(2, 5, (3, 3, 40)) + np.arange(3)[:, None, None]
+    for by_answer, plain in zip(experiment.over_groups(changes), experiment.over_groups(changes.mean(2)), strict=True):
+        assert by_answer.value == pytest.approx(plain.value)
+        assert by_answer.high - by_answer.low > 0
+    alike = np.broadcast_to(np.random.default_rng(4).normal(2, 5, 40), (3, 3, 40))  # cells differ in nothing
+    for found in experiment.over_groups(alike):
+        low, high = stats.t.interval(0.95, 39, loc=alike[0, 0].mean(), scale=stats.sem(alike[0, 0]))
+        assert found == pytest.approx((alike[0, 0].mean(), low, high))
+    wide, narrow = (experiment.over_groups(changes, level)[0] for level in (0.99, 0.9))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+@pytest.mark.slow
+def test_each_interval_covers_its_own_truth_in_95_of_100_experiments() -> None:
+    rng, covered = np.random.default_rng(1), np.zeros(2)
+    for _ in range(2000):
+        groups = 5 + rng.normal(0, 2, (3, 1))
+        new, these = experiment.over_groups((groups + rng.normal(0, 1, (3, 3))).tolist())
+        covered += new.low < 5 < new.high, these.low < groups.mean() < these.high
+    assert covered / 2000 == pytest.approx([0.95, 0.95], abs=0.015)
+
+
 def right(*pairs: int) -> str:
     return np.packbits(np.array(pairs, bool)).tobytes().hex()
 
@@ -116,7 +148,7 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     assert row[["cells", "gain"]].tolist() == [9, pytest.approx(6.17, abs=0.005)]
     towers = [[5.5, 6, 7]] * 3
     assert row[["new_low", "new_high", "these_low", "these_high"]].tolist() == [
-        pytest.approx(value, abs=0.005) for found in over_groups(np.array(towers)) for value in found[1:]
+        pytest.approx(value, abs=0.005) for found in experiment.over_groups(np.array(towers)) for value in found[1:]
     ]
     assert np.isnan(row.corrected_low)
     effect = table.loc[("effect", "zeroshot")]
@@ -125,8 +157,8 @@ def test_gains_are_over_the_same_backbone_and_the_effect_over_the_same_cells() -
     pairs = table.loc[("trained", "pairs_stock")]
     assert pairs.gain == pytest.approx(100 * (2 - 1 + 1 / 3) / 7, abs=0.005)  # of pairs, not of their average
     answers = np.array([[100, 100, 0, -100, 0, 0, 100 * (cell[2] == 2)] for cell in experiment.cells()])
-    new, these = over_groups(answers.reshape(3, 3, 7))
-    wider, _ = over_groups(answers.reshape(3, 3, 7), 1 - 0.05 / 9)
+    new, these = experiment.over_groups(answers.reshape(3, 3, 7))
+    wider, _ = experiment.over_groups(answers.reshape(3, 3, 7), 1 - 0.05 / 9)
     assert pairs[["new_low", "these_low", "corrected_low"]].tolist() == [
         pytest.approx(found.low, abs=0.005) for found in (new, these, wider)
     ]

@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from pipeline.evidence import statistics
 from pipeline.evidence.statistics import (
@@ -63,38 +62,6 @@ def test_over_seeds_is_a_t_interval() -> None:
     )
     with pytest.raises(ValueError, match="found 1 seeds"):
         over_seeds([1.0])
-
-
-def test_groups_answer_two_questions() -> None:
-    new, these = statistics.over_groups([[6, 6.4, 6.3], [7.7, 6.7, 6.7], [2.3, 2, 3.9]])
-    assert new == pytest.approx(statistics.over_seeds([18.7 / 3, 21.1 / 3, 8.2 / 3]))
-    assert these == pytest.approx((5.33, 4.77, 5.89), abs=0.01)
-    assert np.isnan(statistics.over_groups([[1], [2]])[1].low)
-    with pytest.raises(ValueError, match="two at least"):
-        statistics.over_groups([[1, 2]])
-
-
-def test_with_answers_the_interval_is_of_new_answers_too() -> None:
-    changes = np.random.default_rng(3).normal(2, 5, (3, 3, 40)) + np.arange(3)[:, None, None]
-    for by_answer, plain in zip(statistics.over_groups(changes), statistics.over_groups(changes.mean(2)), strict=True):
-        assert by_answer.value == pytest.approx(plain.value)
-        assert by_answer.high - by_answer.low > 0
-    alike = np.broadcast_to(np.random.default_rng(4).normal(2, 5, 40), (3, 3, 40))  # cells differ in nothing
-    for found in statistics.over_groups(alike):
-        low, high = stats.t.interval(0.95, 39, loc=alike[0, 0].mean(), scale=stats.sem(alike[0, 0]))
-        assert found == pytest.approx((alike[0, 0].mean(), low, high))
-    wide, narrow = (statistics.over_groups(changes, level)[0] for level in (0.99, 0.9))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-@pytest.mark.slow
-def test_each_interval_covers_its_own_truth_in_95_of_100_experiments() -> None:
-    rng, covered = np.random.default_rng(1), np.zeros(2)
-    for _ in range(2000):
-        groups = 5 + rng.normal(0, 2, (3, 1))
-        new, these = statistics.over_groups((groups + rng.normal(0, 1, (3, 3))).tolist())
-        covered += new.low < 5 < new.high, these.low < groups.mean() < these.high
-    assert covered / 2000 == pytest.approx([0.95, 0.95], abs=0.015)
 
 
 @pytest.mark.parametrize(

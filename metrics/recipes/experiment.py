@@ -33,7 +33,7 @@ from pipeline.core.compute import deterministic_device, generator
 from pipeline.core.outputs import atomic
 from pipeline.core.processes import cpus, end_with_parent
 from pipeline.core.stages import UserError, progress, stage
-from pipeline.evidence.statistics import CONFIDENCE, Interval, over_groups
+from pipeline.evidence.statistics import CONFIDENCE, Interval, interval
 from pipeline.mini import world
 from pipeline.sections import params
 from pipeline.tools.pages import table
@@ -193,6 +193,30 @@ def gains(rows: pd.DataFrame, pairs: int) -> pd.DataFrame:
     after = test[test.recipe != "none"].copy()
     after[[*MEASURES, RIGHT]] = after[[*MEASURES, RIGHT]].to_numpy() - before.loc[after.detail_share].to_numpy()
     return after
+
+
+def over_groups(changes: np.ndarray, level: float = CONFIDENCE) -> tuple[Interval, Interval]:
+    """The mean of changes [groups, cells] or [groups, cells, answers], with t intervals that answer two questions:
+    (of new groups, of these groups with new cells).
+
+    New groups differ from each other as these do, so what counts is the spread of the groups' means; of these groups
+    it is the spread within them, NaN where each has a single cell. Where answers are given, both are of new answers,
+    too: the variance of the answers' means is added, with Satterthwaite's degrees of freedom. Raises ValueError for
+    fewer than two groups.
+    """
+    values = np.asarray(changes, dtype=float)
+    cells = values.mean(2) if values.ndim == 3 else values
+    number, size = cells.shape
+    if number < 2:
+        raise ValueError(f"found {number} groups, wanted two at least")
+    answers = values.mean((0, 1)) if values.ndim == 3 else np.zeros(2)
+    of_answers = float(np.var(answers, ddof=1)) / len(answers), len(answers) - 1
+    value, freedom = float(values.mean()), number * (size - 1)
+    new = interval(value, [(float(np.var(cells.mean(1), ddof=1)) / number, number - 1), of_answers], level)
+    if not freedom:
+        return new, Interval(value, math.nan, math.nan)
+    within = float(((cells - cells.mean(1, keepdims=True)) ** 2).sum()) / freedom / cells.size
+    return new, interval(value, [(within, freedom), of_answers], level)
 
 
 def results(gained: pd.DataFrame) -> pd.DataFrame:

@@ -96,30 +96,6 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return interval(float(np.mean(values)), [(float(np.var(values, ddof=1)) / len(values), len(values) - 1)])
 
 
-def over_groups(changes: np.ndarray, level: float = CONFIDENCE) -> tuple[Interval, Interval]:
-    """The mean of changes [groups, cells] or [groups, cells, answers], with t intervals that answer two questions:
-    (of new groups, of these groups with new cells).
-
-    New groups differ from each other as these do, so what counts is the spread of the groups' means; of these groups
-    it is the spread within them, NaN where each has a single cell. Where answers are given, both are of new answers,
-    too: the variance of the answers' means is added, with Satterthwaite's degrees of freedom. Raises ValueError for
-    fewer than two groups.
-    """
-    values = np.asarray(changes, dtype=float)
-    cells = values.mean(2) if values.ndim == 3 else values
-    number, size = cells.shape
-    if number < 2:
-        raise ValueError(f"found {number} groups, wanted two at least")
-    answers = values.mean((0, 1)) if values.ndim == 3 else np.zeros(2)
-    of_answers = float(np.var(answers, ddof=1)) / len(answers), len(answers) - 1
-    value, freedom = float(values.mean()), number * (size - 1)
-    new = interval(value, [(float(np.var(cells.mean(1), ddof=1)) / number, number - 1), of_answers], level)
-    if not freedom:
-        return new, Interval(value, math.nan, math.nan)
-    within = float(((cells - cells.mean(1, keepdims=True)) ** 2).sum()) / freedom / cells.size
-    return new, interval(value, [(within, freedom), of_answers], level)
-
-
 def interval(value: float, parts: Sequence[tuple[float, int]], level: float = CONFIDENCE) -> Interval:
     """The t interval around a mean whose variance is the sum of parts (variance, degrees of freedom)."""
     variance = sum(part for part, _ in parts)
