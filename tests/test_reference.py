@@ -137,7 +137,7 @@ def test_a_band_of_no_width_allows_its_own_value_alone(made: Path, capsys: pytes
         ),
     ],
 )
-def test_what_chance_does_not_explain_fails(
+def test_what_is_outside_fails(
     made: Path, file: str, keys: tuple[str, ...], value: object, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(made / file, *keys, to=value)
@@ -262,6 +262,6 @@ def test_reference_runs_through_dvc_go_on_where_they_were(tmp_path: Path) -> Non
     assert rows[1]["figures"] != rows[2]["figures"]
     said = clone.run("python", "-m", "pipeline.tools.reference", status=1)  # of so few pairs a pattern is all wrong
     assert "equal byte for byte" in said
-    _, _, wrong = said.partition("by more than chance:\n")
+    _, _, wrong = said.partition("'Chance or fault').\n")
     assert wrong.split("\n")[0] == "  agreement.smallest_pattern is nan, outside nan to nan"
     assert "outside" not in wrong.partition("\n")[2]

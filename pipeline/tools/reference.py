@@ -148,8 +148,8 @@ def band(values: list[float]) -> tuple[float, float]:
 
 
 def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> tuple[Table, list[str]]:
-    """(a table of what differs from the reference's first run, the one committed then; the differences that chance
-    does not explain).
+    """(a table of what differs from the reference's first run, the one committed then; what is outside of its band, or
+    another count or verdict).
     """
     runs, wrong = reference["runs"], []
     figures = run.figures | agreement(run.right, pairs)
@@ -175,7 +175,7 @@ def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> 
 
 
 def check(folder: Path) -> None:
-    """Print what differs. Raises UserError if chance does not explain it."""
+    """Print what differs. Raises UserError if anything is outside of what the reference runs span."""
     file = OUTPUT / "mini.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist. Restore it with git, or make the reference runs: --make.")
@@ -187,7 +187,10 @@ def check(folder: Path) -> None:
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
-        raise UserError(f"{folder} differs from the reference runs by more than chance:\n  " + "\n  ".join(wrong))
+        raise UserError(
+            f"{folder}: what follows lies outside of what the reference runs span. A single figure or verdict is no "
+            "proof of a fault: look at what else moved (metrics/README.md, 'Chance or fault').\n  " + "\n  ".join(wrong)
+        )
     chance = "lies in its band" if table.row_count else "is that of the first reference run"
     print(f"{folder}: every figure {chance}")
 
