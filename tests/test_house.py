@@ -11,6 +11,7 @@ import tomllib
 from collections import Counter
 from functools import cache, reduce
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ import yaml
 from pipeline.core import code
 from pipeline.core.compute import PURPOSES
 from pipeline.evidence import provenance
+from pipeline.sections.run import Downstream
 
 ROOT = Path(__file__).parents[1]
 WANTED = yaml.load((ROOT / "dvc.yaml").read_text(), yaml.CSafeLoader)[
@@ -52,7 +54,7 @@ def defines_main(file: Path) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree(file).body)
 
 
-DOWNSTREAM = ["segmentation", "mllm"]  # which no default run scores
+DOWNSTREAM = get_args(Downstream)  # which no default run scores
 RUNS = {  # the stages of dvc.yaml by the files in pipeline/ that they run
     **{stage: [stage] for stage in ("plan", "mmvp_vlm", "zeroshot_sets")},
     **{stage: [stage] for stage in ("encoder", "backbone", "train", "report")},

@@ -1,6 +1,7 @@
 """All of params.yaml, and whether its sections go together: for stage plan, which comes first, and for tools."""
 
 from pathlib import Path
+from typing import get_args
 
 from pydantic import model_validator
 
@@ -18,6 +19,7 @@ from pipeline.sections.mmvp import Mmvp
 from pipeline.sections.mmvp_vlm import MmvpVlm
 from pipeline.sections.recipe import Recipe
 from pipeline.sections.reported import Reported
+from pipeline.sections.run import Downstream
 from pipeline.sections.segmentation import Segmentation
 from pipeline.sections.segmentation_sets import SegmentationSets
 from pipeline.sections.train import Train
@@ -94,7 +96,7 @@ class Params(Reported):
                     )
                 if name in {"pretrained", *self.profile.recipes}:
                     raise ValueError(f"backbones.{key}.checkpoints names '{name}', as other weights are. Rename it")
-        sets = [name for name in ("segmentation", "mllm") if name in self.run.benchmarks]
+        sets = [name for name in get_args(Downstream) if name in self.run.benchmarks]
         if sorted(self.run.benchmark_sets) != sorted(sets):
             raise ValueError(
                 f"run.benchmark_sets is {self.run.benchmark_sets}, but run.benchmarks is {self.run.benchmarks}. "

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from pipeline.core.config import Name, Section
 
+Downstream = Literal["segmentation", "mllm"]  # benchmarks with sets of their own, which no verdict rests on
+
 
 class Run(Section):
     profile: Name
@@ -13,8 +15,8 @@ class Run(Section):
     checkpoints: list[Name]
     recipes: list[Name]
     controls: list[Literal["shuffled", "drift"]]
-    benchmarks: list[Literal["mmvp", "zeroshot", "segmentation", "mllm"]]
-    benchmark_sets: list[Literal["segmentation", "mllm"]]
+    benchmarks: list[Literal["mmvp", "zeroshot"] | Downstream]
+    benchmark_sets: list[Downstream]
     inputs: list[Literal["images", "denoiser"]]
 
     @property
