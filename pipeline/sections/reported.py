@@ -5,13 +5,13 @@ from pipeline.core.config import Name, PositiveFloat, Section, Seed
 from pipeline.sections.backbone import BackboneEntry
 from pipeline.sections.run import Run
 
-OfModels = dict[str, dict[str, tuple[PositiveFloat, PositiveFloat]]]  # by model and test: original encoder, tuned
+ModelFigures = dict[str, dict[str, tuple[PositiveFloat, PositiveFloat]]]  # by model and test: original encoder, tuned
 
 
 class Reported(Section):
     seed: Seed
     run: Run
-    published_downstream: dict[Name, OfModels]
+    published_downstream: dict[Name, ModelFigures]
     backbones: dict[Name, BackboneEntry]
 
 
@@ -20,6 +20,6 @@ def load() -> Reported:
     return Reported(
         seed=config.read(Seed, "seed"),
         run=config.read(Run, "run"),
-        published_downstream=config.read(dict[Name, OfModels], "published_downstream"),
+        published_downstream=config.read(dict[Name, ModelFigures], "published_downstream"),
         backbones=config.read(dict[Name, BackboneEntry], "backbones"),
     )
