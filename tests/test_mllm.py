@@ -360,7 +360,7 @@ def asked_of_the_folder(folder: Path, images: list[Image.Image], questions: list
             inputs = processor(text=text, images=images[q.image], return_tensors="pt")
             labels = inputs.input_ids.clone()
             labels[:, : -len(processor.tokenizer(option).input_ids) - 1] = -100  # the option and its end are learnt
-            losses.append(float(model(**inputs, labels=labels).loss))
+            losses.append(model(**inputs, labels=labels).loss.item())
         right.append(losses.index(min(losses)) == q.answer)
     return right
 

@@ -19,7 +19,7 @@ from pipeline.data.decoding import members
 
 LABELS = {"classification": "cls", "retrieval": "txt", "probe": "json"}  # a sample's file beside its image
 IMAGE_ENDINGS = ("webp", "png", "jpg", "jpeg")  # that clip-benchmark reads as images; of several, the first
-Samples = Iterable[tuple[str, dict[str, bytes]]]  # their keys, and what lies beside each other by its extension
+Samples = Iterable[tuple[str, dict[str, bytes]]]  # each sample's key, and its files by their extensions
 
 
 def write_split(root: Path, split: str, kind: str, samples: Samples) -> None:
