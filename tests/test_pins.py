@@ -137,6 +137,15 @@ def test_provenance_tells_what_decides_the_bytes() -> None:
         assert all(word in found["processor"] for word in ("family", "model", "stepping"))
 
 
+def test_the_report_has_the_times_of_stages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("metrics").mkdir()
+    names = ("train@mini-diva", "sweep --seeds 1..5", "reference")
+    lines = [json.dumps({"stage": name, "seconds": 2, "peak_memory_mb": 3, "finished": "now"}) for name in names]
+    Path("metrics/timings.jsonl").write_text("\n".join(lines))
+    assert provenance.times() == {"train@mini-diva": "2 s, 3 MB, now"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a process choose its cores")
 def test_training_makes_the_same_bytes_on_one_core_and_on_two_from_any_folder(here: Path, tmp_path: Path) -> None:

@@ -71,10 +71,9 @@ def result() -> str:
 
 
 def timings() -> str:
-    """The stages' wall time and memory as the committed report has them, which has the tools', too."""
+    """The stages' wall time and memory as the committed report has them."""
     lines = re.findall(r"^- (\S+): ([\d,]+) s, ([\d,]+) MB, \S+$", text(MINI / "report.md"), re.MULTILINE)
-    stages = [line for line in lines if not Path("pipeline/tools", f"{line[0]}.py").is_file()]
-    return table([("stage", "seconds", "peak memory, MB"), *((f"`{name}`", *figures) for name, *figures in stages)])
+    return table([("stage", "seconds", "peak memory, MB"), *((f"`{name}`", *figures) for name, *figures in lines)])
 
 
 def reference() -> str:
