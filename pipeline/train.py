@@ -79,7 +79,7 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
                 "timesteps. Lower it."
             )
         shards = Shards(images, section.max_undecodable, section.validation.images, captioned, launch.cache_gb)
-        encoder = FrozenEncoder.load(teacher).to(processes.device) if any(loss.encodes for loss in losses) else None
+        encoder = FrozenEncoder.load(teacher) if any(loss.encodes for loss in losses) else None
         if starts_from and processes.is_main_process and not starts_from.is_file():
             raise UserError(
                 f"{starts_from} does not exist, but the control starts from it. Run stage train of {name} first."
@@ -91,11 +91,12 @@ def post_train(name: str, recipe_name: str, control: str = "") -> None:
     with atomic(*outputs) if processes.is_main_process else nullcontext(outputs) as (folder, curves):
         t, mark = hosts.agreed(processes, load)
         checkpoint = Checkpoint(scratch, mark, launch.checkpoint_minutes, processes)
+        half = 0  # no smaller micro-batch helps where the models alone fill the GPU
         try:
             feedback = build_feedback(t, processes.device)
+            half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)
             end = run_phases(t, feedback, curves, processes, checkpoint)
         except torch.OutOfMemoryError as error:
-            half = smaller(losses, recipe.batch, processes.num_processes, section.micro_batch)
             way = out_of_memory(profile, name, recipe_name, losses, section.micro_batch, half)
             raise UserError(f"{error}\n{way}") from None
         except step.NotFiniteError as error:

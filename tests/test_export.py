@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from pipeline import export, report
+from pipeline.core.code import program
 from pipeline.core.outputs import write_json
 from pipeline.core.stages import UserError
 from pipeline.evidence import provenance
@@ -289,7 +290,7 @@ def notes(p: params.Params, recipe: str) -> dict[str, Any]:
         "train": p.profile.train.model_dump(mode="json"),
         "recipe": chosen.model_dump(exclude_none=True),
         "captions": chosen.reads_captions,
-        "code": "0123abcd",
+        "code": program("train.py"),
     }
 
 
@@ -324,6 +325,9 @@ def test_the_stage_writes_both_formats_their_distances_and_a_card(handed_over: P
     assert max(distances["transformers"].values()) < 1e-4  # mini's images need no resizing
     _, front, text = (handed_over / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
+    code = re.search(r"Code that trained it: sha256 (\w+).*program\('(.+?)'\)", text, re.DOTALL)
+    assert code
+    assert code[1] == program(code[2])
     found = json.loads((METRICS / "evidence.json").read_text())["mini"]["weights"]["diva"]
     score = json.loads((METRICS / "report.json").read_text())["mini"]["score"]
     for column, label in COLUMNS.items():

@@ -146,7 +146,7 @@ def test_packages_enter_through_models_data_and_benchmarks() -> None:
 
 
 def test_no_two_classes_share_a_name() -> None:
-    """Nor two types that are unions of them."""
+    """Nor two type aliases."""
     found = [node.name for file in FILES for node in ast.walk(tree(file)) if isinstance(node, ast.ClassDef)]
     given = [node.targets[0] for file in FILES for node in tree(file).body if isinstance(node, ast.Assign)]
     found += [

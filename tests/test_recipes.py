@@ -395,7 +395,7 @@ def test_timesteps_are_drawn_from_the_recipe_s_range() -> None:
 # ---------------------------------------------------------------------- the engine
 
 
-def test_a_phase_fits_the_denoiser_where_it_is_told_to() -> None:
+def test_the_warm_up_trains_the_denoiser_where_the_recipe_says_so() -> None:
     feedback = build()
     feedback.warms_up_denoiser = True
     before = snapshot(feedback)

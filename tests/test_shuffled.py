@@ -72,7 +72,7 @@ def test_with_its_own_images_the_control_is_the_run_it_is_compared_with(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_the_recipe_without_a_fit_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_without_a_warm_up_starts_from_its_fresh_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on profile paper, where nothing is trained before the tower."""
     write_params(**{"profiles.mini.recipes.diva.warmup": None})
     run(train, "mini", "diva")

@@ -37,6 +37,7 @@ from pipeline.benchmarks.encoder import Encoder
 from pipeline.benchmarks.pairs import PROMPT, Question, read_mmvp_vlm
 from pipeline.benchmarks.probe import probe
 from pipeline.benchmarks.sets import read, write_split
+from pipeline.core.code import program
 from pipeline.core.compute import generator, seeded
 from pipeline.core.outputs import atomic
 from pipeline.core.stages import TIMINGS, UserError, stage
@@ -344,6 +345,7 @@ def test_the_stage_writes_what_it_trained(finished: Path, here: Path) -> None:
     assert equal(Backbone.load(finished / MODELS / "diva/mini"), backbone)
     notes = json.loads((finished / MODELS / "diva/mini/diva.json").read_text())
     assert (notes["seed"], notes["recipe"]["steps"], notes["backbone"]) == (42, 4, "mini")
+    assert notes["code"] == program("train.py")  # which an exported card tells how to compare
     folder = finished / METRICS / "train/mini-diva"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == notes["result"]
@@ -403,15 +405,25 @@ def poison_the_denoiser() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "name"), [(step, "terms"), (Feedback, "__init__")], ids=["training", "building"])
+@pytest.mark.parametrize(
+    ("where", "name", "helps"),
+    [(step, "terms", True), (Feedback, "__init__", False)],
+    ids=["while it trains", "while models are built, which no micro-batch changes"],
+)
 def test_a_training_that_fills_the_gpu_says_which_micro_batch_to_set(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: object, name: str
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: object,
+    name: str,
+    helps: bool,
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(where, name, full)
-    for micro_batch, way in ((2, "Add -S profiles.mini.train.micro_batch=1, which"), (1, "Use a GPU with more memory")):
+    half, more = "Add -S profiles.mini.train.micro_batch=1, which", "Use a GPU with more memory"
+    for micro_batch, way in ((2, half if helps else more), (1, more)):
         write_params(**{"profiles.mini.train.micro_batch": micro_batch})
         with pytest.raises(SystemExit):
             run(train, "mini", "diva")
@@ -912,7 +924,7 @@ def test_zero_shot_scores_are_what_a_naive_formula_says(here: Path) -> None:
         return F.normalize(model.encode_image(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)), dim=-1)
 
     def sentences(texts: list[str]) -> torch.Tensor:
-        return F.normalize(model.embed(texts), dim=-1)
+        return F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
 
     labels = torch.tensor([int(data) for data in members(root / "wds/objects/test/0.tar", ".cls")])
     assert labels.tolist() == [world.image("scorings", 1, i)[1][0] for i in range(n)]

@@ -54,7 +54,7 @@ def deterministic_device():
     ]
     if others:
         print(f"note: the environment sets {', '.join(others)}; figures may differ in rounding", file=sys.stderr)
-    # Freed at once, this makes glibc keep up to 62 MB of freed memory. Else it returns a step's memory after the step
+    # Freeing this tensor makes glibc keep up to 62 MB of freed memory. Else it returns a step's memory after the step
     # and gets it again for the next one, page by page: 2 to 5 % of the mini training's time.
     torch.empty(31 << 20, dtype=torch.uint8)
     return torch.device("cpu")

@@ -54,7 +54,7 @@ class Training:
     denoiser: Denoiser
     shards: Shards | None
     starts_from: Path | None = None
-    encoder: Callable[[torch.Tensor], torch.Tensor] | None = None
+    encoder: torch.nn.Module | None = None
 
     @property
     def phased(self) -> Recipe:
@@ -143,6 +143,8 @@ def build_feedback(t: Training, compute: torch.device) -> Feedback:
     warms_up_denoiser = warmup is not None and warmup.denoiser
     backbone.to(compute).clip.requires_grad_(False)
     denoiser.to(compute)
+    if t.encoder:
+        t.encoder.to(compute)
     scale = float(backbone.logit_scale)
     given = Given(backbone.tower, backbone.embed, scale, denoiser.text, first_captions(t), t.encoder)
     for loss in t.losses:

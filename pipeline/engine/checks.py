@@ -30,10 +30,15 @@ def check_encoder(p: Params) -> None:
             raise UserError(f"{key}: {error}. Correct it.") from None
 
 
+def processes_of(p: Params) -> int:
+    """How many processes train: those of the launcher, or one a GPU of this machine."""
+    return p.launch.processes if p.launch.train else max(1, torch.cuda.device_count())
+
+
 def check_recipes(p: Params) -> None:
     """Raises UserError naming the key, where a recipe of the run does not fit the rest of params.yaml."""
     train, denoiser = p.profile.train, p.profile.denoiser
-    processes = p.launch.processes if p.launch.train else max(1, torch.cuda.device_count())
+    processes = processes_of(p)
     widths = {name: embedding_width(name, p.backbones[name].source) for name in p.run.backbones}
     for name in p.run.recipes:
         key, recipe = f"profiles.{p.run.profile}.recipes.{name}", p.profile.recipes[name]

@@ -45,9 +45,8 @@ def derangement(count: int, draws: torch.Generator) -> list[int]:
             return order.tolist()
 
 
-Cropping = tuple[
-    np.ndarray, tuple[float, float], torch.Generator
-]  # where it is written, its share of the area, its draws
+# Where the crop is written, its share of the area, its draws.
+Cropping = tuple[np.ndarray, tuple[float, float], torch.Generator]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pipeline.core.compute import generator, seeded
 from pipeline.core.stages import UserError
 from pipeline.diva import diffusion, step
 from pipeline.engine.assemble import Training, build_feedback, out_of_memory, phases
+from pipeline.engine.checks import processes_of
 from pipeline.engine.losses import losses_of
 from pipeline.models.backbones import Backbone, model_config, untrained
 from pipeline.models.frozen_encoder import FrozenEncoder, new_model
@@ -71,8 +72,8 @@ class WithoutText(Denoiser):
 
 
 def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: torch.device) -> Iterator[step.Record]:
-    """Two steps of each phase of a recipe; the second one has the optimizer's state. Where a step of the recipe has
-    several micro-batches, it is of two here, of which the second is computed beside the gradients of the first.
+    """Two steps of each phase of a recipe; the second one has the optimizer's state. Where a process has several
+    micro-batches a step, it is of two here, of which the second is computed beside the gradients of the first.
 
     A published denoiser is taken to have the sizes of stable-diffusion-2-1-base, fetched or not. Left out: compilation
     and modality-gap correction, which take little memory, and the sum of the gradients over several GPUs, which takes
@@ -80,7 +81,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
     """
     section = p.profile.train.model_copy(update={"micro_batch": micro_batch, "compile": False})
     recipe = p.profile.recipes[recipe_name]
-    micro_batches = 1 + (recipe.batch > micro_batch)
+    own = -(-recipe.batch // processes_of(p))
+    micro_batches = 1 + (own > micro_batch)
     batch = micro_batches * micro_batch
     recipe = recipe.model_copy(update={"batch": batch, "steps": 2, "gap_correction": None})
     if recipe.warmup:
@@ -105,6 +107,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
     ]
     processes, precision = Accelerator(cpu=compute.type == "cpu"), getattr(torch, section.precision)
     for phase in phases(feedback, recipe, losses):
+        if phase.name == "tower":
+            denoiser.for_feedback(precision)  # now frozen, if it was warmed up
         on_captions = phase.name == "projection" and recipe.warms_up_on_captions
         micro = [step.stand_in(images_BCHW, drawn, phase.losses, backbone.width, on_captions)] * micro_batches
         for record, _ in step.run(feedback, phase, lambda number, micro=micro: micro, precision, processes):  # type: ignore[misc]
@@ -113,8 +117,8 @@ def trial(p: Params, name: str, recipe_name: str, micro_batch: int, compute: tor
 
 
 def check(p: Params, name: str, recipe_name: str, compute: torch.device) -> None:
-    """Raises UserError if training does not fit the GPU's memory; it names the largest that fits of
-    those that divide the `micro_batch` asked for."""
+    """Raises UserError if training does not fit the GPU's memory; it names the largest divisor of
+    `micro_batch` that fits."""
     asked, recipe = p.profile.train.micro_batch, p.profile.recipes[recipe_name]
     losses = losses_of(f"profiles.{p.run.profile}.recipes.{recipe_name}", recipe)
     least = max(loss.images for loss in losses)

@@ -147,11 +147,11 @@ def hashes(paths: list[str]) -> dict[str, str]:
 
 
 def times() -> dict[str, str]:
-    """Of the stages; the tools, whose lines stand in the same file, are left out."""
-    tools = {file.stem for file in Path(__file__).parents[1].glob("tools/*.py")}
+    """Of the stages; lines of other commands, which stand in the same file, are left out."""
+    alone = {file.stem for file in Path(__file__).parents[1].glob("*.py")}  # the stages that no matrix makes several of
     lines = [json.loads(line) for line in TIMINGS.read_text(encoding="utf-8").splitlines()] if TIMINGS.exists() else []
     return {
         line["stage"]: f"{line['seconds']:,.0f} s, {line['peak_memory_mb']:,} MB, {line['finished']}"
         for line in lines
-        if line["stage"].split()[0] not in tools
+        if "@" in line["stage"] or line["stage"] in alone
     }

@@ -175,7 +175,7 @@ def faults(run: MeasuredRun, reference: dict[str, Any], pairs: pd.DataFrame) -> 
 
 
 def check(folder: Path) -> None:
-    """Print what differs. Raises UserError if anything is outside of what the reference runs span."""
+    """Print what differs. Raises UserError where `faults` finds any."""
     file = OUTPUT / "mini.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist. Restore it with git, or make the reference runs: --make.")
@@ -188,8 +188,9 @@ def check(folder: Path) -> None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
         raise UserError(
-            f"{folder}: what follows lies outside of what the reference runs span. A single figure or verdict is no "
-            "proof of a fault: look at what else moved (metrics/README.md, 'Chance or fault').\n  " + "\n  ".join(wrong)
+            f"{folder}: what follows lies outside its band, or is another count or verdict than the reference runs'. "
+            "One figure or verdict alone is no proof of a fault: look at what else moved. Another count is a reason to "
+            "look for one (metrics/README.md, 'Chance or fault').\n  " + "\n  ".join(wrong)
         )
     chance = "lies in its band" if table.row_count else "is that of the first reference run"
     print(f"{folder}: every figure {chance}")

@@ -78,7 +78,7 @@ def warmed_up(
     """The feedback after the projector warm-up, as stage train does it."""
     section, recipe, folder = p.profile.train, p.profile.recipes[recipe_name], Path("data", p.run.profile, "images")
     shards = Shards(folder, section.max_undecodable, section.validation.images, recipe.reads_captions)
-    own, losses = p.backbones[name].condition, list[Loss]([Denoise(1.0)])  # the tower phase's play no part
+    own, losses = p.backbones[name].condition, list[Loss]([Denoise(1.0)])  # losses of the tower phase are not needed
     t = Training(section, recipe, own, losses, p.seed, backbone, denoiser, shards)
     feedback = build_feedback(t, compute)
     precision, processes = getattr(torch, section.precision), Accelerator(cpu=compute.type == "cpu")
