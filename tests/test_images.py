@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -38,7 +39,7 @@ from pipeline.core.outputs import atomic, remove, write_json
 from pipeline.core.stages import UserError
 from pipeline.data import links, shards
 from pipeline.data.links import download
-from pipeline.data.shards import Sample, Shards
+from pipeline.data.shards import Sample, Shards, Window
 from pipeline.mini import images as mini_images
 from pipeline.mini import world
 from pipeline.sections.download import Download
@@ -145,6 +146,27 @@ def test_the_images_of_a_window_are_mixed_and_windows_are_not(folder: Path, monk
         assert len(list(itertools.groupby(windows[0]))) > 5
         first.add(windows[1][0])
     assert len(first) > 1  # the shards, too, have an order of their own
+
+
+class Counting(list):
+    """A list that counts how often an item is asked for."""
+
+    asked = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked += 1
+        return super().__getitem__(index)
+
+
+def test_an_image_is_found_without_a_look_at_the_others_of_its_window() -> None:
+    """A published window has some 100,000 images."""
+    order, spare = Counting([3, 0, 2, 1]), Counting([1, 2, 3, 0])
+    found = Window(["a", "b"], [2, 4], order, spare).candidates(0)
+    assert next(found) == ("b", 1)
+    assert (order.asked, spare.asked) == (1, 0)
+    assert next(found) == ("a", 1)
+    assert spare.asked == 1
+    assert list(found) == [("b", 0), ("b", 1), ("a", 0)]
 
 
 def test_a_window_is_opened_before_its_images_are_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ class Window:
     def candidates(self, place: int) -> Iterator[tuple[str, int]]:
         """(shard, number of the image in it) at a place of the order, then each of the spares from this place on."""
         after = (self.spare[(place + i) % len(self.spare)] for i in range(len(self.spare)))
-        for image in (self.order[place], *after):
+        for image in itertools.chain((self.order[place],), after):
             shard = bisect_right(self.ends, image)
             yield self.shards[shard], image - (self.ends[shard - 1] if shard else 0)
 
