@@ -1,7 +1,7 @@
 """How fast the training engine is on the machine it finds, side by side with the schedule of the released code.
 
     python -m pipeline.tools.bench [SUBJECT ...]        by default `mini` and `block`, on a GPU the four large backbones
-    python -m pipeline.tools.bench loader --images N    images decoded, cropped and drawn for a second, and the memory
+    python -m pipeline.tools.bench loader --images N    images decoded and cropped a second, and the memory
     python -m pipeline.tools.bench growth               the loader by millions of images: seconds to start, and memory
     python -m pipeline.tools.bench scoring --images N --rounds R    zero-shot scoring beside clip_benchmark's program
     python -m pipeline.tools.bench mllm segmentation    these at true size; writes downstream.json
