@@ -382,6 +382,23 @@ def test_too_little_gpu_memory_names_the_micro_batch_that_fits(
     assert taken == step_[: 1 + (p.profile.recipes[recipe].batch > fits)] * 2 * phases * (fits > 0)
 
 
+@pytest.mark.slow
+def test_the_tower_phase_is_tried_with_the_denoiser_that_training_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are float32 while the warm-up trains them, and then of the training's precision."""
+    write_params(**run_of(["two_stage"]), **{"profiles.mini.train.precision": "bfloat16"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen, terms = list[torch.dtype](), step.terms
+
+    def noted(feedback: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        seen.append(feedback.denoiser.unet.dtype)
+        return terms(feedback, *rest)
+
+    monkeypatch.setattr(step, "terms", noted)
+    TRY(params.load(), "mini", "two_stage", torch.device("cpu"))
+    assert seen == [torch.float32] * (len(seen) // 2) + [torch.bfloat16] * (len(seen) // 2)
+    assert len(seen) >= 4
+
+
 KEY = "profiles.paper.recipes"
 SMALL = {  # open_clip's configuration of a model
     "embed_dim": 32,
